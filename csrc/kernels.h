@@ -1,0 +1,112 @@
+// What a backend implements: one function an op and direction, over raw pointers. csrc/cpu and csrc/cuda hold one
+// file an op with these names; csrc/<op>.cpp checks, allocates and calls. Includes no torch header.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "pyramid_math.h"
+
+namespace pspnet_fast {
+
+enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// A map of shape [N, C, H, W] by its strides, in elements. Planar maps have stride_w == 1 (or W == 1), channels-last
+// maps stride_c == 1 (or C == 1); the other strides are free, so slices of larger tensors need no copy.
+struct Image {
+  void* data = nullptr;
+  int64_t stride_n = 0, stride_c = 0, stride_h = 0, stride_w = 0;
+};
+
+struct PyramidPoolArgs {
+  DType dtype;
+  bool channels_last;  // of input and concat alike
+  int64_t N, C, H, W;
+  Levels levels;
+  Image input;
+  Image concat;  // data == nullptr: none; else the C channels that take a copy of input
+  void* pooled;  // [N, P, C]: mean of each cell
+  void* workspace;
+};
+
+struct PyramidPoolBackwardArgs {
+  DType dtype;
+  bool channels_last;  // of grad_concat and grad_input alike
+  int64_t N, C, H, W;
+  Levels levels;
+  const void* grad_pooled;  // [N, P, C]
+  Image grad_concat;        // data == nullptr: none; else the gradient of the copied channels, added in the same pass
+  Image grad_input;
+};
+
+struct PyramidReduceArgs {
+  DType dtype;
+  int64_t N, C, R;
+  Levels levels;
+  const void* pooled;               // [N, P, C]
+  const void* weights[kMaxLevels];  // [R, C] each
+  // Folded normalisation: weight, bias, running mean, running variance, [R] each; nullptr: none.
+  const void* norm[kMaxLevels][4];
+  DType norm_dtype;
+  double eps[kMaxLevels];
+  bool relu;
+  void* reduced;  // [N, P, R]
+  void* workspace;
+};
+
+struct PyramidReduceBackwardArgs {
+  DType dtype;
+  int64_t N, C, R;
+  Levels levels;
+  const void* grad_reduced;  // [N, P, R]
+  const void* pooled;        // [N, P, C]
+  const void* weights[kMaxLevels];
+  void* grad_pooled;   // [N, P, C]
+  void* grad_weights;  // [L, R, C]
+};
+
+struct PyramidUpsampleConcatArgs {
+  DType dtype;
+  bool channels_last;
+  bool align_corners;
+  int64_t N, R, H, W;
+  Levels levels;
+  const void* reduced;  // [N, P, R]
+  Image context;        // [N, L * R, H, W]: the upsampled levels' channels of the concatenation
+};
+
+struct PyramidUpsampleConcatBackwardArgs {
+  DType dtype;
+  bool channels_last;
+  bool align_corners;
+  int64_t N, R, H, W;
+  Levels levels;
+  Image grad_context;  // [N, L * R, H, W]
+  void* grad_reduced;  // [N, P, R]
+  void* workspace;
+};
+
+namespace cpu {
+void pyramid_pool(const PyramidPoolArgs&);
+void pyramid_pool_backward(const PyramidPoolBackwardArgs&);
+void pyramid_reduce(const PyramidReduceArgs&);
+void pyramid_reduce_backward(const PyramidReduceBackwardArgs&);
+void pyramid_upsample_concat(const PyramidUpsampleConcatArgs&);
+void pyramid_upsample_concat_backward(const PyramidUpsampleConcatBackwardArgs&);
+}  // namespace cpu
+
+// Each returns a cudaError_t (0: launched) and queues its kernels on `stream`, a cudaStream_t of the current device.
+// The workspace functions give the bytes that args.workspace must hold.
+namespace cuda {
+size_t pyramid_pool_workspace(const PyramidPoolArgs&);
+int pyramid_pool(const PyramidPoolArgs&, void* stream);
+int pyramid_pool_backward(const PyramidPoolBackwardArgs&, void* stream);
+size_t pyramid_reduce_workspace(const PyramidReduceArgs&);
+int pyramid_reduce(const PyramidReduceArgs&, void* stream);
+int pyramid_reduce_backward(const PyramidReduceBackwardArgs&, void* stream);
+int pyramid_upsample_concat(const PyramidUpsampleConcatArgs&, void* stream);
+size_t pyramid_upsample_concat_backward_workspace(const PyramidUpsampleConcatBackwardArgs&);
+int pyramid_upsample_concat_backward(const PyramidUpsampleConcatBackwardArgs&, void* stream);
+}  // namespace cuda
+
+}  // namespace pspnet_fast

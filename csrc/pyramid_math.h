@@ -1,0 +1,58 @@
+// Index mathematics of the pyramid pooling module, for host and device alike; includes no torch header.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define PSP_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define PSP_HOST_DEVICE inline
+#endif
+
+namespace pspnet_fast {
+
+constexpr int kMaxLevels = 16;
+
+// The bins of every level. A cell is one bin of one level; cells are numbered level by level, row by row,
+// so that the pooled map is [N, P, C] with P = first[count].
+struct Levels {
+  int count;
+  int bins_h[kMaxLevels], bins_w[kMaxLevels];
+  int first[kMaxLevels + 1];
+};
+
+// Adaptive pooling (ATen/native/AdaptivePooling.h): bin i of `bins` covers [start_index, end_index) of `size` pixels.
+PSP_HOST_DEVICE int64_t start_index(int64_t i, int64_t bins, int64_t size) { return i * size / bins; }
+PSP_HOST_DEVICE int64_t end_index(int64_t i, int64_t bins, int64_t size) { return ((i + 1) * size + bins - 1) / bins; }
+
+// The bins that cover pixel `at` are [first_bin, last_bin]: the inverse of start_index and end_index.
+PSP_HOST_DEVICE int64_t first_bin(int64_t at, int64_t bins, int64_t size) { return at * bins / size; }
+PSP_HOST_DEVICE int64_t last_bin(int64_t at, int64_t bins, int64_t size) { return ((at + 1) * bins - 1) / size; }
+
+// Bilinear interpolation along one axis (ATen/native/UpSample.h): pixel `at` of `size` is
+// (1 - lambda) * source[low] + lambda * source[high].
+template <class acc_t>
+struct SourceIndex {
+  int low, high;
+  acc_t lambda;
+};
+
+template <class acc_t>
+PSP_HOST_DEVICE acc_t source_scale(int bins, int64_t size, bool align_corners) {
+  if (align_corners) return size > 1 ? static_cast<acc_t>(bins - 1) / static_cast<acc_t>(size - 1) : acc_t(0);
+  return static_cast<acc_t>(bins) / static_cast<acc_t>(size);
+}
+
+template <class acc_t>
+PSP_HOST_DEVICE SourceIndex<acc_t> source_index(int64_t at, acc_t scale, int bins, bool align_corners) {
+  acc_t real = align_corners ? scale * static_cast<acc_t>(at)
+                             : scale * (static_cast<acc_t>(at) + acc_t(0.5)) - acc_t(0.5);
+  if (real < acc_t(0)) real = acc_t(0);
+  int low = static_cast<int>(real);
+  if (low > bins - 1) low = bins - 1;
+  acc_t lambda = real - static_cast<acc_t>(low);
+  if (lambda > acc_t(1)) lambda = acc_t(1);
+  return {low, low + (low < bins - 1 ? 1 : 0), lambda};
+}
+
+}  // namespace pspnet_fast
