@@ -1,0 +1,1 @@
+"""Prediction of whole images, and pictures of label maps."""

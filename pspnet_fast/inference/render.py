@@ -1,0 +1,113 @@
+"""Pictures of label maps. A picture is uint8 RGB (H, W, 3)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+Picture = NDArray[np.uint8]
+Color = Sequence[int]
+
+_FONT = cv2.FONT_HERSHEY_SIMPLEX
+_FONT_SCALE = 0.45
+_LINE = 22  # height of a line of text, pixels
+_GAP = 8  # between neighbours, pixels
+_BLACK = (0, 0, 0)
+
+
+def save_png(path: Path, picture: NDArray[np.uint8]) -> None:
+    """Write a picture (H, W, 3), or a map of class indices (H, W), as PNG."""
+    written, encoded = cv2.imencode(".png", picture[..., ::-1] if picture.ndim == 3 else picture)
+    assert written
+    path.write_bytes(encoded.tobytes())
+
+
+def colorize(label: NDArray[np.integer], colors: Sequence[Color]) -> Picture:
+    """Paint a label map (H, W) with the colour of each class; 255 becomes black.
+
+    Raises:
+        ValueError: a label is neither 255 nor a class with a colour.
+    """
+    palette = np.zeros((256, 3), np.uint8)
+    palette[: len(colors)] = colors
+    known = (label == 255) | ((label >= 0) & (label < len(colors)))
+    if not known.all():
+        raise ValueError(f"label must hold 0..{len(colors) - 1} or 255, got {label[~known].flat[0]}")
+    return palette[label]
+
+
+def overlay(image: Picture, label: NDArray[np.integer], colors: Sequence[Color], alpha: float = 0.5) -> Picture:
+    """Blend the class colours over the image: (1 - alpha) * image + alpha * colour; pixels labelled 255 stay."""
+    blended = np.rint((1 - alpha) * image + alpha * colorize(label, colors)).astype(np.uint8)
+    return np.where((label == 255)[..., None], image, blended)
+
+
+def side_by_side(
+    rows: Sequence[Sequence[Picture]],
+    titles: Sequence[str],
+    class_names: Sequence[str],
+    colors: Sequence[Color],
+    scale: int = 1,
+) -> Picture:
+    """Lay rows of pictures out as a table with a title over each column and a legend of the classes below.
+
+    Args:
+        rows: pictures of one size, as many in each row as there are titles.
+        titles: of the columns.
+        class_names, colors: of the legend, by class index.
+        scale: whole factor by which small pictures are enlarged (nearest).
+
+    Raises:
+        ValueError: a row has another number of pictures than there are titles, or the pictures differ in size.
+    """
+    if any(len(row) != len(titles) for row in rows) or not rows or not titles:
+        raise ValueError(
+            f"rows must have {len(titles)} pictures each (one per title), got {[len(row) for row in rows]}"
+        )
+    shapes = {picture.shape for row in rows for picture in row}
+    if len(shapes) != 1:
+        raise ValueError(f"rows must hold pictures of one size, got {sorted(shapes)}")
+    height, width, _ = (scale * extent for extent in shapes.pop())
+    entries, legend_lines = _legend_layout(class_names, len(titles) * (width + _GAP) - _GAP)
+    canvas = np.full(
+        (
+            _LINE + len(rows) * (height + _GAP) + legend_lines * _LINE,
+            len(titles) * (width + _GAP) - _GAP,
+            3,
+        ),
+        255,
+        np.uint8,
+    )
+    for column, title in enumerate(titles):
+        _write(canvas, title, column * (width + _GAP), 0)
+    for row, pictures in enumerate(rows):
+        top = _LINE + row * (height + _GAP)
+        for column, picture in enumerate(pictures):
+            left = column * (width + _GAP)
+            canvas[top : top + height, left : left + width] = picture.repeat(scale, 0).repeat(scale, 1)
+    for (left, line), name, color in zip(entries, class_names, colors, strict=True):
+        top = canvas.shape[0] - (legend_lines - line) * _LINE
+        corners = (left, top + 4), (left + 14, top + _LINE - 5)
+        cv2.rectangle(canvas, *corners, tuple(map(int, color)), cv2.FILLED)
+        cv2.rectangle(canvas, *corners, _BLACK)
+        _write(canvas, name, left + 18, top)
+    return canvas
+
+
+def _legend_layout(names: Sequence[str], width: int) -> tuple[list[tuple[int, int]], int]:
+    """Place entries from left to right, breaking at ``width``: ((left, line) of each, number of lines)."""
+    entries: list[tuple[int, int]] = []
+    left = line = 0
+    for name in names:
+        advance = 18 + cv2.getTextSize(name, _FONT, _FONT_SCALE, 1)[0][0] + 2 * _GAP
+        if left and left + advance > width:
+            left, line = 0, line + 1
+        entries.append((left, line))
+        left += advance
+    return entries, line + 1
+
+
+def _write(canvas: Picture, text: str, left: int, top: int) -> None:
+    cv2.putText(canvas, text, (left, top + 15), _FONT, _FONT_SCALE, _BLACK, 1, cv2.LINE_AA)

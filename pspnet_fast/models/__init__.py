@@ -1,0 +1,6 @@
+"""Backbones and the PSPNet."""
+
+from pspnet_fast.models.pspnet import PSPNet
+from pspnet_fast.models.resnet import ResNet, resnet
+
+__all__ = ["PSPNet", "ResNet", "resnet"]

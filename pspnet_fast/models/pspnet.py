@@ -1,0 +1,113 @@
+"""Pyramid Scene Parsing Network (Zhao et al., CVPR 2017)."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from pspnet_fast.models.resnet import NormLayer, initialise_convolutions, resnet
+from pspnet_fast.modules import FusedPPM
+
+LAYERS = ("layer0", "layer1", "layer2", "layer3", "layer4")
+
+
+def _head(in_channels: int, channels: int, classes: int, dropout: float, norm_layer: NormLayer) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, channels, 3, padding=1, bias=False),
+        norm_layer(channels),
+        nn.ReLU(inplace=True),
+        nn.Dropout2d(dropout),
+        nn.Conv2d(channels, classes, 1),
+    )
+
+
+class PSPNet(nn.Module):
+    """PSPNet whose pyramid pooling module is :class:`pspnet_fast.FusedPPM`.
+
+    Names and shapes of the weights with ``stem="deep64"`` are those of semseg (``layer0`` .. ``layer4``, ``ppm``,
+    ``cls``, ``aux``).
+
+    Args:
+        classes: number of classes K, at least 1.
+        backbone: a name for :func:`pspnet_fast.models.resnet`, or a module with children ``layer0`` .. ``layer4`` and
+            ``out_channels`` = (channels of layer3, channels of layer4); the children become children of this module.
+        stem, dilation, output_stride: of the named backbone; see :func:`pspnet_fast.models.resnet`. A backbone given
+            as a module keeps its own.
+        bins: sizes of the pooled grids; None leaves the pyramid out (a fully convolutional network).
+        aux: whether to have the auxiliary head on layer3.
+        dropout: probability of dropping a whole channel before the classifiers, 0 <= dropout < 1.
+        align_corners: convention of the pyramid's upsampling; logits should be upsampled with the same.
+        norm_layer: makes the norm of ``n`` channels.
+        head_channels: channels before the classifier; None means those of layer4 // 4. The auxiliary head has those
+            of layer3 // 4.
+
+    Raises:
+        ValueError: an argument is outside its range; the message names it.
+    """
+
+    layer0: nn.Module
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
+
+    def __init__(
+        self,
+        classes: int,
+        backbone: str | nn.Module = "resnet50",
+        *,
+        stem: str = "deep64",
+        dilation: str = "full",
+        output_stride: int = 8,
+        bins: Sequence[int] | None = (1, 2, 3, 6),
+        aux: bool = True,
+        dropout: float = 0.1,
+        align_corners: bool = True,
+        norm_layer: NormLayer = nn.BatchNorm2d,
+        head_channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        if classes < 1:
+            raise ValueError(f"classes must be at least 1, got {classes}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must satisfy 0 <= dropout < 1, got {dropout}")
+        if head_channels is not None and head_channels < 1:
+            raise ValueError(f"head_channels must be None or at least 1, got {head_channels}")
+        if isinstance(backbone, str):
+            backbone = resnet(
+                backbone, stem=stem, dilation=dilation, output_stride=output_stride, norm_layer=norm_layer
+            )
+        self.classes = classes
+        self.align_corners = align_corners
+        missing = [name for name in (*LAYERS, "out_channels") if not hasattr(backbone, name)]
+        if missing:
+            raise ValueError(f"backbone must have {', '.join(LAYERS)} and out_channels, lacks {', '.join(missing)}")
+        for name in LAYERS:
+            self.add_module(name, getattr(backbone, name))
+        channels3, channels4 = backbone.out_channels  # type: ignore[misc]
+
+        features = channels4
+        self.ppm: nn.Module = nn.Identity()
+        if bins is not None:
+            self.ppm = FusedPPM(channels4, bins=tuple(bins), align_corners=align_corners, norm_layer=norm_layer)
+            features += len(bins) * (channels4 // len(bins))
+        self.cls = _head(features, head_channels or channels4 // 4, classes, dropout, norm_layer)
+        self.aux = _head(channels3, channels3 // 4, classes, dropout, norm_layer) if aux else None
+        for head in (self.ppm, self.cls, self.aux):
+            if head is not None:
+                initialise_convolutions(head)
+
+    def forward(self, input: Tensor) -> dict[str, Tensor]:
+        """Compute logits at feature resolution.
+
+        Args:
+            input: (N, 3, H, W), any H and W.
+
+        Returns:
+            "out": (N, K, h, w) with h = ceil(H / output_stride) and w likewise. "aux": (N, K, h, w), in training mode
+            only and only if the model has the auxiliary head: nothing but a loss needs it.
+        """
+        layer3 = self.layer3(self.layer2(self.layer1(self.layer0(input))))
+        logits = {"out": self.cls(self.ppm(self.layer4(layer3)))}
+        if self.aux is not None and self.training:
+            logits["aux"] = self.aux(layer3)
+        return logits

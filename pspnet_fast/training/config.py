@@ -1,0 +1,171 @@
+"""Typed configuration: dataclasses, filled from a YAML file and ``key=value`` overrides through OmegaConf."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, its value and what is allowed."""
+
+
+def _check(holds: bool, key: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key} must be {allowed}, got {value!r}")
+
+
+def _check_size(key: str, value: Sequence[int]) -> None:
+    _check(len(value) == 2 and min(value) >= 1, key, list(value), "[height, width], both at least 1")
+
+
+@dataclass
+class ModelConfig:
+    """Arguments of :class:`pspnet_fast.models.PSPNet`, which checks their values."""
+
+    backbone: str = "resnet50"
+    stem: str = "deep64"
+    dilation: str = "full"
+    output_stride: int = 8
+    bins: list[int] | None = field(default_factory=lambda: [1, 2, 3, 6])
+    aux: bool = True
+    dropout: float = 0.1
+    align_corners: bool = True
+    head_channels: int | None = None
+
+
+@dataclass
+class DataConfig:
+    """Files and transforms. A relative ``root`` starts at the current directory, the files at ``root``."""
+
+    root: str = "data"
+    train_list: str = "train.txt"
+    val_list: str = "val.txt"
+    names: str = "names.txt"
+    colors: str = "colors.txt"
+    crop: list[int] = field(default_factory=lambda: [473, 473])
+    """Height and width of a training crop."""
+    val_crop: list[int] | None = None
+    """Height and width of the validation crop from the image's centre; null validates on whole images."""
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    scale: list[float] = field(default_factory=lambda: [0.5, 2.0])
+    """Range of the random resize factor."""
+    degrees: list[float] = field(default_factory=lambda: [-10.0, 10.0])
+    """Range of the random rotation."""
+    blur: bool = True
+    """Blur half of the training images."""
+
+    def __post_init__(self) -> None:
+        _check_size("data.crop", self.crop)
+        if self.val_crop is not None:
+            _check_size("data.val_crop", self.val_crop)
+        for key, value in (("data.mean", self.mean), ("data.std", self.std)):
+            _check(len(value) == 3, key, value, "three numbers, for images in 0..1")
+        _check(min(self.std) > 0, "data.std", self.std, "above 0")
+        _check(len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1], "data.scale", self.scale, "0 < low <= high")
+        _check(
+            len(self.degrees) == 2 and self.degrees[0] <= self.degrees[1], "data.degrees", self.degrees, "low <= high"
+        )
+
+
+@dataclass
+class TrainConfig:
+    """Optimisation, schedule and machine; what :func:`pspnet_fast.training.fit` needs."""
+
+    epochs: int = 50
+    batch_size: int = 16
+    val_batch_size: int = 1
+    """More than 1 needs validation images of one size (see data.val_crop)."""
+    lr: float = 0.01
+    """Of the backbone, at the first iteration; poly: lr * (1 - step / steps) ** power."""
+    head_lr_factor: float = 10.0
+    """Learning rate of ppm, cls and aux over that of the backbone."""
+    power: float = 0.9
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    aux_weight: float = 0.4
+    seed: int = 0
+    bf16: bool = False
+    """Run the model under bfloat16 autocast; weights, losses and metrics stay float32."""
+    channels_last: bool = False
+    device: str = "auto"
+    """"auto" (CUDA where there is a GPU), "cpu", "cuda" or "cuda:N"."""
+    workers: int = 2
+    """DataLoader processes; 0 loads in the main process. The results do not depend on it."""
+    log_every: int = 10
+    """Iterations between two looks at the losses (each costs one wait for a GPU)."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "val_batch_size", "log_every"):
+            _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        for name in ("lr", "head_lr_factor", "power"):
+            _check(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "above 0")
+        for name in ("weight_decay", "aux_weight", "seed", "workers"):
+            _check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "at least 0")
+        _check(0 <= self.momentum < 1, "train.momentum", self.momentum, "at least 0 and below 1")
+
+
+@dataclass
+class Config:
+    """A whole configuration file."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file over the defaults, then apply ``key=value`` overrides such as ``train.lr=0.02``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ConfigError: the file is no YAML mapping, a key is unknown (the message names the nearest valid one), a value
+            has the wrong type or lies outside its range.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError  # type: ignore[import-untyped]
+
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"an override must be key=value, got {override!r}")
+    source = str(path)
+    try:
+        document = OmegaConf.load(path)
+        _check_keys(OmegaConf.to_container(document), source)
+        config = OmegaConf.merge(OmegaConf.structured(Config), document)
+        source = "command line"
+        changes = OmegaConf.from_dotlist(list(overrides))
+        _check_keys(OmegaConf.to_container(changes), source)
+        result = OmegaConf.to_object(OmegaConf.merge(config, changes))
+    except ConfigError:
+        raise
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {error.full_key or 'configuration'}: {error.msg}".splitlines()[0]) from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source}: no valid YAML: {' '.join(str(error).split())}") from None
+    assert isinstance(result, Config)
+    return result
+
+
+def _check_keys(document: Any, source: str) -> None:
+    """Refuse keys that no dataclass has, naming the nearest that exists."""
+    valid = list(_schema_keys(Config))
+    if not isinstance(document, Mapping):
+        raise ConfigError(f"{source}: must be a mapping with the keys model, data and train")
+    for key, value in document.items():
+        section = {f"{key}.{name}": name for name in value} if isinstance(value, Mapping) else {key: key}
+        for full_key in section:
+            if full_key not in valid:
+                nearest = difflib.get_close_matches(str(full_key), valid, n=1, cutoff=0.0)[0]
+                raise ConfigError(f"{source}: unknown key {full_key!r}; the nearest valid key is {nearest!r}")
+
+
+def _schema_keys(schema: type) -> Iterator[str]:
+    for section in dataclasses.fields(schema):
+        assert isinstance(section.type, type)
+        yield section.name
+        yield from (f"{section.name}.{entry.name}" for entry in dataclasses.fields(section.type))

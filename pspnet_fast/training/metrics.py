@@ -1,0 +1,58 @@
+"""Intersection over union and accuracies from a confusion matrix of int64 counts."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def confusion_matrix(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
+    """Count pixels by (label, prediction); pixels whose label is not in 0..classes-1 (255: ignored) do not count.
+
+    Args:
+        prediction: integer tensor of values in 0..classes-1.
+        label: integer tensor of the same shape.
+
+    Returns:
+        (classes, classes) int64 on the device of ``label``: row = label, column = prediction.
+    """
+    counted = (label >= 0) & (label < classes)
+    cells = label[counted].long() * classes + prediction[counted].long()
+    return torch.bincount(cells, minlength=classes * classes).view(classes, classes)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Scores of a confusion matrix (K, K) int64, row = label, column = prediction.
+
+    A class that neither labels nor predictions hold has no IoU (NaN) and is skipped in the mean, as in mmseg; semseg
+    counts it as 0. A class that is only predicted has IoU 0. Likewise a class without a labelled pixel has no accuracy.
+    """
+
+    confusion: Tensor
+
+    @property
+    def iou(self) -> Tensor:
+        """(K,) float64: intersection over union of each class."""
+        hits = self.confusion.diag()
+        return hits.double() / (self.confusion.sum(0) + self.confusion.sum(1) - hits)
+
+    @property
+    def accuracy(self) -> Tensor:
+        """(K,) float64: share of each class's labelled pixels that are predicted as it (recall)."""
+        return self.confusion.diag().double() / self.confusion.sum(1)
+
+    @property
+    def miou(self) -> float:
+        """Mean of :attr:`iou` over the classes that have one."""
+        return self.iou.nanmean().item()
+
+    @property
+    def macc(self) -> float:
+        """Mean of :attr:`accuracy` over the classes that have one."""
+        return self.accuracy.nanmean().item()
+
+    @property
+    def allacc(self) -> float:
+        """Share of all labelled pixels that are predicted right."""
+        return (self.confusion.diag().sum().double() / self.confusion.sum()).item()
