@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define PSP_HOST_DEVICE __host__ __device__ __forceinline__
@@ -22,12 +23,28 @@ struct Levels {
 };
 
 // Adaptive pooling (ATen/native/AdaptivePooling.h): bin i of `bins` covers [start_index, end_index) of `size` pixels.
-PSP_HOST_DEVICE int64_t start_index(int64_t i, int64_t bins, int64_t size) { return i * size / bins; }
-PSP_HOST_DEVICE int64_t end_index(int64_t i, int64_t bins, int64_t size) { return ((i + 1) * size + bins - 1) / bins; }
+// Indices are int64_t unless the caller names a narrower type that holds (bins + 1) * (size + 1).
+template <class index_t = int64_t>
+using Index = std::common_type_t<index_t>;  // not deduced from arguments
+
+template <class index_t = int64_t>
+PSP_HOST_DEVICE index_t start_index(Index<index_t> i, Index<index_t> bins, Index<index_t> size) {
+  return i * size / bins;
+}
+template <class index_t = int64_t>
+PSP_HOST_DEVICE index_t end_index(Index<index_t> i, Index<index_t> bins, Index<index_t> size) {
+  return ((i + 1) * size + bins - 1) / bins;
+}
 
 // The bins that cover pixel `at` are [first_bin, last_bin]: the inverse of start_index and end_index.
-PSP_HOST_DEVICE int64_t first_bin(int64_t at, int64_t bins, int64_t size) { return at * bins / size; }
-PSP_HOST_DEVICE int64_t last_bin(int64_t at, int64_t bins, int64_t size) { return ((at + 1) * bins - 1) / size; }
+template <class index_t = int64_t>
+PSP_HOST_DEVICE index_t first_bin(Index<index_t> at, Index<index_t> bins, Index<index_t> size) {
+  return at * bins / size;
+}
+template <class index_t = int64_t>
+PSP_HOST_DEVICE index_t last_bin(Index<index_t> at, Index<index_t> bins, Index<index_t> size) {
+  return ((at + 1) * bins - 1) / size;
+}
 
 // Bilinear interpolation along one axis (ATen/native/UpSample.h): pixel `at` of `size` is
 // (1 - lambda) * source[low] + lambda * source[high].

@@ -1,0 +1,67 @@
+// Channels-last maps: blocks that take a rectangle of pixels and a chunk of channels.
+#pragma once
+
+#include "common.cuh"
+
+namespace pspnet_fast::cuda {
+
+constexpr int kBatch = 4;  // loads that a thread has in flight
+
+// C channels, `vector` a thread, in `count` chunks; a block is `lanes` threads x over a chunk, the others y over
+// pixels.
+struct Chunks {
+  int lanes, count;
+  dim3 threads() const { return dim3(lanes, kThreads / lanes); }
+};
+
+inline Chunks make_chunks(int64_t C, int vector) {
+  const int64_t vectors = divide_up(C, vector);
+  int lanes = 1;
+  while (lanes < vectors && lanes < kWarp) lanes *= 2;
+  return {lanes, static_cast<int>(divide_up(vectors, lanes))};
+}
+
+// A block's number, with the chunk changing fastest, then the cell.
+struct Item {
+  int64_t n;
+  int cell, chunk;
+};
+
+__device__ __forceinline__ Item item_of_block(int cells, int chunks) {
+  const int cell = static_cast<int>(blockIdx.x / chunks);
+  return {cell / cells, cell % cells, static_cast<int>(blockIdx.x % chunks)};
+}
+
+// The thread's first channel, of V.
+template <int V>
+__device__ __forceinline__ int64_t first_channel(int chunk) {
+  return (static_cast<int64_t>(chunk) * blockDim.x + threadIdx.x) * V;
+}
+
+// Adds the V values that the threads y hold for each channel, in the order of y. Thread t of the block gets channel t
+// of the chunk, for t < blockDim.x * V.
+template <int V, class A>
+__device__ A block_total(const A (&values)[V]) {
+  PSP_SHARED(A, partial, kThreads * V);
+  const int channels = static_cast<int>(blockDim.x) * V;
+  const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
+  __syncthreads();  // an earlier call's readers
+  store(partial + thread * V, values);
+  __syncthreads();
+  A total = 0;
+  if (thread < channels) {
+    for (int y = 0; y < static_cast<int>(blockDim.y); ++y) total += partial[y * channels + thread];
+  }
+  return total;
+}
+
+// Calls write(channel, total) in the thread that has the total of that channel of C.
+template <int V, class A, class F>
+__device__ void write_total(const A (&values)[V], int chunk, int64_t C, F write) {
+  const A total = block_total(values);
+  const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
+  const int64_t channel = static_cast<int64_t>(chunk) * blockDim.x * V + thread;
+  if (thread < static_cast<int>(blockDim.x) * V && channel < C) write(channel, total);
+}
+
+}  // namespace pspnet_fast::cuda

@@ -1,0 +1,95 @@
+// Planar maps: the rows of one plane as 16-byte vectors, whatever the alignment of the plane.
+#pragma once
+
+#include "common.cuh"
+
+namespace pspnet_fast::cuda {
+
+// Up to kVector elements from or to memory: at once where there are that many and the pointer is aligned.
+template <class T>
+__device__ __forceinline__ void load_some(const T* from, int count, T (&values)[kVector<T>]) {
+  if (count == kVector<T> && aligned(from)) {
+    load(from, values);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i) {
+      if (i < count) values[i] = from[i];
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store_some(T* to, int count, const T (&values)[kVector<T>]) {
+  if (count == kVector<T> && aligned(to)) {
+    store(to, values);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i) {
+      if (i < count) to[i] = values[i];
+    }
+  }
+}
+
+// Elements between the last 16-byte boundary and `pointer`.
+template <class T>
+__device__ __forceinline__ int misalignment(const T* pointer) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) % 16 / sizeof(T));
+}
+
+// Rows without gaps are one run of elements.
+PSP_HOST_DEVICE bool dense(const Image& image, int64_t H, int64_t W) { return image.stride_h == W || H == 1; }
+
+// Shares `rows` rows of W elements among the block's threads, cut at the 16-byte boundaries of `data`: calls
+// visit(first, count) with count <= kVector elements from number `first` = y * W + x on. A piece leaves its row only
+// where `is_dense`.
+template <class T, class F>
+__device__ __forceinline__ void for_each_vector(const T* data, int64_t stride_h, int rows, int W, bool is_dense,
+                                                F visit) {
+  constexpr int V = kVector<T>;
+  const int length = is_dense ? rows * W : W, runs = is_dense ? 1 : rows;
+  const int threads = static_cast<int>(blockDim.x), lanes = is_dense ? threads : kWarp;
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int run = thread / lanes; run < runs; run += threads / lanes) {
+    const int lead = misalignment(data + run * stride_h);
+    for (int at = thread % lanes * V - lead; at < length; at += lanes * V) {
+      const int begin = max(at, 0), end = min(at + V, length);
+      if (begin < end) visit(run * W + begin, end - begin);
+    }
+  }
+}
+
+// Reads rows of a plane into shared memory and, where `copy` is given, stores them there too. Returns the first
+// element in shared memory, which must have room for kVector more; a barrier must follow.
+template <class T>
+__device__ __forceinline__ const T* stage_rows(const T* from, int64_t from_stride, T* copy, int64_t copy_stride,
+                                               int rows, int W, bool is_dense, T* shared) {
+  T* const tile = shared + misalignment(from);
+  for_each_vector(from, from_stride, rows, W, is_dense, [&](int first, int count) {
+    const int y = first / W, x = first - y * W;
+    T values[kVector<T>];
+    load_some(from + y * from_stride + x, count, values);
+    if (copy != nullptr) store_some(copy + y * copy_stride + x, count, values);
+    store_some(tile + first, count, values);
+  });
+  return tile;
+}
+
+// The shared memory of a block that stages rows beside its tables; rows == 0: they do not fit.
+struct Staging {
+  int rows;
+  size_t tile_bytes, bytes;
+};
+
+template <class T>
+Staging plan_staging(int64_t H, int64_t W, size_t table_bytes) {
+  const size_t row_bytes = static_cast<size_t>(W) * sizeof(T), fixed = table_bytes + 32;  // lead and rounding
+  if (table_bytes > kSharedBytes || fixed + row_bytes > kSharedBytes) return {0, 0, 0};
+  const int64_t room = static_cast<int64_t>((kSharedBytes - fixed) / row_bytes), rows = room < H ? room : H;
+  const size_t tile_bytes = (rows * row_bytes + 31) / 16 * 16;
+  return {static_cast<int>(rows), tile_bytes, tile_bytes + table_bytes};
+}
+
+// Where column x of a table row in shared memory lies: eight neighbours a thread then meet no bank twice.
+PSP_HOST_DEVICE int padded(int x) { return x + x / kWarp; }
+
+}  // namespace pspnet_fast::cuda
