@@ -1,32 +1,152 @@
-"""Modules around the operators."""
+"""FusedPPM: the pyramid pooling module on the fused operators."""
+
+import warnings
+from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import ops
+from .ops.checks import Bins, as_levels, check_map, count_cells, memory_format
+
+Concat = Literal["input_first", "input_last"]
 
 
 class FusedPPM(nn.Module):
-    """Pyramid pooling module (first version in plain torch; the kernels come under the same interface)."""
+    """Pyramid pooling module (Zhao et al., CVPR 2017, figure 3c), in place of the usual one.
 
-    def __init__(self, in_channels: int, reduction_channels: int | None = None, bins=(1, 2, 3, 6), align_corners=True,
-                 concat="input_first", norm_layer=nn.BatchNorm2d, activation=nn.ReLU) -> None:
+    Equivalent to `torch.cat([x] + [F.interpolate(f(x), x.shape[2:], mode="bilinear", align_corners=align_corners) for f
+    in features], 1)` with `features[i] = Sequential(AdaptiveAvgPool2d(bins[i]), Conv2d(C, R, 1, bias=False), norm, act)`:
+    the same parameters and state_dict keys as semseg's PPM (`features.{i}.1.weight`, `features.{i}.2.*`), the same
+    outputs, gradients and running statistics. Forward reads x once and writes the output once; backward reads the
+    output's gradient once and writes that of x once. The same bits on every run, on CPU and CUDA.
+
+    Args:
+        in_channels: C, channels of the feature map.
+        reduction_channels: R, channels of each level after its 1x1 convolution; C // len(bins) by default.
+        bins: for each level an int or a pair (bins_h, bins_w).
+        align_corners: of the bilinear upsampling, as in F.interpolate.
+        concat: "input_first" for [x, levels], "input_last" for [levels, x].
+        norm_layer: makes the norm of a level from R: nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity, ...
+        activation: makes the activation of a level.
+
+    Shapes: x (N, C, H, W), N >= 0, any H, W >= 1, float32, float64, bfloat16 or float16 -> (N, C + len(bins) * R, H, W)
+    in the dtype and memory format (contiguous or channels-last) of x. Under autocast it runs in the dtype of x, where
+    the stock module upcasts its upsampling on CUDA.
+
+    In evaluation, batch norm and ReLU run inside the 1x1 convolutions. In training, a level with one value a channel
+    (batch 1 and bin 1, in one process) has no batch statistics, which makes the stock module raise: here this level is
+    normalised by its running statistics, which stay as they are, and one warning says so.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        reduction_channels: int | None = None,
+        bins: Bins = (1, 2, 3, 6),
+        align_corners: bool = True,
+        concat: Concat = "input_first",
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        activation: Callable[[], nn.Module] = lambda: nn.ReLU(inplace=True),
+    ) -> None:
         super().__init__()
-        r = reduction_channels or in_channels // len(bins)
-        self.bins, self.align_corners = bins, align_corners
+        self.levels = as_levels(bins)
+        if not isinstance(in_channels, int) or in_channels < 1:
+            raise ValueError(f"in_channels must be an int >= 1, but is {in_channels!r}")
+        if reduction_channels is None:
+            reduction_channels = in_channels // len(self.levels)
+            if reduction_channels < 1:
+                raise ValueError(f"reduction_channels must be given where in_channels ({in_channels}) < len(bins)")
+        if not isinstance(reduction_channels, int) or reduction_channels < 1:
+            raise ValueError(f"reduction_channels must be an int >= 1, but is {reduction_channels!r}")
+        if concat not in get_args(Concat):
+            raise ValueError(f"concat must be one of {', '.join(map(repr, get_args(Concat)))}, but is {concat!r}")
+        self.in_channels = in_channels
+        self.reduction_channels = reduction_channels
+        self.out_channels = in_channels + len(self.levels) * reduction_channels
+        self.bins = tuple(bins)
+        self.align_corners = align_corners
+        self.concat: Concat = concat
+        # index 0 stands for the pooling, which has no parameters, so that the keys are those of semseg's PPM
         self.features = nn.ModuleList(
-            nn.Sequential(nn.Identity(), nn.Conv2d(in_channels, r, 1, bias=False), norm_layer(r), activation())
-            for _ in bins
+            nn.Sequential(
+                nn.Identity(),
+                nn.Conv2d(in_channels, reduction_channels, 1, bias=False),
+                norm_layer(reduction_channels),
+                activation(),
+            )
+            for _ in self.levels
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        size = input.shape[-2:]
-        levels = []
-        for b, f in zip(self.bins, self.features, strict=True):
-            bn = f[2]
-            pooled = f[1](F.adaptive_avg_pool2d(input, b))
-            if bn.training and pooled.numel() == pooled.shape[1]:
-                pooled = F.batch_norm(pooled, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
-            else:
-                pooled = bn(pooled)
-            levels.append(F.interpolate(f[3](pooled), size, mode="bilinear", align_corners=self.align_corners))
-        return torch.cat([input, *levels], 1)
+        """(N, C, H, W) -> (N, C + len(bins) * R, H, W)."""
+        check_map("input", input)
+        n, c, h, w = input.shape
+        if c != self.in_channels:
+            raise ValueError(f"input must have in_channels = {self.in_channels} channels, but has shape {tuple(input.shape)}")
+        context = self.out_channels - c
+        first_input, first_level = (0, c) if self.concat == "input_first" else (context, 0)
+        output = torch.empty(
+            (n, self.out_channels, h, w), dtype=input.dtype, device=input.device, memory_format=memory_format(input)
+        )
+        pooled = ops.pyramid_pool(input, self.bins, concat=output, offset=first_input)
+        reduced = self._reduce(pooled)
+        return ops.pyramid_upsample_concat_(
+            output, reduced, self.bins, offset=first_level, align_corners=self.align_corners
+        )
+
+    def _reduce(self, pooled: Tensor) -> Tensor:
+        """1x1 convolution, norm and activation of all levels: (N, P, C) -> (N, P, R)."""
+        weights = [level[1].weight.to(pooled.dtype) for level in self.features]
+        norms, activations = [level[2] for level in self.features], [level[3] for level in self.features]
+        inference = not (torch.is_grad_enabled() and any(t.requires_grad for t in (pooled, *self.parameters())))
+        if inference and all(_has_running_statistics(norm) for norm in norms):
+            statistics = [(m.weight, m.bias, m.running_mean, m.running_var, m.eps) for m in norms]
+            relu = all(type(a) is nn.ReLU for a in activations)
+            reduced = ops.pyramid_reduce(pooled, weights, self.bins, norm=statistics, relu=relu)
+            return reduced if relu else self._each_level(reduced, lambda i, z: activations[i](z))
+        reduced = ops.pyramid_reduce(pooled, weights, self.bins)
+        return self._each_level(reduced, lambda i, z: activations[i](_normalize(norms[i], z)))
+
+    def _each_level(self, reduced: Tensor, function: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Applies function(i, (N, R, bins_h, bins_w)) to every level of (N, P, R)."""
+        n, _, r = reduced.shape
+        parts = reduced.split([count_cells((level,)) for level in self.levels], 1)
+        maps = [z.transpose(1, 2).reshape(n, r, *level) for z, level in zip(parts, self.levels, strict=True)]
+        return torch.cat([function(i, z).to(reduced.dtype).flatten(2) for i, z in enumerate(maps)], 2).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return (
+            f"{self.in_channels}, {self.reduction_channels}, bins={self.bins}, align_corners={self.align_corners}, "
+            f"concat={self.concat!r}"
+        )
+
+
+def _has_running_statistics(norm: nn.Module) -> bool:
+    """Whether the norm is a batch norm in evaluation mode, an affine map by its buffers."""
+    return isinstance(norm, _BatchNorm) and not norm.training and norm.affine and norm.running_mean is not None
+
+
+def _normalize(norm: nn.Module, z: Tensor) -> Tensor:
+    """norm(z), but by running statistics where training batch norm has one value a channel and no batch statistics."""
+    if not (isinstance(norm, _BatchNorm) and norm.training and z.size(0) * z.size(2) * z.size(3) == 1):
+        return norm(z)
+    if norm.running_mean is None or (isinstance(norm, nn.SyncBatchNorm) and _world_size(norm) > 1):
+        return norm(z)
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            "FusedPPM: a level has one value per channel in training (batch 1, bin 1): it uses its running statistics",
+            stacklevel=2,
+        )
+    return F.batch_norm(z, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+
+
+def _world_size(norm: nn.SyncBatchNorm) -> int:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 1
+    return distributed.get_world_size(norm.process_group)

@@ -1,0 +1,303 @@
+// Pyramid pooling on the CPU. All levels' bin edges together cut an axis into segments; each segment cell is summed
+// once while the input streams by, then cells are added into bins, always in the same order.
+#include "cpu_kernel.h"
+
+namespace pspnet_fast::cpu {
+namespace {
+
+// The pieces into which the bin edges of all levels cut an axis of `size` pixels.
+struct Segments {
+  std::vector<int64_t> edges;                // ascending, from 0 to size
+  std::vector<int64_t> first[kMaxLevels];    // of each bin of each level: its first segment
+  std::vector<int64_t> last[kMaxLevels];     // and the one behind its last
+
+  Segments(const Levels& levels, const int (&bins)[kMaxLevels], int64_t size) : edges{0, size} {
+    for (int l = 0; l < levels.count; ++l) {
+      for (int i = 0; i < bins[l]; ++i) {
+        edges.push_back(start_index(i, bins[l], size));
+        edges.push_back(end_index(i, bins[l], size));
+      }
+    }
+    std::sort(edges.begin(), edges.end());
+    edges.erase(std::unique(edges.begin(), edges.end()), edges.end());
+    const auto position = [&](int64_t edge) {
+      return std::lower_bound(edges.begin(), edges.end(), edge) - edges.begin();
+    };
+    for (int l = 0; l < levels.count; ++l) {
+      for (int i = 0; i < bins[l]; ++i) {
+        first[l].push_back(position(start_index(i, bins[l], size)));
+        last[l].push_back(position(end_index(i, bins[l], size)));
+      }
+    }
+  }
+
+  int64_t count() const { return static_cast<int64_t>(edges.size()) - 1; }
+  int64_t begin(int64_t s) const { return edges[s]; }
+  int64_t end(int64_t s) const { return edges[s + 1]; }
+  int64_t size() const { return edges.back(); }
+  int64_t pixels(int level, int64_t bin) const { return edges[last[level][bin]] - edges[first[level][bin]]; }
+};
+
+template <class T>
+struct PoolBase {
+  using acc_t = acc_type<T>;
+  const PyramidPoolArgs& a;
+  const Segments &rows, &columns;
+  bool stream;
+
+  // mean[k] = the mean over bin (i, j) of level l from cells [rows][columns][stride]
+  PSP_INLINE void bin_mean(const acc_t* cells, int64_t stride, int l, int64_t i, int64_t j, acc_t* mean, int64_t n) const {
+    std::fill_n(mean, n, acc_t(0));
+    for (int64_t s = rows.first[l][i]; s < rows.last[l][i]; ++s) {
+      for (int64_t t = columns.first[l][j]; t < columns.last[l][j]; ++t) {
+        const acc_t* cell = cells + (s * columns.count() + t) * stride;
+        for (int64_t k = 0; k < n; ++k) mean[k] += cell[k];
+      }
+    }
+    const acc_t pixels = static_cast<acc_t>(rows.pixels(l, i) * columns.pixels(l, j));
+    for (int64_t k = 0; k < n; ++k) mean[k] /= pixels;
+  }
+};
+
+// Planar maps, a unit is 16 planes: so many that the bins' sums run over them as a vector.
+template <class T>
+struct PlanarPool : PoolBase<T> {
+  using acc_t = acc_type<T>;
+  static constexpr int64_t kPlanes = 16;
+
+  PSP_INLINE void operator()(int64_t begin, int64_t end) const {
+    const auto& a = this->a;
+    const int64_t blocks = (a.C + kPlanes - 1) / kPlanes, S = this->rows.count(), Q = this->columns.count();
+    std::vector<acc_t> column_sums(a.W), cells(S * Q * kPlanes);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t n = unit / blocks, c0 = unit % blocks * kPlanes, planes = std::min(kPlanes, a.C - c0);
+      for (int64_t k = 0; k < planes; ++k) {
+        for (int64_t s = 0; s < S; ++s) sum_segment_row(n, c0 + k, s, column_sums.data(), &cells[s * Q * kPlanes + k]);
+        copy_plane(n, c0 + k);
+      }
+      write_bins(n, c0, planes, cells.data());
+    }
+    if (this->stream) store_fence();
+  }
+
+  PSP_INLINE void sum_segment_row(int64_t n, int64_t c, int64_t s, acc_t* __restrict__ sums, acc_t* cells) const {
+    std::fill_n(sums, this->a.W, acc_t(0));
+    for (int64_t h = this->rows.begin(s); h < this->rows.end(s); ++h) {
+      const T* row = at<T>(this->a.input, n, c, h);
+      for (int64_t w = 0; w < this->a.W; ++w) sums[w] += to_acc(row[w]);
+    }
+    for (int64_t t = 0; t < this->columns.count(); ++t) {
+      acc_t sum = 0;
+      for (int64_t w = this->columns.begin(t); w < this->columns.end(t); ++w) sum += sums[w];
+      cells[t * kPlanes] = sum;
+    }
+  }
+
+  // The plane has just been read and is still in the cache.
+  PSP_INLINE void copy_plane(int64_t n, int64_t c) const {
+    const auto& a = this->a;
+    if (!a.concat.data) return;
+    if (a.input.stride_h == a.W) return store_plane(a.concat, n, c, a.H, a.W, at<T>(a.input, n, c, 0), this->stream);
+    for (int64_t h = 0; h < a.H; ++h) store(mutable_at<T>(a.concat, n, c, h), at<T>(a.input, n, c, h), a.W, this->stream);
+  }
+
+  PSP_INLINE void write_bins(int64_t n, int64_t c0, int64_t planes, const acc_t* cells) const {
+    const auto& levels = this->a.levels;
+    T* pooled = static_cast<T*>(this->a.pooled) + n * levels.first[levels.count] * this->a.C + c0;
+    acc_t mean[kPlanes];
+    for (int l = 0; l < levels.count; ++l) {
+      for (int64_t i = 0; i < levels.bins_h[l]; ++i) {
+        for (int64_t j = 0; j < levels.bins_w[l]; ++j, pooled += this->a.C) {
+          this->bin_mean(cells, kPlanes, l, i, j, mean, kPlanes);
+          for (int64_t k = 0; k < planes; ++k) pooled[k] = from_acc<T>(mean[k]);
+        }
+      }
+    }
+  }
+};
+
+// Channels-last maps, first pass: a unit is one segment row of one chunk of channels.
+template <class T>
+struct ChannelsLastPool : PoolBase<T> {
+  using acc_t = acc_type<T>;
+  int64_t chunk;
+  acc_t* cells;  // [N, rows, columns, C]
+
+  PSP_INLINE void operator()(int64_t begin, int64_t end) const {
+    const auto& a = this->a;
+    const int64_t S = this->rows.count(), Q = this->columns.count(), chunks = (a.C + chunk - 1) / chunk;
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t n = unit / (S * chunks), s = unit / chunks % S, c = unit % chunks * chunk;
+      const int64_t channels = std::min(chunk, a.C - c);
+      acc_t* __restrict__ sums = cells + (n * S + s) * Q * a.C + c;
+      for (int64_t t = 0; t < Q; ++t) std::fill_n(sums + t * a.C, channels, acc_t(0));
+      for (int64_t h = this->rows.begin(s); h < this->rows.end(s); ++h) {
+        for (int64_t t = 0; t < Q; ++t) {
+          for (int64_t w = this->columns.begin(t); w < this->columns.end(t); ++w) {
+            const T* __restrict__ pixel = at<T>(a.input, n, c, h) + w * a.input.stride_w;
+            for (int64_t k = 0; k < channels; ++k) sums[t * a.C + k] += to_acc(pixel[k]);
+            if (a.concat.data) {
+              store(mutable_at<T>(a.concat, n, c, h) + w * a.concat.stride_w, pixel, channels, this->stream);
+            }
+          }
+        }
+      }
+    }
+    if (this->stream) store_fence();
+  }
+};
+
+// Channels-last maps, second pass: a unit is one bin.
+template <class T>
+struct ChannelsLastBins : PoolBase<T> {
+  using acc_t = acc_type<T>;
+  const acc_t* cells;  // [N, rows, columns, C]
+
+  PSP_INLINE void operator()(int64_t begin, int64_t end) const {
+    const auto& a = this->a;
+    const int64_t P = a.levels.first[a.levels.count], area = this->rows.count() * this->columns.count();
+    std::vector<acc_t> mean(a.C);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t n = unit / P, p = unit % P;
+      int l = 0;
+      while (p >= a.levels.first[l + 1]) ++l;
+      const int64_t bin = p - a.levels.first[l];
+      this->bin_mean(cells + n * area * a.C, a.C, l, bin / a.levels.bins_w[l], bin % a.levels.bins_w[l], mean.data(), a.C);
+      T* pooled = static_cast<T*>(a.pooled) + unit * a.C;
+      for (int64_t k = 0; k < a.C; ++k) pooled[k] = from_acc<T>(mean[k]);
+    }
+  }
+};
+
+template <class T>
+struct PoolBackwardBase {
+  using acc_t = acc_type<T>;
+  const PyramidPoolBackwardArgs& a;
+  const Segments &rows, &columns;
+  bool stream;
+
+  // grad[k] = sum over the bins that cover the cell (s, t) of grad_pooled / the bin's pixels, channels c .. c + count
+  PSP_INLINE void cell_gradient(int64_t n, int64_t c, int64_t s, int64_t t, acc_t* __restrict__ grad, int64_t count) const {
+    std::fill_n(grad, count, acc_t(0));
+    const int64_t h = rows.begin(s), w = columns.begin(t), P = a.levels.first[a.levels.count];
+    for (int l = 0; l < a.levels.count; ++l) {
+      const int64_t bins_h = a.levels.bins_h[l], bins_w = a.levels.bins_w[l];
+      for (int64_t i = first_bin(h, bins_h, a.H); i <= last_bin(h, bins_h, a.H); ++i) {
+        for (int64_t j = first_bin(w, bins_w, a.W); j <= last_bin(w, bins_w, a.W); ++j) {
+          const acc_t share = acc_t(1) / static_cast<acc_t>(rows.pixels(l, i) * columns.pixels(l, j));
+          const T* pooled = static_cast<const T*>(a.grad_pooled) + (n * P + a.levels.first[l] + i * bins_w + j) * a.C + c;
+          for (int64_t k = 0; k < count; ++k) grad[k] += to_acc(pooled[k]) * share;
+        }
+      }
+    }
+  }
+};
+
+// Planar maps, a unit is 16 planes.
+template <class T>
+struct PlanarPoolBackward : PoolBackwardBase<T> {
+  using acc_t = acc_type<T>;
+  static constexpr int64_t kPlanes = 16;
+
+  PSP_INLINE void operator()(int64_t begin, int64_t end) const {
+    const auto& a = this->a;
+    const int64_t blocks = (a.C + kPlanes - 1) / kPlanes, S = this->rows.count(), Q = this->columns.count();
+    std::vector<acc_t> cells(S * Q * kPlanes), row(a.W);
+    std::vector<T> plane(a.H * a.W);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t n = unit / blocks, c0 = unit % blocks * kPlanes, planes = std::min(kPlanes, a.C - c0);
+      for (int64_t cell = 0; cell < S * Q; ++cell) {
+        this->cell_gradient(n, c0, cell / Q, cell % Q, &cells[cell * kPlanes], planes);
+      }
+      for (int64_t k = 0; k < planes; ++k) {
+        for (int64_t s = 0; s < S; ++s) {
+          for (int64_t t = 0; t < Q; ++t) {
+            std::fill(&row[this->columns.begin(t)], &row[0] + this->columns.end(t), cells[(s * Q + t) * kPlanes + k]);
+          }
+          for (int64_t h = this->rows.begin(s); h < this->rows.end(s); ++h) {
+            add_row(n, c0 + k, h, row.data(), &plane[h * a.W]);
+          }
+        }
+        store_plane(a.grad_input, n, c0 + k, a.H, a.W, plane.data(), this->stream);
+      }
+    }
+    if (this->stream) store_fence();
+  }
+
+  PSP_INLINE void add_row(int64_t n, int64_t c, int64_t h, const acc_t* __restrict__ row, T* __restrict__ out) const {
+    if (this->a.grad_concat.data) {
+      const T* grad = at<T>(this->a.grad_concat, n, c, h);
+      for (int64_t w = 0; w < this->a.W; ++w) out[w] = from_acc<T>(to_acc(grad[w]) + row[w]);
+    } else {
+      for (int64_t w = 0; w < this->a.W; ++w) out[w] = from_acc<T>(row[w]);
+    }
+  }
+};
+
+// Channels-last maps, a unit is one segment row of one chunk of channels.
+template <class T>
+struct ChannelsLastPoolBackward : PoolBackwardBase<T> {
+  using acc_t = acc_type<T>;
+  int64_t chunk;
+
+  PSP_INLINE void operator()(int64_t begin, int64_t end) const {
+    const auto& a = this->a;
+    const int64_t S = this->rows.count(), Q = this->columns.count(), chunks = (a.C + chunk - 1) / chunk;
+    std::vector<acc_t> cells(Q * chunk);
+    std::vector<T> out(chunk);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t n = unit / (S * chunks), s = unit / chunks % S, c = unit % chunks * chunk;
+      const int64_t channels = std::min(chunk, a.C - c);
+      for (int64_t t = 0; t < Q; ++t) this->cell_gradient(n, c, s, t, &cells[t * chunk], channels);
+      for (int64_t h = this->rows.begin(s); h < this->rows.end(s); ++h) {
+        for (int64_t t = 0; t < Q; ++t) {
+          for (int64_t w = this->columns.begin(t); w < this->columns.end(t); ++w) {
+            add_pixel(n, c, h, w, &cells[t * chunk], out.data(), channels);
+          }
+        }
+      }
+    }
+    if (this->stream) store_fence();
+  }
+
+  PSP_INLINE void add_pixel(int64_t n, int64_t c, int64_t h, int64_t w, const acc_t* __restrict__ cell,
+                            T* __restrict__ out, int64_t channels) const {
+    const auto& a = this->a;
+    if (a.grad_concat.data) {
+      const T* grad = at<T>(a.grad_concat, n, c, h) + w * a.grad_concat.stride_w;
+      for (int64_t k = 0; k < channels; ++k) out[k] = from_acc<T>(to_acc(grad[k]) + cell[k]);
+    } else {
+      for (int64_t k = 0; k < channels; ++k) out[k] = from_acc<T>(cell[k]);
+    }
+    store(mutable_at<T>(a.grad_input, n, c, h) + w * a.grad_input.stride_w, out, channels, this->stream);
+  }
+};
+
+}  // namespace
+
+void pyramid_pool(const PyramidPoolArgs& a) {
+  const Segments rows(a.levels, a.levels.bins_h, a.H), columns(a.levels, a.levels.bins_w, a.W);
+  dispatch(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const PoolBase<T> base{a, rows, columns, a.N * a.C * a.H * a.W * static_cast<int64_t>(sizeof(T)) > kStreamBytes};
+    if (!a.channels_last) return parallel(a.N * ((a.C + 15) / 16), PlanarPool<T>{base});
+    std::vector<acc_type<T>> cells(a.N * rows.count() * columns.count() * a.C);
+    const int64_t chunk = chunk_size(a.N * rows.count(), a.C), chunks = (a.C + chunk - 1) / chunk;
+    parallel(a.N * rows.count() * chunks, ChannelsLastPool<T>{base, chunk, cells.data()});
+    parallel(a.N * a.levels.first[a.levels.count], ChannelsLastBins<T>{base, cells.data()});
+  });
+}
+
+void pyramid_pool_backward(const PyramidPoolBackwardArgs& a) {
+  const Segments rows(a.levels, a.levels.bins_h, a.H), columns(a.levels, a.levels.bins_w, a.W);
+  dispatch(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const PoolBackwardBase<T> base{a, rows, columns,
+                                   a.N * a.C * a.H * a.W * static_cast<int64_t>(sizeof(T)) > kStreamBytes};
+    if (!a.channels_last) return parallel(a.N * ((a.C + 15) / 16), PlanarPoolBackward<T>{base});
+    const int64_t chunk = chunk_size(a.N * rows.count(), a.C), chunks = (a.C + chunk - 1) / chunk;
+    parallel(a.N * rows.count() * chunks, ChannelsLastPoolBackward<T>{base, chunk});
+  });
+}
+
+}  // namespace pspnet_fast::cpu

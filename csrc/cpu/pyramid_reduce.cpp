@@ -1,0 +1,267 @@
+// The 1x1 convolutions of all levels on the CPU: products of tall, thin matrices (P cells of C values against R x C
+// weights), held in register tiles of 64-byte vectors; lower precisions are widened a tile's rows at a time.
+#include <cmath>
+
+#include "cpu_kernel.h"
+
+namespace pspnet_fast::cpu {
+namespace {
+
+constexpr int kRows = 6, kColumns = 4;  // a register tile: 24 accumulators of the 32 vector registers
+
+template <class acc_t>
+struct VectorType {
+  typedef acc_t type __attribute__((vector_size(64)));
+};
+template <class acc_t>
+using Vector = typename VectorType<acc_t>::type;
+template <class acc_t>
+constexpr int64_t kLanes = 64 / sizeof(acc_t);
+
+template <class acc_t>
+PSP_INLINE Vector<acc_t> load(const acc_t* from) {
+  Vector<acc_t> v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+template <class acc_t>
+PSP_INLINE acc_t horizontal_sum(Vector<acc_t> v) {
+  acc_t sum = 0;
+  for (int64_t k = 0; k < kLanes<acc_t>; ++k) sum += v[k];
+  return sum;
+}
+
+// `rows` x n values in the accumulation type: widened into `scratch` or, where they are that already, in place.
+template <class T>
+struct Widened {
+  const acc_type<T>* data;
+  int64_t stride;
+
+  PSP_INLINE Widened(const T* from, int64_t rows, int64_t n, int64_t from_stride, std::vector<acc_type<T>>& scratch) {
+    if constexpr (std::is_same_v<T, acc_type<T>>) {
+      data = from, stride = from_stride;
+    } else {
+      scratch.resize(rows * n);
+      for (int64_t i = 0; i < rows; ++i) {
+        acc_type<T>* __restrict__ to = &scratch[i * n];
+        for (int64_t k = 0; k < n; ++k) to[k] = to_acc(from[i * from_stride + k]);
+      }
+      data = scratch.data(), stride = n;
+    }
+  }
+};
+
+// Calls tile(row, rows_in_tile as a constant) over all of `rows`, in tiles of kRows and one smaller.
+template <int kTile = kRows, class Tile>
+PSP_INLINE void for_tiles(int64_t row, int64_t rows, const Tile& tile) {
+  for (; row + kTile <= rows; row += kTile) tile(row, std::integral_constant<int, kTile>{});
+  if constexpr (kTile > 1) {
+    if (row < rows) for_tiles<kTile - 1>(row, rows, tile);
+  }
+}
+
+// A cell's row in [N, P, ...] from its index among the N * cells rows of its level.
+struct LevelRows {
+  int64_t first, cells, P;
+  LevelRows(const Levels& levels, int l)
+      : first(levels.first[l]), cells(levels.first[l + 1] - levels.first[l]), P(levels.first[levels.count]) {}
+  PSP_INLINE int64_t operator()(int64_t m) const { return m / cells * P + first + m % cells; }
+};
+
+// reduced[m, r] = relu(norm(sum over c of pooled[m, c] * weight[r, c])); a unit is kColumns channels r of one level.
+template <class T>
+struct Reduce {
+  using acc_t = acc_type<T>;
+  const PyramidReduceArgs& a;
+  const acc_t* pooled;  // [N, P, C], widened
+
+  PSP_INLINE void operator()(int64_t begin, int64_t end) const {
+    std::vector<acc_t> scratch;
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int l = static_cast<int>(unit % a.levels.count);  // levels differ in work: every thread gets some of each
+      const int64_t r0 = unit / a.levels.count * kColumns, columns = std::min<int64_t>(kColumns, a.R - r0);
+      const Widened<T> weight(static_cast<const T*>(a.weights[l]) + r0 * a.C, columns, a.C, a.C, scratch);
+      const LevelRows row(a.levels, l);
+      for_tiles(0, a.N * row.cells, [&](int64_t m, auto rows) __attribute__((always_inline)) {
+        if (columns == kColumns) {
+          tile<rows(), kColumns>(l, row, m, r0, weight);
+        } else {
+          for (int64_t q = 0; q < columns; ++q) tile<rows(), 1>(l, row, m, r0 + q, {weight, q});
+        }
+      });
+    }
+  }
+
+  struct Rows {
+    const acc_t* data;
+    int64_t stride;
+    PSP_INLINE Rows(const Widened<T>& w, int64_t first = 0) : data(w.data + first * w.stride), stride(w.stride) {}
+  };
+
+  template <int kM, int kR>
+  PSP_INLINE void tile(int l, const LevelRows& row, int64_t m, int64_t r, const Rows& weight) const {
+    Vector<acc_t> sums[kM][kR] = {};
+    const acc_t* inputs[kM];
+    for (int i = 0; i < kM; ++i) inputs[i] = pooled + row(m + i) * a.C;
+    int64_t c = 0;
+    for (; c + kLanes<acc_t> <= a.C; c += kLanes<acc_t>) {
+      Vector<acc_t> w[kR];
+      for (int q = 0; q < kR; ++q) w[q] = load(weight.data + q * weight.stride + c);
+      for (int i = 0; i < kM; ++i) {
+        const Vector<acc_t> x = load(inputs[i] + c);
+        for (int q = 0; q < kR; ++q) sums[i][q] += x * w[q];
+      }
+    }
+    for (int i = 0; i < kM; ++i) {
+      for (int q = 0; q < kR; ++q) {
+        acc_t sum = horizontal_sum<acc_t>(sums[i][q]);
+        for (int64_t k = c; k < a.C; ++k) sum += inputs[i][k] * weight.data[q * weight.stride + k];
+        static_cast<T*>(a.reduced)[row(m + i) * a.R + r + q] = from_acc<T>(normalize(sum, l, r + q));
+      }
+    }
+  }
+
+  // Evaluation-mode batch normalisation and ReLU, where asked for.
+  PSP_INLINE acc_t normalize(acc_t value, int l, int64_t r) const {
+    if (a.norm[l][0]) {
+      const acc_t weight = norm_value(a.norm[l][0], r), bias = norm_value(a.norm[l][1], r);
+      const acc_t mean = norm_value(a.norm[l][2], r), variance = norm_value(a.norm[l][3], r);
+      value = (value - mean) * (weight / std::sqrt(variance + static_cast<acc_t>(a.eps[l]))) + bias;
+    }
+    return a.relu && value < acc_t(0) ? acc_t(0) : value;
+  }
+
+  PSP_INLINE acc_t norm_value(const void* values, int64_t r) const {
+    if (a.norm_dtype == a.dtype) return to_acc(static_cast<const T*>(values)[r]);
+    return static_cast<const float*>(values)[r];
+  }
+};
+
+// grad_pooled[m, c] = sum over r of grad[m, r] * weight[r, c]; a unit is one block of columns c of one level.
+template <class T>
+struct ReduceBackwardPooled {
+  using acc_t = acc_type<T>;
+  static constexpr int64_t kBlock = kColumns * kLanes<acc_t>;
+  const PyramidReduceBackwardArgs& a;
+  const acc_t* grad;  // [N, P, R], widened
+
+  PSP_INLINE void operator()(int64_t begin, int64_t end) const {
+    std::vector<acc_t> scratch, padded(a.R * kBlock);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int l = static_cast<int>(unit % a.levels.count);
+      const int64_t c0 = unit / a.levels.count * kBlock, columns = std::min(kBlock, a.C - c0);
+      const T* from = static_cast<const T*>(a.weights[l]) + c0;
+      Widened<T> weight(from, a.R, columns, a.C, scratch);
+      if (columns < kBlock) {  // the last block: zeros behind its columns let the tile run over them
+        for (int64_t r = 0; r < a.R; ++r) {
+          std::copy_n(weight.data + r * weight.stride, columns, &padded[r * kBlock]);
+          std::fill_n(&padded[r * kBlock + columns], kBlock - columns, acc_t(0));
+        }
+        weight.data = padded.data(), weight.stride = kBlock;
+      }
+      const LevelRows row(a.levels, l);
+      for_tiles(0, a.N * row.cells, [&](int64_t m, auto rows) __attribute__((always_inline)) {
+        tile<rows()>(row, m, c0, columns, weight);
+      });
+    }
+  }
+
+  template <int kM>
+  PSP_INLINE void tile(const LevelRows& row, int64_t m, int64_t c0, int64_t columns, const Widened<T>& weight) const {
+    Vector<acc_t> sums[kM][kColumns] = {};
+    const acc_t* grads[kM];
+    for (int i = 0; i < kM; ++i) grads[i] = grad + row(m + i) * a.R;
+    for (int64_t r = 0; r < a.R; ++r) {
+      Vector<acc_t> w[kColumns];
+      for (int q = 0; q < kColumns; ++q) w[q] = load(weight.data + r * weight.stride + q * kLanes<acc_t>);
+      for (int i = 0; i < kM; ++i) {
+        for (int q = 0; q < kColumns; ++q) sums[i][q] += grads[i][r] * w[q];
+      }
+    }
+    for (int i = 0; i < kM; ++i) {
+      acc_t values[kBlock];
+      __builtin_memcpy(values, sums[i], sizeof values);
+      T* out = static_cast<T*>(a.grad_pooled) + row(m + i) * a.C + c0;
+      for (int64_t k = 0; k < columns; ++k) out[k] = from_acc<T>(values[k]);
+    }
+  }
+};
+
+// grad_weight[r, c] = sum over m of grad[m, r] * pooled[m, c]; a unit is up to kRows channels r of one level.
+template <class T>
+struct ReduceBackwardWeight {
+  using acc_t = acc_type<T>;
+  static constexpr int64_t kBlock = kColumns * kLanes<acc_t>;
+  const PyramidReduceBackwardArgs& a;
+  const acc_t *grad, *pooled;  // [N, P, R], [N, P, C + padding], widened
+  int64_t pooled_stride;
+
+  PSP_INLINE void operator()(int64_t begin, int64_t end) const {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int l = static_cast<int>(unit % a.levels.count);
+      const int64_t r0 = unit / a.levels.count * kRows;
+      for_tiles(r0, std::min(r0 + kRows, a.R), [&](int64_t r, auto rows) __attribute__((always_inline)) {
+        for (int64_t c = 0; c < a.C; c += kBlock) tile<rows()>(l, r, c);
+      });
+    }
+  }
+
+  template <int kR>
+  PSP_INLINE void tile(int l, int64_t r, int64_t c) const {
+    const LevelRows row(a.levels, l);
+    Vector<acc_t> sums[kR][kColumns] = {};
+    for (int64_t n = 0; n < a.N; ++n) {
+      for (int64_t p = row.first; p < row.first + row.cells; ++p) {
+        const acc_t* grads = grad + (n * row.P + p) * a.R + r;
+        const acc_t* from = pooled + (n * row.P + p) * pooled_stride + c;
+        Vector<acc_t> x[kColumns];
+        for (int q = 0; q < kColumns; ++q) x[q] = load(from + q * kLanes<acc_t>);
+        for (int i = 0; i < kR; ++i) {
+          for (int q = 0; q < kColumns; ++q) sums[i][q] += grads[i] * x[q];
+        }
+      }
+    }
+    const int64_t columns = std::min(kBlock, a.C - c);
+    for (int i = 0; i < kR; ++i) {
+      acc_t values[kBlock];
+      __builtin_memcpy(values, sums[i], sizeof values);
+      T* out = static_cast<T*>(a.grad_weights) + ((l * a.R + r + i) * a.C) + c;
+      for (int64_t k = 0; k < columns; ++k) out[k] = from_acc<T>(values[k]);
+    }
+  }
+};
+
+// Rows of C values in the accumulation type, `padding` zeros behind each.
+template <class T>
+std::vector<acc_type<T>> widen_rows(const void* from, int64_t rows, int64_t C, int64_t padding = 0) {
+  std::vector<acc_type<T>> to(rows * (C + padding));
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t k = 0; k < C; ++k) to[i * (C + padding) + k] = to_acc(static_cast<const T*>(from)[i * C + k]);
+  }
+  return to;
+}
+
+}  // namespace
+
+void pyramid_reduce(const PyramidReduceArgs& a) {
+  dispatch(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const auto pooled = widen_rows<T>(a.pooled, a.N * a.levels.first[a.levels.count], a.C);
+    parallel(a.levels.count * ((a.R + kColumns - 1) / kColumns), Reduce<T>{a, pooled.data()});
+  });
+}
+
+void pyramid_reduce_backward(const PyramidReduceBackwardArgs& a) {
+  dispatch(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    constexpr int64_t kBlock = ReduceBackwardPooled<T>::kBlock;
+    const int64_t rows = a.N * a.levels.first[a.levels.count], padding = (kBlock - a.C % kBlock) % kBlock;
+    const auto grad = widen_rows<T>(a.grad_reduced, rows, a.R);
+    parallel(a.levels.count * ((a.C + kBlock - 1) / kBlock), ReduceBackwardPooled<T>{a, grad.data()});
+    const auto pooled = widen_rows<T>(a.pooled, rows, a.C, padding);
+    parallel(a.levels.count * ((a.R + kRows - 1) / kRows),
+             ReduceBackwardWeight<T>{a, grad.data(), pooled.data(), a.C + padding});
+  });
+}
+
+}  // namespace pspnet_fast::cpu

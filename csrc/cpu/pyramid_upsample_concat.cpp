@@ -1,0 +1,246 @@
+// Bilinear upsampling of every level into the concatenation, on the CPU: U = A_h z A_w^T with the interpolation
+// matrices A, and backward grad_z = A_h^T grad A_w, one axis after the other.
+#include "cpu_kernel.h"
+
+namespace pspnet_fast::cpu {
+namespace {
+
+// The interpolation matrix A [size, bins] of one axis. A row has at most two non-zeros, so a column is non-zero in one
+// short run: both views are kept.
+template <class acc_t>
+struct Interpolation {
+  std::vector<SourceIndex<acc_t>> rows;
+  struct Column {
+    int64_t begin, end;           // where it is non-zero
+    std::vector<acc_t> weights;   // there
+  };
+  std::vector<Column> columns;
+
+  Interpolation(int bins, int64_t size, bool align_corners) : columns(bins, Column{size, 0, {}}) {
+    const acc_t scale = source_scale<acc_t>(bins, size, align_corners);
+    for (int64_t i = 0; i < size; ++i) {
+      rows.push_back(source_index(i, scale, bins, align_corners));
+      for (const int j : {rows[i].low, rows[i].high}) {
+        columns[j].begin = std::min(columns[j].begin, i);
+        columns[j].end = std::max(columns[j].end, i + 1);
+      }
+    }
+    for (int j = 0; j < bins; ++j) {
+      for (int64_t i = columns[j].begin; i < columns[j].end; ++i) {
+        const auto& row = rows[i];
+        columns[j].weights.push_back((row.low == j ? acc_t(1) - row.lambda : acc_t(0)) +
+                                     (row.high == j ? row.lambda : acc_t(0)));
+      }
+    }
+  }
+};
+
+template <class acc_t>
+std::vector<Interpolation<acc_t>> interpolations(const Levels& levels, const int (&bins)[kMaxLevels], int64_t size,
+                                                 bool align_corners) {
+  std::vector<Interpolation<acc_t>> result;
+  for (int l = 0; l < levels.count; ++l) result.emplace_back(bins[l], size, align_corners);
+  return result;
+}
+
+// to[k] = (1 - lambda) * low[k] + lambda * high[k]
+template <class Out, class In, class acc_t>
+PSP_INLINE void mix(Out* __restrict__ to, const In* __restrict__ low, const In* __restrict__ high, acc_t lambda, int64_t n) {
+  for (int64_t k = 0; k < n; ++k) {
+    to[k] = from_acc<Out>((acc_t(1) - lambda) * to_acc(low[k]) + lambda * to_acc(high[k]));
+  }
+}
+
+// low[k] += (1 - lambda) * from[k], high[k] += lambda * from[k]; low and high may be the same
+template <class In, class acc_t>
+PSP_INLINE void unmix(acc_t* low, acc_t* high, const In* __restrict__ from, acc_t lambda, int64_t n) {
+  if (low == high) {
+    for (int64_t k = 0; k < n; ++k) low[k] += to_acc(from[k]);
+    return;
+  }
+  acc_t *__restrict__ first = low, *__restrict__ second = high;
+  for (int64_t k = 0; k < n; ++k) {
+    first[k] += (acc_t(1) - lambda) * to_acc(from[k]);
+    second[k] += lambda * to_acc(from[k]);
+  }
+}
+
+template <class T, class Args>
+struct UpsampleBase {
+  using acc_t = acc_type<T>;
+  const Args& a;
+  std::vector<Interpolation<acc_t>> vertical, horizontal;
+  bool stream;
+
+  explicit UpsampleBase(const Args& args)
+      : a(args),
+        vertical(interpolations<acc_t>(a.levels, a.levels.bins_h, a.H, a.align_corners)),
+        horizontal(interpolations<acc_t>(a.levels, a.levels.bins_w, a.W, a.align_corners)),
+        stream(a.N * a.levels.count * a.R * a.H * a.W * static_cast<int64_t>(sizeof(T)) > kStreamBytes) {}
+
+  // Offset of channel r of cell (i, j) of level l in the reduced map [N, P, R].
+  PSP_INLINE int64_t cell(int64_t n, int l, int64_t i, int64_t j, int64_t r) const {
+    return ((n * a.levels.first[a.levels.count] + a.levels.first[l] + i * a.levels.bins_w[l] + j) * a.R) + r;
+  }
+  int max_bins_w() const { return *std::max_element(a.levels.bins_w, a.levels.bins_w + a.levels.count); }
+};
+
+// Planar maps, a unit is one plane: a level's rows are widened once, then mixed vertically.
+template <class T>
+struct PlanarUpsample : UpsampleBase<T, PyramidUpsampleConcatArgs> {
+  using acc_t = acc_type<T>;
+  using UpsampleBase<T, PyramidUpsampleConcatArgs>::UpsampleBase;
+
+  PSP_INLINE void operator()(int64_t begin, int64_t end) const {
+    const auto& a = this->a;
+    const T* reduced = static_cast<const T*>(a.reduced);
+    std::vector<acc_t> wide(*std::max_element(a.levels.bins_h, a.levels.bins_h + a.levels.count) * a.W);
+    std::vector<T> plane(a.H * a.W);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t n = unit / (a.levels.count * a.R), channel = unit % (a.levels.count * a.R), r = channel % a.R;
+      const int l = static_cast<int>(channel / a.R), bins_h = a.levels.bins_h[l], bins_w = a.levels.bins_w[l];
+      std::fill_n(wide.begin(), bins_h * a.W, acc_t(0));
+      for (int64_t i = 0; i < bins_h; ++i) {
+        for (int64_t j = 0; j < bins_w; ++j) {
+          const auto& column = this->horizontal[l].columns[j];
+          const acc_t value = to_acc(reduced[this->cell(n, l, i, j, r)]);
+          const acc_t* __restrict__ weights = column.weights.data();
+          acc_t* __restrict__ row = &wide[i * a.W + column.begin];
+          for (int64_t w = 0; w < column.end - column.begin; ++w) row[w] += value * weights[w];
+        }
+      }
+      for (int64_t h = 0; h < a.H; ++h) {
+        const auto& row = this->vertical[l].rows[h];
+        mix(&plane[h * a.W], &wide[row.low * a.W], &wide[row.high * a.W], row.lambda, a.W);
+      }
+      store_plane(a.context, n, channel, a.H, a.W, plane.data(), this->stream);
+    }
+    if (this->stream) store_fence();
+  }
+};
+
+// Channels-last maps, a unit is one row of the output: the levels' rows are mixed vertically once, then per pixel.
+template <class T>
+struct ChannelsLastUpsample : UpsampleBase<T, PyramidUpsampleConcatArgs> {
+  using acc_t = acc_type<T>;
+  using UpsampleBase<T, PyramidUpsampleConcatArgs>::UpsampleBase;
+
+  PSP_INLINE void operator()(int64_t begin, int64_t end) const {
+    const auto& a = this->a;
+    const T* reduced = static_cast<const T*>(a.reduced);
+    const int64_t step = this->max_bins_w() * a.R;
+    std::vector<acc_t> rows(a.levels.count * step);
+    std::vector<T> pixel(a.levels.count * a.R);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t n = unit / a.H, h = unit % a.H;
+      for (int l = 0; l < a.levels.count; ++l) {
+        const auto& v = this->vertical[l].rows[h];
+        mix(&rows[l * step], reduced + this->cell(n, l, v.low, 0, 0), reduced + this->cell(n, l, v.high, 0, 0), v.lambda,
+            a.levels.bins_w[l] * a.R);
+      }
+      for (int64_t w = 0; w < a.W; ++w) {
+        for (int l = 0; l < a.levels.count; ++l) {
+          const auto& u = this->horizontal[l].rows[w];
+          mix(&pixel[l * a.R], &rows[l * step + u.low * a.R], &rows[l * step + u.high * a.R], u.lambda, a.R);
+        }
+        store(mutable_at<T>(a.context, n, 0, h) + w * a.context.stride_w, pixel.data(), a.levels.count * a.R, this->stream);
+      }
+    }
+    if (this->stream) store_fence();
+  }
+};
+
+// Planar maps, a unit is 16 planes of one level, so that grad_reduced is written in whole cache lines.
+template <class T>
+struct PlanarUpsampleBackward : UpsampleBase<T, PyramidUpsampleConcatBackwardArgs> {
+  using acc_t = acc_type<T>;
+  using UpsampleBase<T, PyramidUpsampleConcatBackwardArgs>::UpsampleBase;
+  static constexpr int64_t kPlanes = 16;
+
+  PSP_INLINE void operator()(int64_t begin, int64_t end) const {
+    const auto& a = this->a;
+    const int64_t blocks = (a.R + kPlanes - 1) / kPlanes, L = a.levels.count;
+    std::vector<acc_t> rows(*std::max_element(a.levels.bins_h, a.levels.bins_h + L) * a.W);
+    std::vector<T> grads(a.levels.first[L] * kPlanes);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t n = unit / (L * blocks), r0 = unit % blocks * kPlanes, planes = std::min(kPlanes, a.R - r0);
+      const int l = static_cast<int>(unit / blocks % L), bins_h = a.levels.bins_h[l], bins_w = a.levels.bins_w[l];
+      for (int64_t k = 0; k < planes; ++k) {
+        std::fill_n(rows.begin(), bins_h * a.W, acc_t(0));
+        for (int64_t h = 0; h < a.H; ++h) {
+          const auto& row = this->vertical[l].rows[h];
+          unmix(&rows[row.low * a.W], &rows[row.high * a.W], at<T>(a.grad_context, n, l * a.R + r0 + k, h), row.lambda, a.W);
+        }
+        for (int64_t i = 0; i < bins_h; ++i) {
+          for (int64_t j = 0; j < bins_w; ++j) {
+            const auto& column = this->horizontal[l].columns[j];
+            acc_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t w = 0; w < column.end - column.begin; ++w) {
+              sum += rows[i * a.W + column.begin + w] * column.weights[w];
+            }
+            grads[(i * bins_w + j) * kPlanes + k] = from_acc<T>(sum);
+          }
+        }
+      }
+      T* out = static_cast<T*>(a.grad_reduced) + this->cell(n, l, 0, 0, r0);
+      for (int64_t p = 0; p < bins_h * bins_w; ++p) std::copy_n(&grads[p * kPlanes], planes, out + p * a.R);
+    }
+  }
+};
+
+// Channels-last maps, a unit is one chunk of channels of one level.
+template <class T>
+struct ChannelsLastUpsampleBackward : UpsampleBase<T, PyramidUpsampleConcatBackwardArgs> {
+  using acc_t = acc_type<T>;
+  using UpsampleBase<T, PyramidUpsampleConcatBackwardArgs>::UpsampleBase;
+  int64_t chunk = chunk_size(this->a.N * this->a.levels.count, this->a.R);
+
+  PSP_INLINE void operator()(int64_t begin, int64_t end) const {
+    const auto& a = this->a;
+    const int64_t chunks = (a.R + chunk - 1) / chunk, L = a.levels.count;
+    std::vector<acc_t> row(this->max_bins_w() * chunk), grads(a.levels.first[L] * chunk);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t n = unit / (L * chunks), r0 = unit % chunks * chunk, channels = std::min(chunk, a.R - r0);
+      const int l = static_cast<int>(unit / chunks % L), bins_h = a.levels.bins_h[l], bins_w = a.levels.bins_w[l];
+      std::fill_n(grads.begin(), bins_h * bins_w * chunk, acc_t(0));
+      for (int64_t h = 0; h < a.H; ++h) {
+        std::fill_n(row.begin(), bins_w * chunk, acc_t(0));
+        for (int64_t w = 0; w < a.W; ++w) {
+          const auto& u = this->horizontal[l].rows[w];
+          const T* pixel = at<T>(a.grad_context, n, l * a.R + r0, h) + w * a.grad_context.stride_w;
+          unmix(&row[u.low * chunk], &row[u.high * chunk], pixel, u.lambda, channels);
+        }
+        const auto& v = this->vertical[l].rows[h];
+        unmix(&grads[v.low * bins_w * chunk], &grads[v.high * bins_w * chunk], row.data(), v.lambda, bins_w * chunk);
+      }
+      T* out = static_cast<T*>(a.grad_reduced) + this->cell(n, l, 0, 0, r0);
+      for (int64_t p = 0; p < bins_h * bins_w; ++p) {
+        for (int64_t k = 0; k < channels; ++k) out[p * a.R + k] = from_acc<T>(grads[p * chunk + k]);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+void pyramid_upsample_concat(const PyramidUpsampleConcatArgs& a) {
+  dispatch(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (a.channels_last) return parallel(a.N * a.H, ChannelsLastUpsample<T>(a));
+    parallel(a.N * a.levels.count * a.R, PlanarUpsample<T>(a));
+  });
+}
+
+void pyramid_upsample_concat_backward(const PyramidUpsampleConcatBackwardArgs& a) {
+  dispatch(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (a.channels_last) {
+      const ChannelsLastUpsampleBackward<T> task(a);
+      return parallel(a.N * a.levels.count * ((a.R + task.chunk - 1) / task.chunk), task);
+    }
+    parallel(a.N * a.levels.count * ((a.R + 15) / 16), PlanarUpsampleBackward<T>(a));
+  });
+}
+
+}  // namespace pspnet_fast::cpu

@@ -1,0 +1,51 @@
+// The operators' table of contents: every schema. csrc/<op>.cpp binds each to its CPU and CUDA kernels; gradients and
+// the checks that users see stand in pspnet_fast/ops/<op>.py.
+//
+// (N, C, H, W): the feature map. bins: (bins_h, bins_w) of each level, flattened. P: cells of all levels together.
+// R: channels of a level after the reduction. concat: (N, C + L * R, H, W), of which `offset` is the first channel meant.
+#include <string>
+
+#include "cpu/cpu_kernel.h"
+#include "tensors.h"
+
+STABLE_TORCH_LIBRARY(PSPNET_FAST_NAMESPACE, m) {
+  // (N, C, H, W) -> (N, P, C); copies input into concat, if given, in the same pass
+  m.def("pyramid_pool(Tensor input, Tensor(a!)? concat, int offset, int[] bins) -> Tensor");
+  m.def(
+      "pyramid_pool_backward(Tensor grad_pooled, Tensor? grad_concat, int offset, int[] bins, SymInt height, "
+      "SymInt width, bool channels_last) -> Tensor");
+
+  // (N, P, C) -> (N, P, R); norm: weight, bias, running mean, running variance of each level in turn, or empty
+  m.def("pyramid_reduce(Tensor pooled, Tensor[] weights, Tensor[] norm, float[] eps, bool relu, int[] bins) -> Tensor");
+  m.def(
+      "pyramid_reduce_backward(Tensor grad_reduced, Tensor pooled, Tensor[] weights, int[] bins) -> (Tensor, Tensor)");
+
+  // (N, P, R) -> the L * R upsampled channels of concat
+  m.def(
+      "pyramid_upsample_concat_(Tensor(a!) concat, Tensor reduced, int offset, int[] bins, bool align_corners) -> ()");
+  m.def(
+      "pyramid_upsample_concat_backward(Tensor grad_concat, int offset, SymInt channels, int[] bins, "
+      "bool align_corners) -> Tensor");
+
+  // the instruction set that the CPU kernels run with
+  m.def("cpu_instruction_set() -> str");
+}
+
+namespace pspnet_fast {
+namespace {
+
+std::string cpu_instruction_set() {
+  switch (cpu::isa()) {
+    case cpu::Isa::kAvx512: return "AVX-512";
+    case cpu::Isa::kAvx2: return "AVX2";
+    case cpu::Isa::kBaseline: break;
+  }
+  return "baseline";
+}
+
+}  // namespace
+}  // namespace pspnet_fast
+
+STABLE_TORCH_LIBRARY_IMPL(PSPNET_FAST_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("cpu_instruction_set", TORCH_BOX(&pspnet_fast::cpu_instruction_set));
+}

@@ -1,0 +1,104 @@
+"""Argument checks of the operators: every message names the argument, what was given and what is allowed."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Bins = Sequence[int | tuple[int, int]]
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MAX_LEVELS, MAX_BINS, MAX_CELLS = 16, 4096, 1 << 24  # csrc/pyramid_math.h, csrc/tensors.h
+
+
+def as_levels(bins: Bins) -> tuple[tuple[int, int], ...]:
+    """(bins_h, bins_w) of every level.
+
+    Args:
+        bins: for each level an int (square) or a pair (bins_h, bins_w).
+
+    Raises:
+        TypeError: bins is no sequence of ints or pairs of ints.
+        ValueError: no level, more than 16, a bin count outside 1 to 4096, or more than 2^24 cells.
+    """
+    if isinstance(bins, (str, bytes)) or not isinstance(bins, Sequence):
+        raise TypeError(f"bins must be a sequence of ints or pairs of ints, such as (1, 2, 3, 6), but is {bins!r}")
+    if not 1 <= len(bins) <= MAX_LEVELS:
+        raise ValueError(f"bins must have 1 to {MAX_LEVELS} levels, but {bins!r} has {len(bins)}")
+    levels = []
+    for level in bins:
+        pair = (level, level) if isinstance(level, int) else tuple(level) if isinstance(level, Sequence) else None
+        if pair is None or len(pair) != 2 or not all(isinstance(b, int) and not isinstance(b, bool) for b in pair):
+            raise TypeError(f"bins must hold ints or pairs of ints, but {bins!r} holds {level!r}")
+        if not all(1 <= b <= MAX_BINS for b in pair):
+            raise ValueError(f"bins must be from 1 to {MAX_BINS}, but {bins!r} holds {level!r}")
+        levels.append(pair)
+    if sum(h * w for h, w in levels) > MAX_CELLS:
+        raise ValueError(f"bins must make at most {MAX_CELLS} cells together, but are {bins!r}")
+    return tuple(levels)
+
+
+def flatten(levels: tuple[tuple[int, int], ...]) -> list[int]:
+    """bins as the compiled operators take them."""
+    return [b for level in levels for b in level]
+
+
+def count_cells(levels: tuple[tuple[int, int], ...]) -> int:
+    """P, the cells of all levels together: 50 for (1, 2, 3, 6)."""
+    return sum(h * w for h, w in levels)
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether a map is meant as channels-last: its channels lie densely and it is not contiguous."""
+    return tensor.stride(1) == 1 and tensor.size(1) > 1 and not tensor.is_contiguous()
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """The memory format that outputs take over from a map."""
+    return torch.channels_last if is_channels_last(tensor) else torch.contiguous_format
+
+
+def check_tensor(name: str, tensor: Tensor, shape: str, like: Tensor | None = None) -> None:
+    """Checks type, rank and dtype of an argument, and that it agrees with the tensor `like` in dtype and device.
+
+    Args:
+        shape: what the argument must be, such as "(N, C, H, W)"; its commas give the rank.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a Tensor of shape {shape}, but is a {type(tensor).__name__}")
+    if tensor.dim() != shape.count(",") + 1:
+        raise ValueError(f"{name} must have shape {shape}, but has {tuple(tensor.shape)}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, but is {_name(tensor.dtype)}")
+    if like is None:
+        return
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{name} must have the dtype of the first argument, {_name(like.dtype)}, but is {_name(tensor.dtype)}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on the device of the first argument, {like.device}, but is on {tensor.device}")
+
+
+def check_map(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
+    """Checks a feature map (N, C, H, W) with at least one channel and one pixel."""
+    check_tensor(name, tensor, "(N, C, H, W)", like)
+    if tensor.size(1) < 1 or tensor.size(2) < 1 or tensor.size(3) < 1:
+        raise ValueError(f"{name} must have C >= 1, H >= 1 and W >= 1, but has shape {tuple(tensor.shape)}")
+
+
+def check_shape(name: str, tensor: Tensor, expected: Sequence[int], meaning: str) -> None:
+    """Checks the exact shape of an argument; `meaning` says what it is made of."""
+    if len(tensor.shape) != len(expected) or any(a != b for a, b in zip(tensor.shape, expected, strict=True)):
+        raise ValueError(f"{name} must have shape {meaning} = {tuple(expected)}, but has {tuple(tensor.shape)}")
+
+
+def check_channels(name: str, concat: Tensor, offset: int, channels: int) -> None:
+    """Checks that the channels [offset, offset + channels) exist in a concatenation."""
+    if not isinstance(offset, int) or offset < 0 or offset + channels > concat.size(1):
+        raise ValueError(
+            f"offset must leave room for {channels} channels in {name}, which has {concat.size(1)}: "
+            f"from 0 to {concat.size(1) - channels}, but is {offset!r}"
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

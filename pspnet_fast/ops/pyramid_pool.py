@@ -1,0 +1,115 @@
+"""pyramid_pool: all levels of adaptive average pooling in one read of the feature map."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._library import needs_grad, register_inplace_autograd
+from .checks import (
+    Bins,
+    as_levels,
+    check_channels,
+    check_map,
+    check_shape,
+    count_cells,
+    flatten,
+    is_channels_last,
+)
+
+_forward = torch.ops.pspnet_fast.pyramid_pool.default
+_backward = torch.ops.pspnet_fast.pyramid_pool_backward.default
+
+
+def pyramid_pool(input: Tensor, bins: Bins, *, concat: Tensor | None = None, offset: int = 0) -> Tensor:
+    """Adaptive average pooling into all levels' bins, reading the input once (Zhao et al., CVPR 2017, section 3.2).
+
+    Equivalent to `torch.cat([F.adaptive_avg_pool2d(input, b).flatten(2) for b in bins], 2).transpose(1, 2)`, and, with
+    `concat`, to `concat[:, offset : offset + C] = input` besides, in the same pass.
+
+    Args:
+        input: (N, C, H, W) feature map, float32, float64, bfloat16 or float16, N >= 0, any H, W >= 1. Contiguous and
+            channels-last maps and slices of them are read as they are; other strides are copied first.
+        bins: for each level an int or a pair (bins_h, bins_w); bins may outnumber pixels. At most 16 levels.
+        concat: (N, K, H, W), K >= offset + C, contiguous or channels-last: takes a copy of input, in place.
+        offset: the first channel of that copy.
+
+    Returns:
+        (N, P, C), P the number of cells of all levels, level by level and row by row, in the dtype of input. Sums are
+        taken in float32 (float64 for float64). The same bits on every run, forward and backward.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
+    """
+    check_map("input", input)
+    levels = as_levels(bins)
+    if concat is not None:
+        check_map("concat", concat, input)
+        check_channels("concat", concat, offset, input.size(1))
+        n, _, h, w = input.shape
+        check_shape("concat", concat, (n, concat.size(1), h, w), "(N, K, H, W)")
+    return _forward(input, concat, offset, flatten(levels))
+
+
+class PyramidPoolFunction(torch.autograd.Function):
+    """Gradient of pyramid_pool; the gradient of the copy in concat is added in the same pass."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, concat: Tensor | None, offset: int, bins: list[int]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            pooled = _forward(input, concat, offset, bins)
+        ctx.set_materialize_grads(False)
+        ctx.offset, ctx.bins, ctx.shape, ctx.channels_last = offset, bins, input.shape, is_channels_last(input)
+        # Channels of concat that nobody has written yet: see PyramidUpsampleConcatFunction.
+        ctx.fresh_concat = concat is not None and not concat.requires_grad
+        if concat is None:
+            return pooled
+        ctx.mark_dirty(concat)
+        return pooled, concat
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_pooled: Tensor | None, grad_concat: Tensor | None = None) -> Any:
+        n, c, h, w = ctx.shape
+        if grad_pooled is None:
+            if grad_concat is None:
+                return None, None, None, None
+            cells = sum(a * b for a, b in zip(ctx.bins[::2], ctx.bins[1::2], strict=True))
+            grad_pooled = grad_concat.new_zeros(n, cells, c)
+        grad_input = grad_before = None
+        if ctx.needs_input_grad[0]:
+            grad_input = _backward(grad_pooled, grad_concat, ctx.offset, ctx.bins, h, w, ctx.channels_last)
+        if ctx.needs_input_grad[1] and grad_concat is not None:
+            grad_before = grad_concat.clone()
+            grad_before.narrow(1, ctx.offset, c).zero_()  # these channels were overwritten
+        return grad_input, grad_before, None, None
+
+
+def _autograd(input: Tensor, concat: Tensor | None, offset: int, bins: list[int]) -> Tensor:
+    if not needs_grad(input, concat):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _forward(input, concat, offset, bins)
+    result = PyramidPoolFunction.apply(input, concat, offset, bins)
+    return result if concat is None else result[0]
+
+
+register_inplace_autograd("pyramid_pool", _autograd, mutated=1)
+
+
+@torch.library.register_fake("pspnet_fast::pyramid_pool")
+def _(input: Tensor, concat: Tensor | None, offset: int, bins: list[int]) -> Tensor:
+    levels = tuple(zip(bins[::2], bins[1::2], strict=True))
+    return input.new_empty(input.size(0), count_cells(levels), input.size(1))
+
+
+@torch.library.register_fake("pspnet_fast::pyramid_pool_backward")
+def _(
+    grad_pooled: Tensor, grad_concat: Tensor | None, offset: int, bins: list[int], height: int, width: int,
+    channels_last: bool,
+) -> Tensor:
+    n, _, c = grad_pooled.shape
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(
+        (n, c, height, width), dtype=grad_pooled.dtype, device=grad_pooled.device, memory_format=layout
+    )

@@ -1,0 +1,98 @@
+"""pyramid_reduce: the 1x1 convolutions of all levels, with batch normalisation and ReLU folded in for inference."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._library import needs_grad
+from .checks import Bins, as_levels, check_shape, check_tensor, count_cells, flatten
+
+Norm = tuple[Tensor, Tensor, Tensor, Tensor, float]
+
+_forward = torch.ops.pspnet_fast.pyramid_reduce.default
+_backward = torch.ops.pspnet_fast.pyramid_reduce_backward.default
+
+
+def pyramid_reduce(
+    pooled: Tensor, weights: Sequence[Tensor], bins: Bins, *, norm: Sequence[Norm] | None = None, relu: bool = False
+) -> Tensor:
+    """The 1x1 convolution of every level on its pooled cells, one launch for all levels.
+
+    Equivalent, level by level, to `F.linear(pooled[:, cells], weight)`, then `F.batch_norm` with running statistics
+    where `norm` is given, then ReLU where `relu`. With `norm` or `relu` it serves inference only; in training, the
+    module's own norm and activation run on the small result.
+
+    Args:
+        pooled: (N, P, C), as pyramid_pool returns it.
+        weights: one (R, C) or (R, C, 1, 1) tensor a level, in the dtype of pooled.
+        bins: as given to pyramid_pool.
+        norm: for each level (weight, bias, running_mean, running_var, eps), tensors (R,) in float32 or the dtype of
+            pooled, the same for all.
+        relu: whether to clamp the result at 0.
+
+    Returns:
+        (N, P, R) in the dtype of pooled; products are summed in float32 (float64 for float64), in a fixed order.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device; norm or relu where a gradient is
+            needed.
+    """
+    levels = as_levels(bins)
+    check_tensor("pooled", pooled, "(N, P, C)")
+    n, _, c = pooled.shape
+    check_shape("pooled", pooled, (n, count_cells(levels), c), "(N, cells of bins, C)")
+    if len(weights) != len(levels):
+        raise ValueError(f"weights must hold one tensor a level, {len(levels)} for bins {bins!r}, but holds {len(weights)}")
+    for i, weight in enumerate(weights):
+        name = f"weights[{i}]"
+        check_tensor(name, weight, "(R, C, 1, 1)" if isinstance(weight, Tensor) and weight.dim() == 4 else "(R, C)", pooled)
+        check_shape(name, weight, (weights[0].size(0), c, 1, 1)[: weight.dim()], "(R, C, 1, 1)"[: 6 * weight.dim() // 2])
+    if norm is not None and len(norm) != len(levels):
+        raise ValueError(f"norm must hold one tuple a level, {len(levels)} for bins {bins!r}, but holds {len(norm)}")
+    tensors = [t for level in norm or () for t in level[:4]]
+    for t in tensors:
+        check_tensor("norm", t, "(R)")
+        check_shape("norm", t, (weights[0].size(0),), "(R,)")
+        if t.dtype != tensors[0].dtype or t.dtype not in (torch.float32, pooled.dtype):
+            raise TypeError(f"norm must be float32 or {pooled.dtype} throughout, but holds {t.dtype}")
+        if t.device != pooled.device:
+            raise ValueError(f"norm must be on the device of pooled, {pooled.device}, but holds a tensor on {t.device}")
+    if (norm is not None or relu) and needs_grad(pooled, *weights, *tensors):
+        raise ValueError("norm and relu are for inference: leave them out where a gradient is needed, or use torch.no_grad()")
+    eps = [float(level[4]) for level in norm or ()]
+    return _forward(pooled, list(weights), tensors, eps, relu, flatten(levels))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pooled, weights, norm, _, relu, ctx.bins = inputs
+    ctx.folded = bool(norm) or relu
+    ctx.save_for_backward(pooled, *weights)
+
+
+def _gradient(ctx: Any, grad_reduced: Tensor) -> Any:
+    if ctx.folded:
+        raise RuntimeError("pyramid_reduce has no gradient with norm or relu: they are for inference")
+    pooled, *weights = ctx.saved_tensors
+    grad_pooled, grad_weights = _backward(grad_reduced, pooled, weights, ctx.bins)
+    shaped = [grad.view_as(weight) for grad, weight in zip(grad_weights.unbind(), weights, strict=True)]
+    return grad_pooled, shaped, [], [], None, None
+
+
+torch.library.register_autograd("pspnet_fast::pyramid_reduce", _gradient, setup_context=_setup_context)
+
+
+@torch.library.register_fake("pspnet_fast::pyramid_reduce")
+def _(
+    pooled: Tensor, weights: list[Tensor], norm: list[Tensor], eps: list[float], relu: bool, bins: list[int]
+) -> Tensor:
+    return pooled.new_empty(pooled.size(0), pooled.size(1), weights[0].size(0))
+
+
+@torch.library.register_fake("pspnet_fast::pyramid_reduce_backward")
+def _(grad_reduced: Tensor, pooled: Tensor, weights: list[Tensor], bins: list[int]) -> tuple[Tensor, Tensor]:
+    return (
+        pooled.new_empty(pooled.shape),
+        pooled.new_empty(len(weights), weights[0].size(0), pooled.size(2)),
+    )

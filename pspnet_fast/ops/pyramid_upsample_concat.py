@@ -1,0 +1,97 @@
+"""pyramid_upsample_concat_: bilinear upsampling of every level straight into the concatenation."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._library import needs_grad, register_inplace_autograd
+from .checks import Bins, as_levels, check_channels, check_map, check_shape, check_tensor, count_cells, flatten
+from .pyramid_pool import PyramidPoolFunction
+
+_forward = torch.ops.pspnet_fast.pyramid_upsample_concat_.default
+_backward = torch.ops.pspnet_fast.pyramid_upsample_concat_backward.default
+
+
+def pyramid_upsample_concat_(
+    concat: Tensor, reduced: Tensor, bins: Bins, *, offset: int, align_corners: bool = True
+) -> Tensor:
+    """Upsamples every level to H x W into its channels of a concatenation, in place, writing each element once.
+
+    Equivalent to, for level l of bins b_l, `concat[:, offset + l * R : offset + (l + 1) * R] =
+    F.interpolate(reduced of l as (N, R, b_l, b_l), (H, W), mode="bilinear", align_corners=align_corners)`.
+
+    Args:
+        concat: (N, K, H, W), K >= offset + L * R, contiguous or channels-last, float32, float64, bfloat16 or float16.
+        reduced: (N, P, R), as pyramid_reduce returns it, in the dtype of concat.
+        bins: as given to pyramid_pool; L levels.
+        offset: the first channel of the first level.
+        align_corners: as in F.interpolate.
+
+    Returns:
+        concat. Interpolation is done in float32 (float64 for float64). The same bits on every run, forward and
+        backward: no atomics.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
+    """
+    levels = as_levels(bins)
+    check_map("concat", concat)
+    check_tensor("reduced", reduced, "(N, P, R)", concat)
+    check_shape("reduced", reduced, (concat.size(0), count_cells(levels), reduced.size(2)), "(N, cells of bins, R)")
+    check_channels("concat", concat, offset, len(levels) * reduced.size(2))
+    _forward(concat, reduced, offset, flatten(levels), align_corners)
+    return concat
+
+
+class PyramidUpsampleConcatFunction(torch.autograd.Function):
+    """Gradient of pyramid_upsample_concat_."""
+
+    @staticmethod
+    def forward(ctx: Any, concat: Tensor, reduced: Tensor, offset: int, bins: list[int], align_corners: bool) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            _forward(concat, reduced, offset, bins, align_corners)
+        ctx.mark_dirty(concat)
+        ctx.offset, ctx.bins, ctx.align_corners, ctx.channels = offset, bins, align_corners, reduced.size(2)
+        # The gradient of what concat held before is 0 in the channels written here. Where concat comes fresh from
+        # pyramid_pool, whose backward looks at its own channels only, the zeros are nobody's concern, and the output's
+        # gradient can be handed on as it is, without a copy.
+        producer = concat.grad_fn
+        ctx.hand_on = isinstance(producer, PyramidPoolFunction._backward_cls) and producer.fresh_concat
+        return concat
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_concat: Tensor) -> Any:
+        grad_before = grad_reduced = None
+        if ctx.needs_input_grad[1]:
+            grad_reduced = _backward(grad_concat, ctx.offset, ctx.channels, ctx.bins, ctx.align_corners)
+        if ctx.needs_input_grad[0]:
+            grad_before = grad_concat
+            if not ctx.hand_on:
+                grad_before = grad_concat.clone()
+                grad_before.narrow(1, ctx.offset, len(ctx.bins) // 2 * ctx.channels).zero_()
+        return grad_before, grad_reduced, None, None, None
+
+
+def _autograd(concat: Tensor, reduced: Tensor, offset: int, bins: list[int], align_corners: bool) -> None:
+    if needs_grad(concat, reduced):
+        PyramidUpsampleConcatFunction.apply(concat, reduced, offset, bins, align_corners)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            _forward(concat, reduced, offset, bins, align_corners)
+
+
+register_inplace_autograd("pyramid_upsample_concat_", _autograd, mutated=0)
+
+
+@torch.library.register_fake("pspnet_fast::pyramid_upsample_concat_")
+def _(concat: Tensor, reduced: Tensor, offset: int, bins: list[int], align_corners: bool) -> None:
+    return None
+
+
+@torch.library.register_fake("pspnet_fast::pyramid_upsample_concat_backward")
+def _(grad_concat: Tensor, offset: int, channels: int, bins: list[int], align_corners: bool) -> Tensor:
+    levels = tuple(zip(bins[::2], bins[1::2], strict=True))
+    return grad_concat.new_empty(grad_concat.size(0), count_cells(levels), channels)

@@ -1,0 +1,51 @@
+"""The operators in plain PyTorch, with the signatures of pspnet_fast.ops: the specification, in float64 the truth.
+
+Differentiable by autograd, for any device and dtype. Slower by design: each level is pooled, reduced and upsampled on
+its own, as the paper's code does it (Zhao et al., CVPR 2017, section 3.2).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .ops.checks import Bins, as_levels
+from .ops.pyramid_reduce import Norm
+
+
+def pyramid_pool(input: Tensor, bins: Bins, *, concat: Tensor | None = None, offset: int = 0) -> Tensor:
+    """Reference of ops.pyramid_pool: (N, C, H, W) -> (N, P, C)."""
+    if concat is not None:
+        concat[:, offset : offset + input.size(1)] = input
+    pooled = [F.adaptive_avg_pool2d(input, level).flatten(2) for level in as_levels(bins)]
+    return torch.cat(pooled, 2).transpose(1, 2)
+
+
+def pyramid_reduce(
+    pooled: Tensor, weights: Sequence[Tensor], bins: Bins, *, norm: Sequence[Norm] | None = None, relu: bool = False
+) -> Tensor:
+    """Reference of ops.pyramid_reduce: (N, P, C) -> (N, P, R)."""
+    levels = as_levels(bins)
+    reduced = []
+    for i, cells in enumerate(pooled.split([h * w for h, w in levels], 1)):
+        z = F.linear(cells, weights[i].flatten(1))
+        if norm is not None:
+            weight, bias, mean, var, eps = norm[i]
+            z = F.batch_norm(z.transpose(1, 2), mean, var, weight, bias, training=False, eps=eps).transpose(1, 2)
+        reduced.append(F.relu(z) if relu else z)
+    return torch.cat(reduced, 1)
+
+
+def pyramid_upsample_concat_(
+    concat: Tensor, reduced: Tensor, bins: Bins, *, offset: int, align_corners: bool = True
+) -> Tensor:
+    """Reference of ops.pyramid_upsample_concat_: writes (N, P, R), upsampled, into concat (N, K, H, W)."""
+    levels = as_levels(bins)
+    n, _, r = reduced.shape
+    for i, (cells, level) in enumerate(zip(reduced.split([h * w for h, w in levels], 1), levels, strict=True)):
+        z = cells.transpose(1, 2).reshape(n, r, *level)
+        first = offset + i * r
+        size = (concat.size(2), concat.size(3))
+        concat[:, first : first + r] = F.interpolate(z, size, mode="bilinear", align_corners=align_corners)
+    return concat
