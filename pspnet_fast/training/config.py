@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,46 +126,47 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
             has the wrong type or lies outside its range.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError  # type: ignore[import-untyped]
 
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"an override must be key=value, got {override!r}")
-    source = str(path)
     try:
         document = OmegaConf.load(path)
-        _check_keys(OmegaConf.to_container(document), source)
-        config = OmegaConf.merge(OmegaConf.structured(Config), document)
-        source = "command line"
-        changes = OmegaConf.from_dotlist(list(overrides))
-        _check_keys(OmegaConf.to_container(changes), source)
-        result = OmegaConf.to_object(OmegaConf.merge(config, changes))
-    except ConfigError:
-        raise
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {error.full_key or 'configuration'}: {error.msg}".splitlines()[0]) from None
     except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{source}: no valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
+    config = _merge(OmegaConf.structured(Config), document, str(path))
+    config = _merge(config, OmegaConf.from_dotlist(list(overrides)), "command line")
+    result = OmegaConf.to_object(config)
     assert isinstance(result, Config)
     return result
 
 
-def _check_keys(document: Any, source: str) -> None:
-    """Refuse keys that no dataclass has, naming the nearest that exists."""
-    valid = list(_schema_keys(Config))
+def _merge(config: Any, document: Any, source: str) -> Any:
+    """Put the values of ``document`` over ``config``, refusing unknown keys and wrong types."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    types = _check_keys(OmegaConf.to_container(document), source)
+    try:
+        return OmegaConf.merge(config, document)
+    except OmegaConfBaseException as error:
+        key = str(error.full_key).partition("[")[0]
+        allowed = types[key].__name__ if types[key] in (bool, int, float, str) else types[key]
+        raise ConfigError(f"{source}: {key} must be {allowed}, got {OmegaConf.select(document, key)!r}") from None
+
+
+def _check_keys(document: Any, source: str) -> dict[str, Any]:
+    """Refuse keys that no dataclass has, naming the nearest that exists; return the type of each that does."""
     if not isinstance(document, Mapping):
         raise ConfigError(f"{source}: must be a mapping with the keys model, data and train")
-    for key, value in document.items():
-        section = {f"{key}.{name}": name for name in value} if isinstance(value, Mapping) else {key: key}
-        for full_key in section:
-            if full_key not in valid:
-                nearest = difflib.get_close_matches(str(full_key), valid, n=1, cutoff=0.0)[0]
-                raise ConfigError(f"{source}: unknown key {full_key!r}; the nearest valid key is {nearest!r}")
-
-
-def _schema_keys(schema: type) -> Iterator[str]:
-    for section in dataclasses.fields(schema):
-        assert isinstance(section.type, type)
-        yield section.name
-        yield from (f"{section.name}.{entry.name}" for entry in dataclasses.fields(section.type))
+    sections: dict[str, Any] = {section.name: section.type for section in dataclasses.fields(Config)}
+    types = {f"{name}.{entry.name}": entry.type for name in sections for entry in dataclasses.fields(sections[name])}
+    for name, values in document.items():
+        if name in sections and not isinstance(values, Mapping):
+            raise ConfigError(f"{source}: {name} must be a mapping, got {values!r}")
+        for key in [f"{name}.{entry}" for entry in values] if isinstance(values, Mapping) else [str(name)]:
+            if key not in types:
+                nearest = difflib.get_close_matches(key, types, n=1, cutoff=0.0)[0]
+                raise ConfigError(f"{source}: unknown key {key!r}; the nearest valid key is {nearest!r}")
+    return types

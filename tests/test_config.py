@@ -1,0 +1,87 @@
+"""Configuration files: defaults, overrides, and messages that name key, value and remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from pspnet_fast.models import PSPNet
+from pspnet_fast.training import ConfigError, TrainConfig, load_config
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_file_and_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, "train: {lr: 0.5, epochs: 3}\nmodel:\n  backbone: resnet18\n")
+    config = load_config(path, ["train.lr=2e-2", "model.bins=[1, 4]", "data.crop=[32,48]", "train.bf16=true"])
+    assert (config.train.lr, config.train.epochs, config.train.momentum) == (0.02, 3, 0.9)
+    assert (config.model.backbone, config.model.bins, config.data.crop) == ("resnet18", [1, 4], [32, 48])
+    assert config.train.bf16 is True
+    assert load_config(path, ["model.bins=null"]).model.bins is None
+
+
+def test_defaults_are_those_of_semseg(tmp_path: Path) -> None:
+    train = load_config(write(tmp_path, "{}")).train
+    assert (train.lr, train.head_lr_factor, train.power, train.momentum) == (0.01, 10, 0.9, 0.9)
+    assert (train.weight_decay, train.aux_weight, train.batch_size) == (1e-4, 0.4, 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("train: {epoch: 3}", [], "run.yaml: unknown key 'train.epoch'; the nearest valid key is 'train.epochs'"),
+        ("trian: {lr: 1}", [], "run.yaml: unknown key 'trian.lr'; the nearest valid key is 'train.lr'"),
+        ("lr: 1", [], "run.yaml: unknown key 'lr'; the nearest valid key is"),
+        ("{}", ["data.rot=x"], "command line: unknown key 'data.rot'; the nearest valid key is 'data.root'"),
+        ("{}", ["train.lr"], "an override must be key=value, got 'train.lr'"),
+        ("train: {lr: fast}", [], "run.yaml: train.lr must be float, got 'fast'"),
+        ("{}", ["train.epochs=1.5"], "command line: train.epochs must be int, got 1.5"),
+        ("{}", ["train.bf16=maybe"], "command line: train.bf16 must be bool, got 'maybe'"),
+        ("{}", ["data.crop=64"], r"command line: data.crop must be list\[int\], got 64"),
+        ("data: {crop: [a, 3]}", [], r"run.yaml: data.crop must be list\[int\], got \['a', 3\]"),
+        ("{}", ["model.head_channels=x"], r"command line: model.head_channels must be int \| None, got 'x'"),
+        ("train: 3", [], "run.yaml: train must be a mapping, got 3"),
+        ("- 1", [], "run.yaml: must be a mapping"),
+        ("train: {lr: [", [], "run.yaml: no valid YAML"),
+        ("{}", ["train.epochs=0"], "train.epochs must be at least 1, got 0"),
+        ("{}", ["train.lr=0"], "train.lr must be above 0, got 0.0"),
+        ("{}", ["train.momentum=1"], "train.momentum must be at least 0 and below 1, got 1.0"),
+        ("{}", ["train.workers=-1"], "train.workers must be at least 0, got -1"),
+        ("{}", ["data.crop=[64]"], r"data.crop must be \[height, width\], both at least 1, got \[64\]"),
+        ("{}", ["data.val_crop=[0,3]"], r"data.val_crop must be \[height, width\]"),
+        ("{}", ["data.std=[1,1]"], "data.std must be three numbers"),
+        ("{}", ["data.std=[1,1,0]"], "data.std must be above 0"),
+        ("{}", ["data.scale=[2,1]"], "data.scale must be 0 < low <= high"),
+        ("{}", ["data.degrees=[2,1]"], "data.degrees must be low <= high"),
+    ],
+)
+def test_errors(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(write(tmp_path, text), overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_train_config_alone_is_checked() -> None:
+    with pytest.raises(ConfigError, match=r"train.batch_size must be at least 1, got 0"):
+        TrainConfig(batch_size=0)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_build_their_model(path: Path) -> None:
+    import dataclasses
+
+    import torch
+
+    config = load_config(path)
+    with torch.device("meta"):
+        PSPNet(2, **dataclasses.asdict(config.model))

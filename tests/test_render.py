@@ -1,0 +1,68 @@
+"""Pictures of label maps."""
+
+import cv2
+import numpy as np
+import pytest
+
+from pspnet_fast.inference.render import colorize, overlay, save_png, side_by_side
+
+COLORS = [(255, 0, 0), (0, 200, 0)]
+
+
+def test_colorize() -> None:
+    picture = colorize(np.array([[0, 1, 255]], np.uint8), COLORS)
+    assert picture.dtype == np.uint8
+    assert picture.tolist() == [[[255, 0, 0], [0, 200, 0], [0, 0, 0]]]
+    assert colorize(np.array([[1]], np.int64), np.asarray(COLORS)).tolist() == [[[0, 200, 0]]]
+
+
+@pytest.mark.parametrize("value", [2, 254, -1, 300])
+def test_colorize_refuses_unknown_classes(value: int) -> None:
+    with pytest.raises(ValueError, match=rf"label must hold 0\.\.1 or 255, got {value}"):
+        colorize(np.array([[0, value]]), COLORS)
+
+
+def test_overlay_blends_labelled_pixels() -> None:
+    image = np.full((1, 2, 3), 100, np.uint8)
+    label = np.array([[0, 255]], np.uint8)
+    assert overlay(image, label, COLORS, alpha=0.25).tolist() == [[[139, 75, 75], [100, 100, 100]]]
+
+
+def test_side_by_side_holds_the_pictures_under_their_titles_and_a_legend() -> None:
+    first, second = (np.full((50, 120, 3), value, np.uint8) for value in (90, 160))
+    sheet = side_by_side([[first, second], [second, first]], ["image", "truth"], ["sky", "road"], COLORS)
+    assert sheet.shape[1] == 2 * 120 + 8
+    assert (sheet[22:72, :120] == 90).all()
+    assert (sheet[22:72, 128:] == 160).all()
+    assert (sheet[80:130, :120] == 160).all()
+    assert sheet[:22].min() < 128  # a title is written
+    legend = sheet[138:].reshape(-1, 3).tolist()
+    assert [255, 0, 0] in legend
+    assert [0, 200, 0] in legend
+
+
+def test_legend_breaks_into_lines_and_small_pictures_grow() -> None:
+    picture = np.zeros((10, 30, 3), np.uint8)
+    names = [f"a long class name {index}" for index in range(6)]
+    colors = [(index, 0, 200) for index in range(6)]
+    sheet = side_by_side([[picture]], ["t"], names, colors, scale=8)
+    assert sheet.shape[1] == 240
+    assert sheet.shape[0] == 22 + 80 + 8 + 6 * 22
+    for color in colors:
+        assert (sheet == color).all(-1).any()
+
+
+def test_side_by_side_refuses_ragged_tables() -> None:
+    picture = np.zeros((4, 4, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"rows must have 2 pictures each .* got \[1\]"):
+        side_by_side([[picture]], ["a", "b"], ["c"], COLORS[:1])
+    with pytest.raises(ValueError, match=r"rows must hold pictures of one size, got \[\(3, 4, 3\), \(4, 4, 3\)\]"):
+        side_by_side([[picture, picture[1:]]], ["a", "b"], ["c"], COLORS[:1])
+
+
+def test_png_round_trip(tmp_path) -> None:
+    label = np.array([[0, 7, 255]], np.uint8)
+    save_png(tmp_path / "label.png", label)
+    assert cv2.imread(str(tmp_path / "label.png"), cv2.IMREAD_UNCHANGED).tolist() == label.tolist()
+    save_png(tmp_path / "color.png", colorize(np.array([[0, 1]]), COLORS))
+    assert cv2.imread(str(tmp_path / "color.png")).tolist() == [[[0, 0, 255], [0, 200, 0]]]
