@@ -19,10 +19,7 @@ from torch.utils.data import Dataset
 from pspnet_fast.data.canvas import Canvas, Floats, noise, rgb, smooth_step
 
 CLASSES = ("sky", "water", "road", "clutter", "mist", "boat", "car")
-COLORS = np.array(
-    [[158, 202, 240], [33, 102, 172], [90, 90, 98], [84, 140, 84], [230, 228, 218], [244, 140, 40], [200, 40, 90]],
-    dtype=np.uint8,
-)
+COLORS = [(158, 202, 240), (33, 102, 172), (90, 90, 98), (84, 140, 84), (230, 228, 218), (244, 140, 40), (200, 40, 90)]
 BAND = 22  # pixels: the mist is opaque up to this distance from the hull's box
 HALF_HULL = ((14, 18), (27, 35))  # ranges of half the height and half the length of the hull's box, pixels
 MIN_SIZE = (145, 193)  # room for the mist and some surroundings on all sides
