@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,13 +55,16 @@ def main(traceback: bool) -> None:
     """
 
 
-@main.command()
+@main.command(short_help="Train as a YAML file says.")
 @click.argument("config", type=FILE)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--out", type=FOLDER, help="Folder of the run; by default runs/ and the name of CONFIG.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in that folder.")
 @click.option("--overwrite", is_flag=True, help="Start anew although that folder holds a checkpoint.")
-def train(config: Path, overrides: tuple[str, ...], out: Path | None, resume: bool, overwrite: bool) -> None:
+@click.option("--print-config", is_flag=True, help="Print every setting, defaults included, and stop.")
+def train(
+    config: Path, overrides: tuple[str, ...], out: Path | None, resume: bool, overwrite: bool, print_config: bool
+) -> None:
     """Train as CONFIG (a YAML file) says; KEY=VALUE changes single settings.
 
     After each epoch the run's folder holds checkpoint.pt, log.jsonl, curves.png and tensorboard/. An interrupted run
@@ -70,8 +74,10 @@ def train(config: Path, overrides: tuple[str, ...], out: Path | None, resume: bo
     pspnet-fast train configs/camvid.yaml data.root=/data/camvid
     pspnet-fast train configs/camvid.yaml data.root=/data/camvid train.epochs=30 train.lr=0.02 --out runs/long
     pspnet-fast train configs/camvid.yaml data.root=/data/camvid --resume
+    pspnet-fast train configs/camvid.yaml --print-config
     """
     import torch
+    from omegaconf import OmegaConf
 
     from pspnet_fast.data.transforms import TrainTransform
     from pspnet_fast.models import PSPNet
@@ -79,6 +85,9 @@ def train(config: Path, overrides: tuple[str, ...], out: Path | None, resume: bo
     from pspnet_fast.training.loop import CHECKPOINT, fit
 
     settings = load_config(config, overrides)
+    if print_config:
+        click.echo(OmegaConf.to_yaml(OmegaConf.structured(settings)).rstrip())
+        return
     out = out or Path("runs") / config.stem
     checkpoint = out / CHECKPOINT
     if resume and overwrite:
@@ -98,7 +107,13 @@ def train(config: Path, overrides: tuple[str, ...], out: Path | None, resume: bo
         f"PSPNet {settings.model.backbone}, {len(names)} classes, {parameters / 1e6:.1f} M parameters; "
         f"{len(train_set)} training and {len(val_set)} validation images; writing to {out}"
     )
-    metadata = {"model": dataclasses.asdict(settings.model), "colors": colors, "mean": data.mean, "std": data.std}
+    metadata = {
+        "model": dataclasses.asdict(settings.model),
+        "colors": colors,
+        "mean": data.mean,
+        "std": data.std,
+        "train_transform": dataclasses.asdict(transform),
+    }
     try:
         result = fit(
             model, train_set, val_set, settings.train, out, class_names=names, resume=resume, metadata=metadata
@@ -106,12 +121,12 @@ def train(config: Path, overrides: tuple[str, ...], out: Path | None, resume: bo
     except KeyboardInterrupt:
         if not checkpoint.exists():
             raise click.ClickException("interrupted before the end of the first epoch; nothing is saved") from None
-        command = " ".join(["pspnet-fast train", str(config), *overrides, "--out", str(out), "--resume"])
+        command = shlex.join(["pspnet-fast", "train", str(config), *overrides, "--out", str(out), "--resume"])
         raise click.ClickException(f"interrupted; {checkpoint} is whole. Go on with: {command}") from None
     click.echo(f"best mIoU {result.best_miou:.4f}, last {result.history[-1]['miou']:.4f}; saved {result.checkpoint}")
 
 
-@main.command("eval")
+@main.command("eval", short_help="Measure a checkpoint: IoU and accuracy by class, and their means.")
 @click.argument("config", type=FILE)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--checkpoint", type=FILE, required=True, help="Model to measure.")
@@ -200,7 +215,7 @@ def predict(images: tuple[Path, ...], checkpoint: Path, out: Path, device: str) 
         raise DataError("; ".join(unreadable))
 
 
-@main.command()
+@main.command(short_help="Show versions, compiled kernels and this machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def info(as_json: bool) -> None:
     """Show versions, the kernels that were compiled, and what this machine has.
@@ -287,3 +302,7 @@ def _draw_validation(predictor: "Predictor", val_set: "ListDataset", count: int,
         path = out / f"{val_set.pairs[index][0].stem}.png"
         save_png(path, side_by_side([row], ["image", "truth", "prediction"], predictor.class_names, predictor.colors))
         click.echo(f"drew {path}")
+
+
+if __name__ == "__main__":
+    main()

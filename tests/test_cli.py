@@ -67,6 +67,11 @@ def test_train_writes_the_run(work: Workspace) -> None:
     assert metadata["mean"] == [0.5, 0.5, 0.5]
 
 
+def test_print_config_shows_every_setting(work: Workspace) -> None:
+    lines = run("train", work.config, "train.lr=0.5", "--print-config").stdout.splitlines()
+    assert {"  lr: 0.5", "  batch_size: 4", "  momentum: 0.9", "  dilation: full"} <= set(lines)
+
+
 def test_train_does_not_overwrite_a_run(work: Workspace) -> None:
     before = work.checkpoint.stat()
     result = run("train", work.config, work.root, "--out", work.out)
@@ -79,7 +84,10 @@ def test_train_resumes(work: Workspace) -> None:
     result = run("train", work.config, work.root, "--out", work.out, "--resume")
     assert result.exit_code == 0, result.output
     result = run("train", work.config, work.root, "train.lr=0.5", "--out", work.out, "--resume")
-    assert_one_line(result, 1, "cannot resume", "train.lr = 0.01, now 0.5")
+    assert_one_line(result, 1, "cannot resume", "train.lr is 0.01, now 0.5")
+    for change in ("model.bins=[1, 3]", "data.crop=[35,33]"):
+        result = run("train", work.config, work.root, change, "--out", work.out, "--resume")
+        assert_one_line(result, 1, "cannot resume")
 
 
 def test_interruption_says_how_to_go_on(work: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

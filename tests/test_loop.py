@@ -157,24 +157,30 @@ def test_resuming_a_finished_run_changes_nothing(root: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epochs": 9}, "trained with train.epochs = 1, now 9"),
-        ({"lr": 0.5}, "trained with train.lr = 0.02, now 0.5"),
-        ({"batch_size": 3}, "trained with train.batch_size = 2, now 3"),
+        ({"epochs": 9}, "train.epochs is 1, now 9"),
+        ({"lr": 0.5}, "train.lr is 0.02, now 0.5"),
+        ({"batch_size": 3}, "train.batch_size is 2, now 3"),
     ],
 )
 def test_resume_refuses_another_configuration(
     finished: tuple[Path, Path], change: dict[str, Any], message: str
 ) -> None:
     root, out = finished
-    with pytest.raises(ValueError, match=rf"cannot resume .*checkpoint.pt: it was {message}"):
+    with pytest.raises(ValueError, match=rf"cannot resume .*checkpoint.pt: its {message}"):
         train(root, out, replace(CONFIG, **{"epochs": 1, **change}), resume=True)
 
 
 def test_resume_refuses_another_schedule_length(finished: tuple[Path, Path]) -> None:
     root, out = finished
     (root / "fewer.txt").write_text("".join((root / "train.txt").read_text().splitlines(keepends=True)[:6]))
-    with pytest.raises(ValueError, match="its schedule has 4 iterations, now 3"):
+    with pytest.raises(ValueError, match="its number of iterations is 4, now 3"):
         train(root, out, replace(CONFIG, epochs=1), train_list="fewer.txt", resume=True)
+
+
+def test_resume_refuses_other_metadata(finished: tuple[Path, Path]) -> None:
+    root, out = finished
+    with pytest.raises(ValueError, match="its model is None, now resnet50"):
+        train(root, out, replace(CONFIG, epochs=1), metadata={"model": "resnet50"}, resume=True)
 
 
 @pytest.fixture(scope="module")

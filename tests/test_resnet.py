@@ -71,10 +71,12 @@ def test_depths(name: str, blocks: list[int], out_channels: tuple[int, int]) -> 
     assert model.out_channels == out_channels
 
 
-def test_activations_keep_their_scale_at_random_weights() -> None:
+def test_convolutions_start_kaiming_normal() -> None:
     torch.manual_seed(0)
-    features = resnet("resnet18", stem="conv7").train()(torch.randn(2, 3, 64, 64))
-    assert 0.1 < features.std() < 10
+    weight = resnet("resnet18").layer3[1].conv2.weight
+    assert weight.std().item() == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.01)
+    # fourth over squared second moment: 3 for a normal distribution, 1.8 for a uniform one
+    assert (weight**4).mean() / weight.var() ** 2 > 2.9
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def fit(
 
     Raises:
         ValueError: fewer training images than one batch, or a resumed run whose configuration, schedule length or
-            classes are not those of its checkpoint.
+            classes or metadata are not those of its checkpoint.
         FileNotFoundError: nothing to resume.
         FloatingPointError: the loss is no longer finite.
     """
@@ -102,7 +102,8 @@ def fit(
     history: list[dict[str, Any]] = []
     if resume:
         checkpoint = load_checkpoint(path)
-        _check_same_run(checkpoint, config, steps, class_names, path)
+        saved = _identity(*(checkpoint[key] for key in ("config", "steps", "class_names", "metadata")))
+        _check_same_run(saved, _identity(dataclasses.asdict(config), steps, class_names, metadata or {}), path)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         _set_rng_state(checkpoint["rng"], device)
@@ -258,18 +259,16 @@ def _set_rng_state(state: Mapping[str, Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def _check_same_run(
-    checkpoint: Mapping[str, Any], config: TrainConfig, steps: int, class_names: Sequence[str], path: Path
-) -> None:
+def _identity(
+    config: Mapping[str, Any], steps: int, class_names: Sequence[str], metadata: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Settings that a run must keep from its beginning to its end."""
+    settings = {f"train.{name}": value for name, value in config.items() if name not in FREE_ON_RESUME}
+    return {**settings, "number of iterations": steps, "class_names": list(class_names), **metadata}
+
+
+def _check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
     """Refuse to go on under settings that would make another run of it."""
-    saved = dict(checkpoint["config"])
-    for name, value in dataclasses.asdict(config).items():
-        if name not in FREE_ON_RESUME and saved[name] != value:
-            raise ValueError(f"cannot resume {path}: it was trained with train.{name} = {saved[name]}, now {value}")
-    if checkpoint["steps"] != steps:
-        raise ValueError(
-            f"cannot resume {path}: its schedule has {checkpoint['steps']} iterations, now {steps} "
-            "(another number of training images)"
-        )
-    if checkpoint["class_names"] != list(class_names):
-        raise ValueError(f"cannot resume {path}: its classes are {checkpoint['class_names']}, now {list(class_names)}")
+    for name in {**saved, **now}:
+        if saved.get(name) != now.get(name):
+            raise ValueError(f"cannot resume {path}: its {name} is {saved.get(name)}, now {now.get(name)}")
