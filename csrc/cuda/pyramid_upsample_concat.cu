@@ -1,0 +1,373 @@
+// Bilinear upsampling of every level into its channels of the concatenation, each written once; and its backward, which
+// reads the gradient once. Both are separable: along one axis first, then along the other.
+#include <algorithm>
+
+#include "cells.cuh"
+#include "planes.cuh"
+
+namespace pspnet_fast::cuda {
+namespace {
+
+constexpr int kLongest = 16;  // pixels of an axis that a block of the backward takes, if bins are larger than that
+
+// One axis of a level: `size` pixels interpolate between `bins` cells.
+template <class T>
+struct Axis {
+  int bins, size;
+  bool align_corners;
+  acc_t<T> scale;
+
+  __device__ __forceinline__ Axis(int bins, int64_t size, bool align_corners)
+      : bins(bins),
+        size(static_cast<int>(size)),
+        align_corners(align_corners),
+        scale(source_scale<acc_t<T>>(bins, size, align_corners)) {}
+
+  __device__ __forceinline__ SourceIndex<acc_t<T>> at(int pixel) const {
+    return source_index<acc_t<T>>(pixel, scale, bins, align_corners);
+  }
+  // The weight of the next cell after `low`; the last cell has none and takes the whole.
+  __device__ __forceinline__ acc_t<T> weight_of_next(int pixel) const {
+    const SourceIndex<acc_t<T>> source = at(pixel);
+    return source.high > source.low ? source.lambda : acc_t<T>(0);
+  }
+  // The first pixel whose `low` is at least `cell`; `size` if there is none.
+  __device__ __forceinline__ int start(int cell) const {
+    int begin = 0, end = size;
+    while (begin < end) {
+      const int middle = (begin + end) / 2;
+      if (at(middle).low >= cell) {
+        end = middle;
+      } else {
+        begin = middle + 1;
+      }
+    }
+    return begin;
+  }
+};
+
+// Channels-last upsampling: the pixels between two columns of cells share their vertical interpolation.
+// Layout: channels-last in 16-byte vectors (V > 1), or any strides (V == 1).
+// A block takes one row and a chunk of channels: threads x over channels, y over strips of columns.
+// Traffic: context written once; reduced is small and lies in the caches.
+template <class T, int V>
+__global__ void __launch_bounds__(kThreads, 3)
+    upsample_rows(const __grid_constant__ PyramidUpsampleConcatArgs args, int chunks) {
+  const Item item = item_of_block(static_cast<int>(args.H), chunks);
+  const int64_t channel = first_channel<V>(item.chunk), y = item.cell;
+  const Levels& levels = args.levels;
+  if (channel >= levels.count * args.R) return;
+  const int level = static_cast<int>(channel / args.R), bins_w = levels.bins_w[level];
+  const auto vertical = Axis<T>(levels.bins_h[level], args.H, args.align_corners).at(item.cell);
+  const Axis<T> axis(bins_w, args.W, args.align_corners);
+  const int64_t cell = item.n * levels.first[levels.count] + levels.first[level];
+  const T* const cells = static_cast<const T*>(args.reduced) + cell * args.R + channel % args.R;
+  const T* const low = cells + static_cast<int64_t>(vertical.low) * bins_w * args.R;
+  const T* const high = cells + static_cast<int64_t>(vertical.high) * bins_w * args.R;
+
+  const auto interpolate = [&](int column, acc_t<T>(&values)[V]) {
+    acc_t<T> other[V];
+    load_wide(low + column * args.R, values);
+    load_wide(high + column * args.R, other);
+#pragma unroll
+    for (int v = 0; v < V; ++v) values[v] = (1 - vertical.lambda) * values[v] + vertical.lambda * other[v];
+  };
+  const int strips = static_cast<int>(blockDim.y), strip = static_cast<int>(threadIdx.y);
+  const int end = static_cast<int>((strip + 1) * args.W / strips);
+  acc_t<T> left[V] = {}, right[V] = {};
+  int column = -1;
+  for (int x = static_cast<int>(strip * args.W / strips); x < end; ++x) {
+    const auto horizontal = axis.at(x);
+    if (horizontal.low != column) {
+      column = horizontal.low;
+      interpolate(column, left);
+      interpolate(horizontal.high, right);
+    }
+    acc_t<T> values[V];
+#pragma unroll
+    for (int v = 0; v < V; ++v) values[v] = (1 - horizontal.lambda) * left[v] + horizontal.lambda * right[v];
+    store_narrow(pixel<T>(args.context, item.n, channel, y, x), values);
+  }
+}
+
+// Planar upsampling: each row of cells is interpolated to W columns in shared memory, then between rows.
+// Layout: planar, any alignment and row stride, in 16-byte vectors where these allow it.
+// A block takes one plane; threads over rows of cells x columns, then over vectors of the plane.
+// Traffic: context written once; reduced is small and lies in the caches.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 3) upsample_planes(const __grid_constant__ PyramidUpsampleConcatArgs args) {
+  PSP_DYNAMIC_SHARED(acc_t<T>, table);  // [bins_h, pitch]
+  const int H = static_cast<int>(args.H), W = static_cast<int>(args.W), pitch = padded(W);
+  const Levels& levels = args.levels;
+  const int64_t channels = levels.count * args.R, n = blockIdx.x / channels, channel = blockIdx.x % channels;
+  const int level = static_cast<int>(channel / args.R), bins_h = levels.bins_h[level], bins_w = levels.bins_w[level];
+  const int64_t cell = n * levels.first[levels.count] + levels.first[level];
+  const T* const cells = static_cast<const T*>(args.reduced) + cell * args.R + channel % args.R;
+
+  const Axis<T> columns(bins_w, W, args.align_corners), rows(bins_h, H, args.align_corners);
+  for (int at = static_cast<int>(threadIdx.x); at < bins_h * W; at += kThreads) {
+    const int i = at / W, x = at - i * W;
+    const auto source = columns.at(x);
+    const T* const row = cells + static_cast<int64_t>(i) * bins_w * args.R;
+    table[i * pitch + padded(x)] =
+        (1 - source.lambda) * widen(row[source.low * args.R]) + source.lambda * widen(row[source.high * args.R]);
+  }
+  __syncthreads();
+
+  T* const to = pixel<T>(args.context, n, channel, 0, 0);
+  for_each_vector(to, args.context.stride_h, H, W, dense(args.context, H, W), [&](int first, int count) {
+    int y = first / W, x = first - y * W;
+    T* const target = to + y * args.context.stride_h + x;
+    auto source = rows.at(y);
+    T values[kVector<T>];
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i) {
+      if (i >= count) break;
+      const acc_t<T>* const column = table + padded(x);
+      values[i] =
+          narrow<T>((1 - source.lambda) * column[source.low * pitch] + source.lambda * column[source.high * pitch]);
+      if (++x == W) {
+        x = 0;
+        source = rows.at(++y);
+      }
+    }
+    store_some(target, count, values);
+  });
+}
+
+// Channels-last backward, first part. Between two rows and two columns of cells lies an interval, whose pixels share
+// their four cells; long intervals are cut into parts.
+struct Intervals {
+  int parts_h[kMaxLevels], parts_w[kMaxLevels], first[kMaxLevels + 1];
+};
+
+Intervals make_intervals(const Levels& levels, int64_t H, int64_t W) {
+  Intervals intervals = {};
+  for (int level = 0; level < levels.count; ++level) {
+    const int bins_h = levels.bins_h[level], bins_w = levels.bins_w[level];
+    const int parts_h = static_cast<int>(divide_up(H, int64_t{kLongest} * bins_h));
+    const int parts_w = static_cast<int>(divide_up(W, int64_t{kLongest} * bins_w));
+    intervals.parts_h[level] = parts_h;
+    intervals.parts_w[level] = parts_w;
+    intervals.first[level + 1] = intervals.first[level] + bins_h * parts_h * bins_w * parts_w;
+  }
+  return intervals;
+}
+
+// The pixels of part number `part` of an axis: [begin, end).
+template <class T>
+__device__ __forceinline__ void part_of(const Axis<T>& axis, int part, int parts, int& begin, int& end) {
+  const int cell = part / parts, local = part - cell * parts;
+  const int from = axis.start(cell), length = axis.start(cell + 1) - from;
+  begin = from + local * length / parts;
+  end = from + (local + 1) * length / parts;
+}
+
+// Sums of each part [N, parts, 4, R]: its gradient weighted for (low, low), (low, next), (next, low), (next, next).
+// Layout: channels-last in 16-byte vectors (V > 1), or any strides (V == 1).
+// A block takes one part and a chunk of channels: threads x over channels, y over the part's rows.
+// Traffic: grad_context read once, four accumulators a part and channel written.
+template <class T, int V>
+__global__ void __launch_bounds__(kThreads, 2)
+    upsample_backward_parts(const __grid_constant__ PyramidUpsampleConcatBackwardArgs args,
+                            const __grid_constant__ Intervals intervals, int chunks) {
+  const Levels& levels = args.levels;
+  const Item item = item_of_block(intervals.first[levels.count], chunks);
+  int level = 0;
+  while (item.cell >= intervals.first[level + 1]) ++level;
+  const int parts_w = intervals.parts_w[level], row_parts = levels.bins_w[level] * parts_w;
+  const int local = item.cell - intervals.first[level];
+  const Axis<T> rows(levels.bins_h[level], args.H, args.align_corners);
+  const Axis<T> columns(levels.bins_w[level], args.W, args.align_corners);
+  int top, bottom, begin, end;
+  part_of(rows, local / row_parts, intervals.parts_h[level], top, bottom);
+  part_of(columns, local % row_parts, parts_w, begin, end);
+
+  const int64_t r = first_channel<V>(item.chunk);
+  acc_t<T> sums[4][V] = {};
+  if (r < args.R) {
+    for (int y = top + static_cast<int>(threadIdx.y); y < bottom; y += static_cast<int>(blockDim.y)) {
+      const T* const from = pixel<const T>(args.grad_context, item.n, level * args.R + r, y, 0);
+      acc_t<T> left[V] = {}, right[V] = {};
+#pragma unroll 4
+      for (int x = begin; x < end; ++x) {
+        const acc_t<T> next = columns.weight_of_next(x);
+        acc_t<T> grad[V];
+        load_wide(from + x * args.grad_context.stride_w, grad);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          left[v] += (1 - next) * grad[v];
+          right[v] += next * grad[v];
+        }
+      }
+      const acc_t<T> next = rows.weight_of_next(y);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        sums[0][v] += (1 - next) * left[v];
+        sums[1][v] += (1 - next) * right[v];
+        sums[2][v] += next * left[v];
+        sums[3][v] += next * right[v];
+      }
+    }
+  }
+  auto* const part = static_cast<acc_t<T>*>(args.workspace) + blockIdx.x / chunks * 4 * args.R;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    write_total(sums[i], item.chunk, args.R,
+                [&](int64_t channel, acc_t<T> total) { part[i * args.R + channel] = total; });
+  }
+}
+
+// Channels-last backward, second part: each cell adds the sums of the parts around it.
+// Layout: parts [N, parts, 4, R] to grad_reduced [N, P, R].
+// A block takes one cell; threads over channels.
+// Traffic: each sum is read once; they are few and lie in the L2 cache.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 3)
+    upsample_backward_cells(const __grid_constant__ PyramidUpsampleConcatBackwardArgs args,
+                            const __grid_constant__ Intervals intervals, int chunks) {
+  const Levels& levels = args.levels;
+  const Item item = item_of_block(levels.first[levels.count], chunks);
+  const int64_t r = first_channel<1>(item.chunk);
+  if (r >= args.R) return;
+  const int level = level_of(levels, item.cell), local = item.cell - levels.first[level];
+  const int bins_w = levels.bins_w[level], i = local / bins_w, j = local % bins_w;
+  const int parts_h = intervals.parts_h[level], parts_w = intervals.parts_w[level], row_parts = bins_w * parts_w;
+  const int64_t parts = item.n * intervals.first[levels.count] + intervals.first[level];
+  const auto* const sums = static_cast<const acc_t<T>*>(args.workspace) + parts * 4 * args.R + r;
+
+  acc_t<T> total = 0;
+  for (int row = max(i - 1, 0) * parts_h; row < (i + 1) * parts_h; ++row) {
+    const int below = row < i * parts_h ? 2 : 0;  // parts above the cell hold its share as `next`
+    for (int column = max(j - 1, 0) * parts_w; column < (j + 1) * parts_w; ++column) {
+      const int beside = column < j * parts_w ? 1 : 0;
+      total += sums[((static_cast<int64_t>(row) * row_parts + column) * 4 + below + beside) * args.R];
+    }
+  }
+  static_cast<T*>(args.grad_reduced)[(item.n * levels.first[levels.count] + item.cell) * args.R + r] = narrow<T>(total);
+}
+
+// Planar backward, in one launch: a plane is staged in shared memory and reduced there, down columns, then along rows.
+// Layout: planar, any alignment and row stride, in 16-byte vectors where these allow it.
+// A block takes one plane; threads over its vectors, then rows of cells x columns, then cells.
+// Traffic: grad_context read once, grad_reduced written.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 3)
+    upsample_backward_planes(const __grid_constant__ PyramidUpsampleConcatBackwardArgs args, Staging staging) {
+  PSP_DYNAMIC_SHARED(unsigned char, shared);
+  const int H = static_cast<int>(args.H), W = static_cast<int>(args.W), thread = static_cast<int>(threadIdx.x);
+  const Levels& levels = args.levels;
+  const int64_t channels = levels.count * args.R, n = blockIdx.x / channels, channel = blockIdx.x % channels;
+  const int level = static_cast<int>(channel / args.R), bins_h = levels.bins_h[level], bins_w = levels.bins_w[level];
+  const Axis<T> rows(bins_h, H, args.align_corners), columns(bins_w, W, args.align_corners);
+
+  auto* const row_weights = reinterpret_cast<acc_t<T>*>(shared + staging.tile_bytes);  // [H]: of the next cell
+  acc_t<T>* const column_weights = row_weights + H;                                    // [W]
+  acc_t<T>* const column_sums = column_weights + W;                                    // [bins_h, W]
+  int* const row_starts = reinterpret_cast<int*>(column_sums + bins_h * W);            // [bins_h + 1]
+  int* const column_starts = row_starts + bins_h + 1;                                  // [bins_w + 1]
+  for (int y = thread; y < H; y += kThreads) row_weights[y] = rows.weight_of_next(y);
+  for (int x = thread; x < W; x += kThreads) column_weights[x] = columns.weight_of_next(x);
+  for (int i = thread; i <= bins_h; i += kThreads) row_starts[i] = rows.start(i);
+  for (int j = thread; j <= bins_w; j += kThreads) column_starts[j] = columns.start(j);
+
+  for (int top = 0; top < H; top += staging.rows) {
+    const int bottom = min(top + staging.rows, H);
+    const T* const tile = stage_rows(pixel<const T>(args.grad_context, n, channel, top, 0), args.grad_context.stride_h,
+                                     static_cast<T*>(nullptr), 0, bottom - top, W, dense(args.grad_context, H, W),
+                                     reinterpret_cast<T*>(shared));
+    __syncthreads();
+    for (int at = thread; at < bins_h * W; at += kThreads) {
+      const int i = at / W;
+      const T* const column = tile + (at - i * W);
+      acc_t<T> sum = top == 0 ? acc_t<T>(0) : column_sums[at];
+      for (int y = i > 0 ? max(row_starts[i - 1], top) : top, end = min(row_starts[i], bottom); y < end; ++y) {
+        sum += row_weights[y] * widen(column[(y - top) * W]);
+      }
+      for (int y = max(row_starts[i], top), end = min(row_starts[i + 1], bottom); y < end; ++y) {
+        sum += (1 - row_weights[y]) * widen(column[(y - top) * W]);
+      }
+      column_sums[at] = sum;
+    }
+    __syncthreads();
+  }
+
+  const int64_t cell = n * levels.first[levels.count] + levels.first[level];
+  T* const to = static_cast<T*>(args.grad_reduced) + cell * args.R + channel % args.R;
+  for (int at = thread; at < bins_h * bins_w; at += kThreads) {
+    const int i = at / bins_w, j = at - i * bins_w;
+    const acc_t<T>* const row = column_sums + i * W;
+    acc_t<T> sum = 0;
+    for (int x = j > 0 ? column_starts[j - 1] : 0; x < column_starts[j]; ++x) sum += column_weights[x] * row[x];
+    for (int x = column_starts[j]; x < column_starts[j + 1]; ++x) sum += (1 - column_weights[x]) * row[x];
+    to[at * args.R] = narrow<T>(sum);
+  }
+}
+
+int most_bins(const int* bins, int levels) { return levels > 0 ? *std::max_element(bins, bins + levels) : 0; }
+
+// Tables and tile of upsample_backward_planes.
+template <class T>
+Staging plan_backward(const PyramidUpsampleConcatBackwardArgs& args) {
+  if (args.channels_last) return {0, 0, 0};
+  const size_t bins_h = most_bins(args.levels.bins_h, args.levels.count);
+  const size_t bins_w = most_bins(args.levels.bins_w, args.levels.count);
+  return plan_staging<T>(args.H, args.W,
+                         (args.H + args.W + bins_h * args.W) * sizeof(acc_t<T>) + (bins_h + bins_w + 2) * sizeof(int));
+}
+
+}  // namespace
+
+int pyramid_upsample_concat(const PyramidUpsampleConcatArgs& args, void* stream) {
+  if (!fits_int(args.levels, args.levels.count * args.R, args.H, args.W)) return cudaErrorInvalidValue;
+  return dispatch(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t channels = args.levels.count * args.R;
+    const size_t table = sizeof(acc_t<T>) * most_bins(args.levels.bins_h, args.levels.count) *
+                         static_cast<size_t>(padded(static_cast<int>(args.W)));
+    if (!args.channels_last && table <= kSharedBytes && args.H * args.W <= INT_MAX) {
+      return launch(upsample_planes<T>, args.N * channels, kThreads, table, stream, args);
+    }
+    const bool vectors = args.channels_last && aligned(args.reduced) && args.R % kVector<T> == 0 &&
+                         vectors_of_channels<T>(args.context, channels);
+    const Chunks chunks = make_chunks(channels, vectors ? kVector<T> : 1);
+    return launch(vectors ? upsample_rows<T, kVector<T>> : upsample_rows<T, 1>, args.N * args.H * chunks.count,
+                  chunks.threads(), 0, stream, args, chunks.count);
+  });
+}
+
+size_t pyramid_upsample_concat_backward_workspace(const PyramidUpsampleConcatBackwardArgs& args) {
+  const int64_t sums = 4 * args.N * args.R * make_intervals(args.levels, args.H, args.W).first[args.levels.count];
+  size_t bytes = 0;
+  dispatch(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (plan_backward<T>(args).rows == 0) bytes = sums * sizeof(acc_t<T>);
+    return cudaSuccess;
+  });
+  return bytes;
+}
+
+int pyramid_upsample_concat_backward(const PyramidUpsampleConcatBackwardArgs& args, void* stream) {
+  if (!fits_int(args.levels, args.levels.count * args.R, args.H, args.W)) return cudaErrorInvalidValue;
+  return dispatch(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const Staging staging = plan_backward<T>(args);
+    if (staging.rows > 0) {
+      return launch(upsample_backward_planes<T>, args.N * args.levels.count * args.R, kThreads, staging.bytes, stream,
+                    args, staging);
+    }
+    const Intervals intervals = make_intervals(args.levels, args.H, args.W);
+    const bool vectors = args.channels_last && args.R % kVector<T> == 0 &&
+                         vectors_of_channels<T>(args.grad_context, args.levels.count * args.R);
+    const Chunks chunks = make_chunks(args.R, vectors ? kVector<T> : 1);
+    const cudaError_t error = launch(vectors ? upsample_backward_parts<T, kVector<T>> : upsample_backward_parts<T, 1>,
+                                     args.N * intervals.first[args.levels.count] * chunks.count, chunks.threads(), 0,
+                                     stream, args, intervals, chunks.count);
+    if (error != cudaSuccess) return error;
+    const int cell_chunks = static_cast<int>(divide_up(args.R, kThreads));
+    return launch(upsample_backward_cells<T>, args.N * args.levels.first[args.levels.count] * cell_chunks, kThreads, 0,
+                  stream, args, intervals, cell_chunks);
+  });
+}
+
+}  // namespace pspnet_fast::cuda
