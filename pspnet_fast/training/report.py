@@ -107,6 +107,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     iterations = [record for record in records if record["event"] == "iteration"]
     epochs = [record for record in records if record["event"] == "epoch"]
@@ -117,7 +118,8 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(10, 7), layout="constrained")
     (loss_axes, score_axes), (lr_axes, class_axes) = figure.subplots(2, 2)
     loss_axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-    loss_axes.plot(steps, _running_mean(losses), color="tab:blue", label="running mean")
+    window = max(len(losses) // 20, 1)
+    loss_axes.plot(steps, _running_mean(losses, window), color="tab:blue", label=f"mean of {window} iterations")
     loss_axes.set(title="training loss", xlabel="iteration", ylim=(0, None))
     loss_axes.legend()
     lr_axes.plot(steps, [record["lr"] for record in iterations])
@@ -144,15 +146,16 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     class_axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     for axes in figure.axes:
         axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     FigureCanvasAgg(figure).print_png(str(path))
 
 
-def _running_mean(values: Sequence[float]) -> list[float]:
-    """Mean of each value and up to 49 before it."""
+def _running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of each value and those before it, up to ``window`` in all."""
     means, total = [], 0.0
     for place, value in enumerate(values):
-        total += value - (values[place - 50] if place >= 50 else 0.0)
-        means.append(total / min(place + 1, 50))
+        total += value - (values[place - window] if place >= window else 0.0)
+        means.append(total / min(place + 1, window))
     return means
 
 
