@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Compiles every CUDA source and binding without a GPU: warnings, stack frames and register spills are errors.
+# usage: scripts/check_cuda.sh [REPORT.json]   (CUDA_HOME, PYTHON; exit code 3: there is no nvcc)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+cuda=${CUDA_HOME:-/usr/local/cuda}
+[ -x "$cuda/bin/nvcc" ] || cuda=$(dirname "$(dirname "$(command -v nvcc || echo /none/bin/nvcc)")")
+if [ ! -x "$cuda/bin/nvcc" ]; then
+  echo "check_cuda: no nvcc on PATH or in CUDA_HOME: the CUDA sources were not compiled" >&2
+  exit 3
+fi
+
+out=build/check_cuda
+rm -rf "$out"
+mkdir -p "$out"
+gencode=()
+for arch in 80 90 100 120; do gencode+=(-gencode "arch=compute_$arch,code=sm_$arch"); done
+for source in csrc/cuda/*.cu; do
+  name=$(basename "$source" .cu)
+  echo "check_cuda: $source"
+  if ! "$cuda/bin/nvcc" -std=c++17 -O3 --threads 2 "${gencode[@]}" -Werror all-warnings -Xcompiler -Wall,-Wextra \
+    -Xptxas -v,-warn-spills,-warn-lmem-usage -c "$source" -o "$out/$name.o" >"$out/$name.log" 2>&1; then
+    grep -E "error|warning" "$out/$name.log" | c++filt >&2
+    exit 1
+  fi
+done
+
+python=${PYTHON:-python3}
+torch_include=$("$python" -c "import torch.utils.cpp_extension as e; print(*('-isystem ' + p for p in e.include_paths()))")
+for source in csrc/*.cpp; do
+  echo "check_cuda: $source"
+  # shellcheck disable=SC2086  # several options
+  "${CXX:-g++}" -std=c++20 -fsyntax-only -Wall -Wextra -Wno-missing-field-initializers -Werror \
+    -DPSPNET_FAST_WITH_CUDA -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000 $torch_include -isystem "$cuda/include" "$source"
+done
+"$python" scripts/check_cuda.py "$out" ${1:+--json "$1"}
