@@ -41,6 +41,11 @@ class _Group(click.Group):
             # The configuration is part of the command, so its errors are errors of usage (click's exit code 2).
             kind = click.UsageError if type(error).__name__ == "ConfigError" else click.ClickException
             raise kind(message) from None
+        except RuntimeError as error:
+            if ctx.params["traceback"] or type(error).__name__ != "OutOfMemoryError":
+                raise
+            message = "out of GPU memory; try a smaller train.batch_size or data.crop, or train.bf16=true"
+            raise click.ClickException(message) from None
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

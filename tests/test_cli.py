@@ -185,6 +185,24 @@ def test_checkpoint_that_is_none(work: Workspace, tmp_path: Path) -> None:
     assert_one_line(result, 1, "is damaged or no checkpoint")
 
 
+def test_full_gpu_says_what_to_change(work: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("pspnet_fast.training.loop.fit", full)
+    result = run("train", work.config, work.root, "--out", tmp_path / "run")
+    assert_one_line(result, 1, "out of GPU memory", "train.batch_size")
+
+
+def test_programming_errors_stay_visible(work: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("pspnet_fast.training.loop.fit", broken)
+    result = run("train", work.config, work.root, "--out", work.out / "broken")
+    assert isinstance(result.exception, RuntimeError)
+
+
 def test_traceback_on_request(work: Workspace) -> None:
     result = run("--traceback", "train", work.config, "data.root=/no/such/folder")
     assert isinstance(result.exception, FileNotFoundError)
