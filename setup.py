@@ -3,10 +3,7 @@
 USE_CUDA=auto|0|1 (default auto), TORCH_CUDA_ARCH_LIST, MAX_JOBS and DEBUG=1 are honoured; every decision is printed.
 """
 
-import json
 import os
-import platform
-import subprocess
 import sys
 from pathlib import Path
 
@@ -45,7 +42,11 @@ if WITH_CUDA and not torch.cuda.is_available():
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
 os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
 
-defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"] + (["-DPSPNET_FAST_WITH_CUDA", "-DUSE_CUDA"] if WITH_CUDA else [])
+defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+if WITH_CUDA:
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "of the GPUs visible to the build").replace(";", ", ")
+    # the kernels, torch's own CUDA declarations, and what `pspnet-fast info` reports
+    defines += ["-DPSPNET_FAST_WITH_CUDA", "-DUSE_CUDA", f"-DPSPNET_FAST_CUDA_ARCHITECTURES={architectures}"]
 optimize = ["-O0", "-g"] if DEBUG else ["-O3"]
 # Vectorisation needs to know that arithmetic neither traps nor sets errno; results are those of strict IEEE arithmetic.
 cxx_flags = [*defines, *optimize, "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fvisibility=hidden"]
@@ -60,26 +61,6 @@ extension = (CUDAExtension if WITH_CUDA else CppExtension)(
 )
 
 
-class Build(BuildExtension):
-    """Builds the extension and writes what it was built for beside it, for `pspnet-fast info`."""
-
-    def build_extensions(self) -> None:
-        super().build_extensions()
-        record = {
-            "torch": torch.__version__,
-            "stable_abi": "torch >= 2.11",
-            "compiler": subprocess.run(
-                [os.environ.get("CXX", "c++"), "--version"], capture_output=True, text=True, check=False
-            ).stdout.split("\n")[0],
-            "cpu": ["baseline", "AVX2", "AVX-512"] if platform.machine() in ("x86_64", "AMD64") else ["baseline"],
-            "cuda": torch.version.cuda if WITH_CUDA else None,
-            "cuda_architectures": os.environ.get("TORCH_CUDA_ARCH_LIST", "of the visible GPUs") if WITH_CUDA else None,
-            "debug": DEBUG,
-        }
-        path = Path(self.get_ext_fullpath("pspnet_fast._C")).with_name("_build.json")
-        path.write_text(json.dumps(record, indent=2) + "\n")
-
-
 print(f"pspnet_fast: torch = {torch.__version__}, stable ABI of torch 2.11")
 print(f"pspnet_fast: USE_CUDA = {os.environ.get('USE_CUDA', 'auto')} -> CUDA kernels {'on' if WITH_CUDA else 'off'}")
 print(f"pspnet_fast: torch.version.cuda = {torch.version.cuda}, CUDA_HOME = {CUDA_HOME}")
@@ -88,6 +69,6 @@ print(f"pspnet_fast: MAX_JOBS = {os.environ['MAX_JOBS']}, DEBUG = {DEBUG}")
 
 setup(
     ext_modules=[extension],
-    cmdclass={"build_ext": Build},
+    cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

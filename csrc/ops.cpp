@@ -2,7 +2,8 @@
 // the checks that users see stand in pspnet_fast/ops/<op>.py.
 //
 // (N, C, H, W): the feature map. bins: (bins_h, bins_w) of each level, flattened. P: cells of all levels together.
-// R: channels of a level after the reduction. concat: (N, C + L * R, H, W), of which `offset` is the first channel meant.
+// R: channels of a level after the reduction. concat: (N, C + L * R, H, W), of which `offset` is the first channel
+// meant.
 #include <string>
 
 #include "cpu/cpu_kernel.h"
@@ -27,6 +28,8 @@ STABLE_TORCH_LIBRARY(PSPNET_FAST_NAMESPACE, m) {
       "pyramid_upsample_concat_backward(Tensor grad_concat, int offset, SymInt channels, int[] bins, "
       "bool align_corners) -> Tensor");
 
+  // what the library was compiled with and for, as JSON
+  m.def("build_info() -> str");
   // the instruction set that the CPU kernels run with
   m.def("cpu_instruction_set() -> str");
 }
@@ -34,11 +37,29 @@ STABLE_TORCH_LIBRARY(PSPNET_FAST_NAMESPACE, m) {
 namespace pspnet_fast {
 namespace {
 
+#define PSP_STRING_(...) #__VA_ARGS__
+#define PSP_STRING(...) PSP_STRING_(__VA_ARGS__)
+
+std::string build_info() {
+  std::string info = "{\"torch\": \"" TORCH_VERSION "\", \"compiler\": \"" __VERSION__ "\", \"cpu\": ";
+  info += PSP_X86_64 ? "[\"baseline\", \"AVX2\", \"AVX-512\"]" : "[\"baseline\"]";
+#if defined(PSPNET_FAST_WITH_CUDA)
+  const std::string cuda = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+  return info + ", \"cuda\": \"" + cuda + "\", \"cuda_architectures\": \"" +
+         PSP_STRING(PSPNET_FAST_CUDA_ARCHITECTURES) + "\"}";
+#else
+  return info + ", \"cuda\": null, \"cuda_architectures\": null}";
+#endif
+}
+
 std::string cpu_instruction_set() {
   switch (cpu::isa()) {
-    case cpu::Isa::kAvx512: return "AVX-512";
-    case cpu::Isa::kAvx2: return "AVX2";
-    case cpu::Isa::kBaseline: break;
+    case cpu::Isa::kAvx512:
+      return "AVX-512";
+    case cpu::Isa::kAvx2:
+      return "AVX2";
+    case cpu::Isa::kBaseline:
+      break;
   }
   return "baseline";
 }
@@ -47,5 +68,6 @@ std::string cpu_instruction_set() {
 }  // namespace pspnet_fast
 
 STABLE_TORCH_LIBRARY_IMPL(PSPNET_FAST_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&pspnet_fast::build_info));
   m.impl("cpu_instruction_set", TORCH_BOX(&pspnet_fast::cpu_instruction_set));
 }

@@ -62,8 +62,8 @@ PSP_HOST_DEVICE acc_t source_scale(int bins, int64_t size, bool align_corners) {
 
 template <class acc_t>
 PSP_HOST_DEVICE SourceIndex<acc_t> source_index(int64_t at, acc_t scale, int bins, bool align_corners) {
-  acc_t real = align_corners ? scale * static_cast<acc_t>(at)
-                             : scale * (static_cast<acc_t>(at) + acc_t(0.5)) - acc_t(0.5);
+  acc_t real =
+      align_corners ? scale * static_cast<acc_t>(at) : scale * (static_cast<acc_t>(at) + acc_t(0.5)) - acc_t(0.5);
   if (real < acc_t(0)) real = acc_t(0);
   int low = static_cast<int>(real);
   if (low > bins - 1) low = bins - 1;

@@ -26,11 +26,16 @@ using torch::stable::Tensor;
 inline DType dtype_of(const Tensor& tensor) {
   using torch::headeronly::ScalarType;
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    default: STD_TORCH_CHECK(false, "dtype must be float32, float64, bfloat16 or float16");
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "dtype must be float32, float64, bfloat16 or float16");
   }
 }
 
@@ -53,7 +58,9 @@ inline Levels levels_of(const std::vector<int64_t>& bins) {
 }
 
 // Whether a map is meant as channels-last; pspnet_fast/ops/checks.py states the same rule.
-inline bool is_channels_last(const Tensor& map) { return map.stride(1) == 1 && map.size(1) > 1 && !map.is_contiguous(); }
+inline bool is_channels_last(const Tensor& map) {
+  return map.stride(1) == 1 && map.size(1) > 1 && !map.is_contiguous();
+}
 
 // The map itself where the kernels take its strides, else a copy in the layout asked for.
 inline Tensor native(const Tensor& map, bool channels_last) {
@@ -100,14 +107,14 @@ inline void* current_stream(const Tensor& tensor) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return stream;
 }
-#define PSP_LAUNCH(op, tensor, args)                                                                      \
-  do {                                                                                                    \
-    if (!(tensor).is_cuda()) {                                                                            \
-      ::pspnet_fast::cpu::op(args);                                                                       \
-      break;                                                                                              \
-    }                                                                                                     \
-    const torch::stable::accelerator::DeviceGuard guard((tensor).get_device_index());                     \
-    STD_CUDA_CHECK(static_cast<cudaError_t>(::pspnet_fast::cuda::op(args, current_stream(tensor))));      \
+#define PSP_LAUNCH(op, tensor, args)                                                                 \
+  do {                                                                                               \
+    if (!(tensor).is_cuda()) {                                                                       \
+      ::pspnet_fast::cpu::op(args);                                                                  \
+      break;                                                                                         \
+    }                                                                                                \
+    const torch::stable::accelerator::DeviceGuard guard((tensor).get_device_index());                \
+    STD_CUDA_CHECK(static_cast<cudaError_t>(::pspnet_fast::cuda::op(args, current_stream(tensor)))); \
   } while (false)
 #else
 #define PSP_LAUNCH(op, tensor, args) ::pspnet_fast::cpu::op(args)
@@ -118,7 +125,7 @@ inline Tensor bytes(const Tensor& like, size_t size) {
   const std::vector<int64_t> sizes{static_cast<int64_t>(size)};
   return torch::stable::empty(sizes, torch::headeronly::ScalarType::Byte, std::nullopt, like.device());
 }
-#define PSP_WORKSPACE(op, tensor, args) \
+#define PSP_WORKSPACE(op, tensor, args)                                              \
   const Tensor workspace = bytes(tensor, ::pspnet_fast::cuda::op##_workspace(args)); \
   args.workspace = workspace.data_ptr()
 #else
@@ -127,14 +134,15 @@ inline Tensor bytes(const Tensor& like, size_t size) {
 
 // PSP_KERNELS(m) { m.impl(...); } registers kernels for every device that this build serves.
 #if defined(PSPNET_FAST_WITH_CUDA)
-#define PSP_CUDA_KERNELS STABLE_TORCH_LIBRARY_IMPL(PSPNET_FAST_NAMESPACE, CUDA, library) { register_kernels(library); }
+#define PSP_CUDA_KERNELS \
+  STABLE_TORCH_LIBRARY_IMPL(PSPNET_FAST_NAMESPACE, CUDA, library) { register_kernels(library); }
 #else
 #define PSP_CUDA_KERNELS
 #endif
-#define PSP_KERNELS(m)                                                                           \
-  static void register_kernels(torch::stable::detail::StableLibrary&);                           \
-  STABLE_TORCH_LIBRARY_IMPL(PSPNET_FAST_NAMESPACE, CPU, library) { register_kernels(library); }  \
-  PSP_CUDA_KERNELS                                                                               \
+#define PSP_KERNELS(m)                                                                          \
+  static void register_kernels(torch::stable::detail::StableLibrary&);                          \
+  STABLE_TORCH_LIBRARY_IMPL(PSPNET_FAST_NAMESPACE, CPU, library) { register_kernels(library); } \
+  PSP_CUDA_KERNELS                                                                              \
   static void register_kernels(torch::stable::detail::StableLibrary& m)
 
 }  // namespace pspnet_fast

@@ -1,0 +1,8 @@
+"""Fused CPU and CUDA kernels for PSPNet (Zhao et al., CVPR 2017): the pyramid pooling module, its model, its trainer."""
+
+from . import ops, reference
+from .models import PSPNet
+from .modules import FusedPPM
+
+__version__ = "0.1.0"
+__all__ = ["FusedPPM", "PSPNet", "ops", "reference"]

@@ -7,9 +7,9 @@ namespace {
 
 // The pieces into which the bin edges of all levels cut an axis of `size` pixels.
 struct Segments {
-  std::vector<int64_t> edges;                // ascending, from 0 to size
-  std::vector<int64_t> first[kMaxLevels];    // of each bin of each level: its first segment
-  std::vector<int64_t> last[kMaxLevels];     // and the one behind its last
+  std::vector<int64_t> edges;              // ascending, from 0 to size
+  std::vector<int64_t> first[kMaxLevels];  // of each bin of each level: its first segment
+  std::vector<int64_t> last[kMaxLevels];   // and the one behind its last
 
   Segments(const Levels& levels, const int (&bins)[kMaxLevels], int64_t size) : edges{0, size} {
     for (int l = 0; l < levels.count; ++l) {
@@ -38,6 +38,8 @@ struct Segments {
   int64_t pixels(int level, int64_t bin) const { return edges[last[level][bin]] - edges[first[level][bin]]; }
 };
 
+// Cells are summed in double from short sums in the accumulation type: a mean over thousands of pixels stays as
+// accurate as that of a tree of additions, and costs one more addition a row.
 template <class T>
 struct PoolBase {
   using acc_t = acc_type<T>;
@@ -45,17 +47,18 @@ struct PoolBase {
   const Segments &rows, &columns;
   bool stream;
 
-  // mean[k] = the mean over bin (i, j) of level l from cells [rows][columns][stride]
-  PSP_INLINE void bin_mean(const acc_t* cells, int64_t stride, int l, int64_t i, int64_t j, acc_t* mean, int64_t n) const {
-    std::fill_n(mean, n, acc_t(0));
+  // pooled[k] = the mean over bin (i, j) of level l from cells [rows][columns][stride]; sum is scratch
+  PSP_INLINE void bin_mean(const double* cells, int64_t stride, int l, int64_t i, int64_t j, double* __restrict__ sum,
+                           T* __restrict__ pooled, int64_t n) const {
+    std::fill_n(sum, n, 0.0);
     for (int64_t s = rows.first[l][i]; s < rows.last[l][i]; ++s) {
       for (int64_t t = columns.first[l][j]; t < columns.last[l][j]; ++t) {
-        const acc_t* cell = cells + (s * columns.count() + t) * stride;
-        for (int64_t k = 0; k < n; ++k) mean[k] += cell[k];
+        const double* cell = cells + (s * columns.count() + t) * stride;
+        for (int64_t k = 0; k < n; ++k) sum[k] += cell[k];
       }
     }
-    const acc_t pixels = static_cast<acc_t>(rows.pixels(l, i) * columns.pixels(l, j));
-    for (int64_t k = 0; k < n; ++k) mean[k] /= pixels;
+    const double pixels = static_cast<double>(rows.pixels(l, i) * columns.pixels(l, j));
+    for (int64_t k = 0; k < n; ++k) pooled[k] = from_acc<T>(static_cast<acc_t>(sum[k] / pixels));
   }
 };
 
@@ -68,11 +71,13 @@ struct PlanarPool : PoolBase<T> {
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
     const int64_t blocks = (a.C + kPlanes - 1) / kPlanes, S = this->rows.count(), Q = this->columns.count();
-    std::vector<acc_t> column_sums(a.W), cells(S * Q * kPlanes);
+    std::vector<acc_t> column_sums(a.W), scratch;
+    std::vector<double> cells(S * Q * kPlanes);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / blocks, c0 = unit % blocks * kPlanes, planes = std::min(kPlanes, a.C - c0);
       for (int64_t k = 0; k < planes; ++k) {
-        for (int64_t s = 0; s < S; ++s) sum_segment_row(n, c0 + k, s, column_sums.data(), &cells[s * Q * kPlanes + k]);
+        const WidePlane<T> plane(a.input, n, c0 + k, a.H, a.W, scratch);
+        for (int64_t s = 0; s < S; ++s) sum_segment_row(plane.data, s, column_sums.data(), &cells[s * Q * kPlanes + k]);
         copy_plane(n, c0 + k);
       }
       write_bins(n, c0, planes, cells.data());
@@ -80,14 +85,12 @@ struct PlanarPool : PoolBase<T> {
     if (this->stream) store_fence();
   }
 
-  PSP_INLINE void sum_segment_row(int64_t n, int64_t c, int64_t s, acc_t* __restrict__ sums, acc_t* cells) const {
+  PSP_INLINE void sum_segment_row(const acc_t* plane, int64_t s, acc_t* __restrict__ sums, double* cells) const {
     std::fill_n(sums, this->a.W, acc_t(0));
-    for (int64_t h = this->rows.begin(s); h < this->rows.end(s); ++h) {
-      const T* row = at<T>(this->a.input, n, c, h);
-      for (int64_t w = 0; w < this->a.W; ++w) sums[w] += to_acc(row[w]);
-    }
+    const int64_t W = this->a.W, first = this->rows.begin(s);
+    add_rows(sums, plane + first * W, W, this->rows.end(s) - first, W);
     for (int64_t t = 0; t < this->columns.count(); ++t) {
-      acc_t sum = 0;
+      double sum = 0;
       for (int64_t w = this->columns.begin(t); w < this->columns.end(t); ++w) sum += sums[w];
       cells[t * kPlanes] = sum;
     }
@@ -98,18 +101,20 @@ struct PlanarPool : PoolBase<T> {
     const auto& a = this->a;
     if (!a.concat.data) return;
     if (a.input.stride_h == a.W) return store_plane(a.concat, n, c, a.H, a.W, at<T>(a.input, n, c, 0), this->stream);
-    for (int64_t h = 0; h < a.H; ++h) store(mutable_at<T>(a.concat, n, c, h), at<T>(a.input, n, c, h), a.W, this->stream);
+    for (int64_t h = 0; h < a.H; ++h)
+      store(mutable_at<T>(a.concat, n, c, h), at<T>(a.input, n, c, h), a.W, this->stream);
   }
 
-  PSP_INLINE void write_bins(int64_t n, int64_t c0, int64_t planes, const acc_t* cells) const {
+  PSP_INLINE void write_bins(int64_t n, int64_t c0, int64_t planes, const double* cells) const {
     const auto& levels = this->a.levels;
     T* pooled = static_cast<T*>(this->a.pooled) + n * levels.first[levels.count] * this->a.C + c0;
-    acc_t mean[kPlanes];
+    double sum[kPlanes];
+    T mean[kPlanes];
     for (int l = 0; l < levels.count; ++l) {
       for (int64_t i = 0; i < levels.bins_h[l]; ++i) {
         for (int64_t j = 0; j < levels.bins_w[l]; ++j, pooled += this->a.C) {
-          this->bin_mean(cells, kPlanes, l, i, j, mean, kPlanes);
-          for (int64_t k = 0; k < planes; ++k) pooled[k] = from_acc<T>(mean[k]);
+          this->bin_mean(cells, kPlanes, l, i, j, sum, mean, kPlanes);
+          std::copy_n(mean, planes, pooled);
         }
       }
     }
@@ -121,25 +126,32 @@ template <class T>
 struct ChannelsLastPool : PoolBase<T> {
   using acc_t = acc_type<T>;
   int64_t chunk;
-  acc_t* cells;  // [N, rows, columns, C]
+  double* cells;  // [N, rows, columns, C]
 
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
     const int64_t S = this->rows.count(), Q = this->columns.count(), chunks = (a.C + chunk - 1) / chunk;
+    std::vector<acc_t> row(chunk);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / (S * chunks), s = unit / chunks % S, c = unit % chunks * chunk;
       const int64_t channels = std::min(chunk, a.C - c);
-      acc_t* __restrict__ sums = cells + (n * S + s) * Q * a.C + c;
-      for (int64_t t = 0; t < Q; ++t) std::fill_n(sums + t * a.C, channels, acc_t(0));
+      double* sums = cells + (n * S + s) * Q * a.C + c;
+      for (int64_t t = 0; t < Q; ++t) std::fill_n(sums + t * a.C, channels, 0.0);
       for (int64_t h = this->rows.begin(s); h < this->rows.end(s); ++h) {
         for (int64_t t = 0; t < Q; ++t) {
-          for (int64_t w = this->columns.begin(t); w < this->columns.end(t); ++w) {
-            const T* __restrict__ pixel = at<T>(a.input, n, c, h) + w * a.input.stride_w;
-            for (int64_t k = 0; k < channels; ++k) sums[t * a.C + k] += to_acc(pixel[k]);
-            if (a.concat.data) {
-              store(mutable_at<T>(a.concat, n, c, h) + w * a.concat.stride_w, pixel, channels, this->stream);
+          std::fill(row.begin(), row.end(), acc_t(0));
+          for (int64_t w = this->columns.begin(t), pixels; w < this->columns.end(t); w += pixels) {
+            pixels = std::min<int64_t>(4, this->columns.end(t) - w);
+            const T* from = at<T>(a.input, n, c, h) + w * a.input.stride_w;
+            add_rows(row.data(), from, a.input.stride_w, pixels, channels);
+            if (!a.concat.data) continue;
+            T* to = mutable_at<T>(a.concat, n, c, h) + w * a.concat.stride_w;
+            for (int64_t i = 0; i < pixels; ++i) {
+              store(to + i * a.concat.stride_w, from + i * a.input.stride_w, channels, this->stream);
             }
           }
+          double* __restrict__ sum = sums + t * a.C;
+          for (int64_t k = 0; k < channels; ++k) sum[k] += row[k];
         }
       }
     }
@@ -151,20 +163,18 @@ struct ChannelsLastPool : PoolBase<T> {
 template <class T>
 struct ChannelsLastBins : PoolBase<T> {
   using acc_t = acc_type<T>;
-  const acc_t* cells;  // [N, rows, columns, C]
+  const double* cells;  // [N, rows, columns, C]
 
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
     const int64_t P = a.levels.first[a.levels.count], area = this->rows.count() * this->columns.count();
-    std::vector<acc_t> mean(a.C);
+    std::vector<double> sum(a.C);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / P, p = unit % P;
       int l = 0;
       while (p >= a.levels.first[l + 1]) ++l;
-      const int64_t bin = p - a.levels.first[l];
-      this->bin_mean(cells + n * area * a.C, a.C, l, bin / a.levels.bins_w[l], bin % a.levels.bins_w[l], mean.data(), a.C);
-      T* pooled = static_cast<T*>(a.pooled) + unit * a.C;
-      for (int64_t k = 0; k < a.C; ++k) pooled[k] = from_acc<T>(mean[k]);
+      const int64_t bin = p - a.levels.first[l], i = bin / a.levels.bins_w[l], j = bin % a.levels.bins_w[l];
+      this->bin_mean(cells + n * area * a.C, a.C, l, i, j, sum.data(), static_cast<T*>(a.pooled) + unit * a.C, a.C);
     }
   }
 };
@@ -177,7 +187,8 @@ struct PoolBackwardBase {
   bool stream;
 
   // grad[k] = sum over the bins that cover the cell (s, t) of grad_pooled / the bin's pixels, channels c .. c + count
-  PSP_INLINE void cell_gradient(int64_t n, int64_t c, int64_t s, int64_t t, acc_t* __restrict__ grad, int64_t count) const {
+  PSP_INLINE void cell_gradient(int64_t n, int64_t c, int64_t s, int64_t t, acc_t* __restrict__ grad,
+                                int64_t count) const {
     std::fill_n(grad, count, acc_t(0));
     const int64_t h = rows.begin(s), w = columns.begin(t), P = a.levels.first[a.levels.count];
     for (int l = 0; l < a.levels.count; ++l) {
@@ -185,7 +196,8 @@ struct PoolBackwardBase {
       for (int64_t i = first_bin(h, bins_h, a.H); i <= last_bin(h, bins_h, a.H); ++i) {
         for (int64_t j = first_bin(w, bins_w, a.W); j <= last_bin(w, bins_w, a.W); ++j) {
           const acc_t share = acc_t(1) / static_cast<acc_t>(rows.pixels(l, i) * columns.pixels(l, j));
-          const T* pooled = static_cast<const T*>(a.grad_pooled) + (n * P + a.levels.first[l] + i * bins_w + j) * a.C + c;
+          const T* pooled =
+              static_cast<const T*>(a.grad_pooled) + (n * P + a.levels.first[l] + i * bins_w + j) * a.C + c;
           for (int64_t k = 0; k < count; ++k) grad[k] += to_acc(pooled[k]) * share;
         }
       }
@@ -202,35 +214,37 @@ struct PlanarPoolBackward : PoolBackwardBase<T> {
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
     const int64_t blocks = (a.C + kPlanes - 1) / kPlanes, S = this->rows.count(), Q = this->columns.count();
-    std::vector<acc_t> cells(S * Q * kPlanes), row(a.W);
-    std::vector<T> plane(a.H * a.W);
+    std::vector<acc_t> cells(S * Q * kPlanes), row(a.W), plane(a.H * a.W), wide;
+    std::vector<T> narrow;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / blocks, c0 = unit % blocks * kPlanes, planes = std::min(kPlanes, a.C - c0);
       for (int64_t cell = 0; cell < S * Q; ++cell) {
         this->cell_gradient(n, c0, cell / Q, cell % Q, &cells[cell * kPlanes], planes);
       }
       for (int64_t k = 0; k < planes; ++k) {
+        const acc_t* grad = nullptr;
+        if (a.grad_concat.data) grad = WidePlane<T>(a.grad_concat, n, c0 + k, a.H, a.W, wide).data;
         for (int64_t s = 0; s < S; ++s) {
           for (int64_t t = 0; t < Q; ++t) {
             std::fill(&row[this->columns.begin(t)], &row[0] + this->columns.end(t), cells[(s * Q + t) * kPlanes + k]);
           }
           for (int64_t h = this->rows.begin(s); h < this->rows.end(s); ++h) {
-            add_row(n, c0 + k, h, row.data(), &plane[h * a.W]);
+            add_row(grad ? grad + h * a.W : nullptr, row.data(), &plane[h * a.W]);
           }
         }
-        store_plane(a.grad_input, n, c0 + k, a.H, a.W, plane.data(), this->stream);
+        store_wide_plane(a.grad_input, n, c0 + k, a.H, a.W, plane, narrow, this->stream);
       }
     }
     if (this->stream) store_fence();
   }
 
-  PSP_INLINE void add_row(int64_t n, int64_t c, int64_t h, const acc_t* __restrict__ row, T* __restrict__ out) const {
-    if (this->a.grad_concat.data) {
-      const T* grad = at<T>(this->a.grad_concat, n, c, h);
-      for (int64_t w = 0; w < this->a.W; ++w) out[w] = from_acc<T>(to_acc(grad[w]) + row[w]);
-    } else {
-      for (int64_t w = 0; w < this->a.W; ++w) out[w] = from_acc<T>(row[w]);
+  PSP_INLINE void add_row(const acc_t* __restrict__ grad, const acc_t* __restrict__ row,
+                          acc_t* __restrict__ out) const {
+    if (!grad) {
+      std::copy_n(row, this->a.W, out);
+      return;
     }
+    for (int64_t w = 0; w < this->a.W; ++w) out[w] = grad[w] + row[w];
   }
 };
 
@@ -279,9 +293,10 @@ void pyramid_pool(const PyramidPoolArgs& a) {
   const Segments rows(a.levels, a.levels.bins_h, a.H), columns(a.levels, a.levels.bins_w, a.W);
   dispatch(a.dtype, [&](auto zero) {
     using T = decltype(zero);
+    if (a.concat.data) advise_huge_pages(a.concat, a.N, a.concat.stride_n * static_cast<int64_t>(sizeof(T)));
     const PoolBase<T> base{a, rows, columns, a.N * a.C * a.H * a.W * static_cast<int64_t>(sizeof(T)) > kStreamBytes};
     if (!a.channels_last) return parallel(a.N * ((a.C + 15) / 16), PlanarPool<T>{base});
-    std::vector<acc_type<T>> cells(a.N * rows.count() * columns.count() * a.C);
+    std::vector<double> cells(a.N * rows.count() * columns.count() * a.C);
     const int64_t chunk = chunk_size(a.N * rows.count(), a.C), chunks = (a.C + chunk - 1) / chunk;
     parallel(a.N * rows.count() * chunks, ChannelsLastPool<T>{base, chunk, cells.data()});
     parallel(a.N * a.levels.first[a.levels.count], ChannelsLastBins<T>{base, cells.data()});
@@ -292,6 +307,7 @@ void pyramid_pool_backward(const PyramidPoolBackwardArgs& a) {
   const Segments rows(a.levels, a.levels.bins_h, a.H), columns(a.levels, a.levels.bins_w, a.W);
   dispatch(a.dtype, [&](auto zero) {
     using T = decltype(zero);
+    advise_huge_pages(a.grad_input, a.N, a.C * a.H * a.W * static_cast<int64_t>(sizeof(T)));
     const PoolBackwardBase<T> base{a, rows, columns,
                                    a.N * a.C * a.H * a.W * static_cast<int64_t>(sizeof(T)) > kStreamBytes};
     if (!a.channels_last) return parallel(a.N * ((a.C + 15) / 16), PlanarPoolBackward<T>{base});

@@ -44,6 +44,7 @@ struct Widened {
       scratch.resize(rows * n);
       for (int64_t i = 0; i < rows; ++i) {
         acc_type<T>* __restrict__ to = &scratch[i * n];
+        for (int64_t k = 0; k < n; k += 32) __builtin_prefetch(from + (i + 16) * from_stride + k);
         for (int64_t k = 0; k < n; ++k) to[k] = to_acc(from[i * from_stride + k]);
       }
       data = scratch.data(), stride = n;
@@ -173,7 +174,11 @@ struct ReduceBackwardPooled {
     for (int i = 0; i < kM; ++i) grads[i] = grad + row(m + i) * a.R;
     for (int64_t r = 0; r < a.R; ++r) {
       Vector<acc_t> w[kColumns];
-      for (int q = 0; q < kColumns; ++q) w[q] = load(weight.data + r * weight.stride + q * kLanes<acc_t>);
+      for (int q = 0; q < kColumns; ++q) {
+        const acc_t* from = weight.data + r * weight.stride + q * kLanes<acc_t>;
+        __builtin_prefetch(from + 16 * weight.stride);  // rows lie pages apart: the hardware does not foresee them
+        w[q] = load(from);
+      }
       for (int i = 0; i < kM; ++i) {
         for (int q = 0; q < kColumns; ++q) sums[i][q] += grads[i][r] * w[q];
       }
@@ -195,6 +200,7 @@ struct ReduceBackwardWeight {
   const PyramidReduceBackwardArgs& a;
   const acc_t *grad, *pooled;  // [N, P, R], [N, P, C + padding], widened
   int64_t pooled_stride;
+  bool stream;
 
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     for (int64_t unit = begin; unit < end; ++unit) {
@@ -204,6 +210,7 @@ struct ReduceBackwardWeight {
         for (int64_t c = 0; c < a.C; c += kBlock) tile<rows()>(l, r, c);
       });
     }
+    if (stream) store_fence();
   }
 
   template <int kR>
@@ -226,7 +233,9 @@ struct ReduceBackwardWeight {
       acc_t values[kBlock];
       __builtin_memcpy(values, sums[i], sizeof values);
       T* out = static_cast<T*>(a.grad_weights) + ((l * a.R + r + i) * a.C) + c;
-      for (int64_t k = 0; k < columns; ++k) out[k] = from_acc<T>(values[k]);
+      T narrow[kBlock];
+      for (int64_t k = 0; k < kBlock; ++k) narrow[k] = from_acc<T>(values[k]);
+      store(out, narrow, columns, stream);
     }
   }
 };
@@ -260,7 +269,8 @@ void pyramid_reduce_backward(const PyramidReduceBackwardArgs& a) {
     parallel(a.levels.count * ((a.C + kBlock - 1) / kBlock), ReduceBackwardPooled<T>{a, grad.data()});
     const auto pooled = widen_rows<T>(a.pooled, rows, a.C, padding);
     parallel(a.levels.count * ((a.R + kRows - 1) / kRows),
-             ReduceBackwardWeight<T>{a, grad.data(), pooled.data(), a.C + padding});
+             ReduceBackwardWeight<T>{a, grad.data(), pooled.data(), a.C + padding,
+                                     a.levels.count * a.R * a.C * static_cast<int64_t>(sizeof(T)) > kStreamBytes});
   });
 }
 

@@ -11,8 +11,8 @@ template <class acc_t>
 struct Interpolation {
   std::vector<SourceIndex<acc_t>> rows;
   struct Column {
-    int64_t begin, end;           // where it is non-zero
-    std::vector<acc_t> weights;   // there
+    int64_t begin, end;          // where it is non-zero
+    std::vector<acc_t> weights;  // there
   };
   std::vector<Column> columns;
 
@@ -45,23 +45,43 @@ std::vector<Interpolation<acc_t>> interpolations(const Levels& levels, const int
 
 // to[k] = (1 - lambda) * low[k] + lambda * high[k]
 template <class Out, class In, class acc_t>
-PSP_INLINE void mix(Out* __restrict__ to, const In* __restrict__ low, const In* __restrict__ high, acc_t lambda, int64_t n) {
+PSP_INLINE void mix(Out* __restrict__ to, const In* __restrict__ low, const In* __restrict__ high, acc_t lambda,
+                    int64_t n) {
   for (int64_t k = 0; k < n; ++k) {
     to[k] = from_acc<Out>((acc_t(1) - lambda) * to_acc(low[k]) + lambda * to_acc(high[k]));
   }
 }
 
-// low[k] += (1 - lambda) * from[k], high[k] += lambda * from[k]; low and high may be the same
-template <class In, class acc_t>
-PSP_INLINE void unmix(acc_t* low, acc_t* high, const In* __restrict__ from, acc_t lambda, int64_t n) {
-  if (low == high) {
-    for (int64_t k = 0; k < n; ++k) low[k] += to_acc(from[k]);
-    return;
-  }
-  acc_t *__restrict__ first = low, *__restrict__ second = high;
-  for (int64_t k = 0; k < n; ++k) {
-    first[k] += (acc_t(1) - lambda) * to_acc(from[k]);
-    second[k] += lambda * to_acc(from[k]);
+// The transpose of mix over the rows [begin, end), which lie `stride` apart in `from`: to[low] += (1 - lambda) * row,
+// to[high] += lambda * row, with the rows of `to` n apart. Four rows between the same pair are taken at once, because
+// each pass over `to` waits for the previous one.
+template <class T, class acc_t = acc_type<T>>
+PSP_INLINE void unmix(acc_t* to, int64_t n_to, const std::vector<SourceIndex<acc_t>>& rows, int64_t begin, int64_t end,
+                      const T* from, int64_t stride, int64_t n) {
+  for (int64_t i = begin, count; i < end; i += count) {
+    count = 1;
+    while (count < 4 && i + count < end && rows[i + count].low == rows[i].low) ++count;
+    acc_t* __restrict__ low = to + rows[i].low * n_to;
+    acc_t* __restrict__ high = to + rows[i].high * n_to;
+    const T* __restrict__ a = from + i * stride;
+    if (low == high) {  // the last bin takes both weights
+      add_rows(low, a, stride, count, n);
+    } else if (count == 4) {
+      const T* __restrict__ b = a + stride, * __restrict__ c = b + stride, * __restrict__ d = c + stride;
+      const acc_t ha = rows[i].lambda, hb = rows[i + 1].lambda, hc = rows[i + 2].lambda, hd = rows[i + 3].lambda;
+      const acc_t la = acc_t(1) - ha, lb = acc_t(1) - hb, lc = acc_t(1) - hc, ld = acc_t(1) - hd;
+      for (int64_t k = 0; k < n; ++k) {
+        const acc_t va = to_acc(a[k]), vb = to_acc(b[k]), vc = to_acc(c[k]), vd = to_acc(d[k]);
+        low[k] += (la * va + lb * vb) + (lc * vc + ld * vd);
+        high[k] += (ha * va + hb * vb) + (hc * vc + hd * vd);
+      }
+    } else {
+      count = 1;
+      for (int64_t k = 0; k < n; ++k) {
+        low[k] += (acc_t(1) - rows[i].lambda) * to_acc(a[k]);
+        high[k] += rows[i].lambda * to_acc(a[k]);
+      }
+    }
   }
 }
 
@@ -95,7 +115,8 @@ struct PlanarUpsample : UpsampleBase<T, PyramidUpsampleConcatArgs> {
     const auto& a = this->a;
     const T* reduced = static_cast<const T*>(a.reduced);
     std::vector<acc_t> wide(*std::max_element(a.levels.bins_h, a.levels.bins_h + a.levels.count) * a.W);
-    std::vector<T> plane(a.H * a.W);
+    std::vector<acc_t> plane(a.H * a.W);
+    std::vector<T> narrow;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / (a.levels.count * a.R), channel = unit % (a.levels.count * a.R), r = channel % a.R;
       const int l = static_cast<int>(channel / a.R), bins_h = a.levels.bins_h[l], bins_w = a.levels.bins_w[l];
@@ -113,7 +134,7 @@ struct PlanarUpsample : UpsampleBase<T, PyramidUpsampleConcatArgs> {
         const auto& row = this->vertical[l].rows[h];
         mix(&plane[h * a.W], &wide[row.low * a.W], &wide[row.high * a.W], row.lambda, a.W);
       }
-      store_plane(a.context, n, channel, a.H, a.W, plane.data(), this->stream);
+      store_wide_plane(a.context, n, channel, a.H, a.W, plane, narrow, this->stream);
     }
     if (this->stream) store_fence();
   }
@@ -135,15 +156,16 @@ struct ChannelsLastUpsample : UpsampleBase<T, PyramidUpsampleConcatArgs> {
       const int64_t n = unit / a.H, h = unit % a.H;
       for (int l = 0; l < a.levels.count; ++l) {
         const auto& v = this->vertical[l].rows[h];
-        mix(&rows[l * step], reduced + this->cell(n, l, v.low, 0, 0), reduced + this->cell(n, l, v.high, 0, 0), v.lambda,
-            a.levels.bins_w[l] * a.R);
+        mix(&rows[l * step], reduced + this->cell(n, l, v.low, 0, 0), reduced + this->cell(n, l, v.high, 0, 0),
+            v.lambda, a.levels.bins_w[l] * a.R);
       }
       for (int64_t w = 0; w < a.W; ++w) {
         for (int l = 0; l < a.levels.count; ++l) {
           const auto& u = this->horizontal[l].rows[w];
           mix(&pixel[l * a.R], &rows[l * step + u.low * a.R], &rows[l * step + u.high * a.R], u.lambda, a.R);
         }
-        store(mutable_at<T>(a.context, n, 0, h) + w * a.context.stride_w, pixel.data(), a.levels.count * a.R, this->stream);
+        store(mutable_at<T>(a.context, n, 0, h) + w * a.context.stride_w, pixel.data(), a.levels.count * a.R,
+              this->stream);
       }
     }
     if (this->stream) store_fence();
@@ -160,17 +182,15 @@ struct PlanarUpsampleBackward : UpsampleBase<T, PyramidUpsampleConcatBackwardArg
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
     const int64_t blocks = (a.R + kPlanes - 1) / kPlanes, L = a.levels.count;
-    std::vector<acc_t> rows(*std::max_element(a.levels.bins_h, a.levels.bins_h + L) * a.W);
+    std::vector<acc_t> rows(*std::max_element(a.levels.bins_h, a.levels.bins_h + L) * a.W), wide;
     std::vector<T> grads(a.levels.first[L] * kPlanes);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / (L * blocks), r0 = unit % blocks * kPlanes, planes = std::min(kPlanes, a.R - r0);
       const int l = static_cast<int>(unit / blocks % L), bins_h = a.levels.bins_h[l], bins_w = a.levels.bins_w[l];
       for (int64_t k = 0; k < planes; ++k) {
         std::fill_n(rows.begin(), bins_h * a.W, acc_t(0));
-        for (int64_t h = 0; h < a.H; ++h) {
-          const auto& row = this->vertical[l].rows[h];
-          unmix(&rows[row.low * a.W], &rows[row.high * a.W], at<T>(a.grad_context, n, l * a.R + r0 + k, h), row.lambda, a.W);
-        }
+        const WidePlane<T> grad(a.grad_context, n, l * a.R + r0 + k, a.H, a.W, wide);
+        unmix(rows.data(), a.W, this->vertical[l].rows, 0, a.H, grad.data, a.W, a.W);
         for (int64_t i = 0; i < bins_h; ++i) {
           for (int64_t j = 0; j < bins_w; ++j) {
             const auto& column = this->horizontal[l].columns[j];
@@ -189,35 +209,54 @@ struct PlanarUpsampleBackward : UpsampleBase<T, PyramidUpsampleConcatBackwardArg
   }
 };
 
-// Channels-last maps, a unit is one chunk of channels of one level.
+// Channels-last maps, first pass: a unit is one chunk of every level's channels in one block of rows. The blocks do not
+// depend on the number of threads, nor then does the result.
 template <class T>
 struct ChannelsLastUpsampleBackward : UpsampleBase<T, PyramidUpsampleConcatBackwardArgs> {
   using acc_t = acc_type<T>;
   using UpsampleBase<T, PyramidUpsampleConcatBackwardArgs>::UpsampleBase;
-  int64_t chunk = chunk_size(this->a.N * this->a.levels.count, this->a.R);
+  static constexpr int64_t kBlocks = 8;
+  int64_t chunk = chunk_size(this->a.N * kBlocks, this->a.R);
+  int64_t chunks = (this->a.R + chunk - 1) / chunk;
+  int64_t P = this->a.levels.first[this->a.levels.count];
+  acc_t* partial = nullptr;  // [N, kBlocks, P, R]
 
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
-    const int64_t chunks = (a.R + chunk - 1) / chunk, L = a.levels.count;
-    std::vector<acc_t> row(this->max_bins_w() * chunk), grads(a.levels.first[L] * chunk);
+    std::vector<acc_t> row(this->max_bins_w() * chunk), sums(P * chunk);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t n = unit / (L * chunks), r0 = unit % chunks * chunk, channels = std::min(chunk, a.R - r0);
-      const int l = static_cast<int>(unit / chunks % L), bins_h = a.levels.bins_h[l], bins_w = a.levels.bins_w[l];
-      std::fill_n(grads.begin(), bins_h * bins_w * chunk, acc_t(0));
-      for (int64_t h = 0; h < a.H; ++h) {
-        std::fill_n(row.begin(), bins_w * chunk, acc_t(0));
-        for (int64_t w = 0; w < a.W; ++w) {
-          const auto& u = this->horizontal[l].rows[w];
-          const T* pixel = at<T>(a.grad_context, n, l * a.R + r0, h) + w * a.grad_context.stride_w;
-          unmix(&row[u.low * chunk], &row[u.high * chunk], pixel, u.lambda, channels);
+      const int64_t n = unit / (kBlocks * chunks), block = unit / chunks % kBlocks, r0 = unit % chunks * chunk;
+      const int64_t channels = std::min(chunk, a.R - r0);
+      std::fill(sums.begin(), sums.end(), acc_t(0));
+      for (int64_t h = block * a.H / kBlocks; h < (block + 1) * a.H / kBlocks; ++h) {
+        for (int l = 0; l < a.levels.count; ++l) {
+          const int64_t line = a.levels.bins_w[l] * chunk;
+          std::fill_n(row.begin(), line, acc_t(0));
+          unmix(row.data(), chunk, this->horizontal[l].rows, 0, a.W, at<T>(a.grad_context, n, l * a.R + r0, h),
+                a.grad_context.stride_w, channels);
+          unmix(&sums[a.levels.first[l] * chunk], line, this->vertical[l].rows, h, h + 1, row.data(), 0, line);
         }
-        const auto& v = this->vertical[l].rows[h];
-        unmix(&grads[v.low * bins_w * chunk], &grads[v.high * bins_w * chunk], row.data(), v.lambda, bins_w * chunk);
       }
-      T* out = static_cast<T*>(a.grad_reduced) + this->cell(n, l, 0, 0, r0);
-      for (int64_t p = 0; p < bins_h * bins_w; ++p) {
-        for (int64_t k = 0; k < channels; ++k) out[p * a.R + k] = from_acc<T>(grads[p * chunk + k]);
-      }
+      acc_t* out = partial + (n * kBlocks + block) * P * a.R + r0;
+      for (int64_t p = 0; p < P; ++p) std::copy_n(&sums[p * chunk], channels, out + p * a.R);
+    }
+  }
+};
+
+// Channels-last maps, second pass: adds the blocks; a unit is one cell.
+template <class T>
+struct SumBlocks {
+  const PyramidUpsampleConcatBackwardArgs& a;
+  const acc_type<T>* partial;
+  int64_t blocks, P;
+
+  PSP_INLINE void operator()(int64_t begin, int64_t end) const {
+    std::vector<acc_type<T>> sum(a.R);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      std::fill(sum.begin(), sum.end(), acc_type<T>(0));
+      add_rows(sum.data(), partial + (unit / P * blocks * P + unit % P) * a.R, P * a.R, blocks, a.R);
+      T* out = static_cast<T*>(a.grad_reduced) + unit * a.R;
+      for (int64_t k = 0; k < a.R; ++k) out[k] = from_acc<T>(sum[k]);
     }
   }
 };
@@ -236,8 +275,11 @@ void pyramid_upsample_concat_backward(const PyramidUpsampleConcatBackwardArgs& a
   dispatch(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     if (a.channels_last) {
-      const ChannelsLastUpsampleBackward<T> task(a);
-      return parallel(a.N * a.levels.count * ((a.R + task.chunk - 1) / task.chunk), task);
+      ChannelsLastUpsampleBackward<T> task(a);
+      std::vector<acc_type<T>> partial(a.N * task.kBlocks * task.P * a.R);
+      task.partial = partial.data();
+      parallel(a.N * task.kBlocks * task.chunks, task);
+      return parallel(a.N * task.P, SumBlocks<T>{a, partial.data(), task.kBlocks, task.P});
     }
     parallel(a.N * a.levels.count * ((a.R + 15) / 16), PlanarUpsampleBackward<T>(a));
   });

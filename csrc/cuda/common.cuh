@@ -82,9 +82,9 @@ __device__ __forceinline__ void store(T* to, const T (&values)[V]) {
     static_assert(V % kVector<T> == 0);
 #pragma unroll
     for (int i = 0; i < V; i += kVector<T>) {
-      uint4 bytes;
-      memcpy(&bytes, static_cast<const void*>(values + i), 16);
-      *reinterpret_cast<uint4*>(to + i) = bytes;
+      unsigned words[4];
+      memcpy(words, static_cast<const void*>(values + i), 16);
+      *reinterpret_cast<uint4*>(to + i) = make_uint4(words[0], words[1], words[2], words[3]);
     }
   }
 }

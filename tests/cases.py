@@ -1,0 +1,79 @@
+"""Shapes, layouts and the measure of accuracy that the operators' tests share."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+LAYOUTS = ["contiguous", "channels_last", "slice", "channels_last_slice", "transposed"]
+BINS = [
+    (1, 2, 3, 6),
+    (1,),
+    (2, 4),
+    (1, 3, 6, 8),
+    ((2, 5), 3),  # pairs
+    (9, 1),  # many bins
+]
+SIZES = [
+    (1, 1),  # fewer pixels than bins
+    (3, 2),
+    (7, 7),
+    (13, 9),  # bins overlap
+    (60, 60),  # a 473 x 473 crop
+    (61, 97),  # odd, not square
+]
+CHANNELS = 19  # no multiple of any vector
+
+
+def make(shape: Sequence[int], layout: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
+    """Random values in a layout; slices lie at odd offsets inside larger tensors that hold NaN around them."""
+    n, c, h, w = shape
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device, dtype)
+    if layout == "contiguous":
+        return values
+    if layout == "channels_last":
+        return values.contiguous(memory_format=torch.channels_last)
+    if layout == "transposed":
+        return values.transpose(2, 3).contiguous().transpose(2, 3)
+    large = torch.full((n + 1, c + 3, h + 2, w + 1), torch.nan, dtype=dtype, device=device)
+    if layout == "channels_last_slice":
+        large = large.contiguous(memory_format=torch.channels_last)
+    part = large[1:, 1 : c + 1, 2:, 1:]
+    part.copy_(values)
+    return part
+
+
+def errors(function: Callable[..., Sequence[Tensor]], eager: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]):
+    """(error, eager's error, scale) of every result, against eager in float64."""
+    exact = eager(*[t.double() for t in inputs])
+    for ours, stock, truth in zip(function(*inputs), eager(*inputs), exact, strict=True):
+        assert ours.shape == truth.shape
+        assert ours.dtype == inputs[0].dtype
+        scale = truth.abs().max().item() if truth.numel() else 0.0
+        yield tuple((t.double() - truth).abs().max().item() if truth.numel() else 0.0 for t in (ours, stock)) + (scale,)
+
+
+def assert_accurate(
+    function: Callable[..., Sequence[Tensor]], eager: Callable[..., Sequence[Tensor]], *inputs: Tensor
+) -> None:
+    """Asserts that the error against float64 is at most twice that of eager PyTorch in the same dtype.
+
+    Where eager happens to be exact, one rounding of the largest value is allowed; float64 itself, where eager is the
+    truth, may differ by the order of additions.
+    """
+    dtype = inputs[0].dtype
+    allowance = torch.finfo(dtype).eps * (64 if dtype == torch.float64 else 1)
+    for error, stock, scale in errors(function, eager, inputs):
+        assert error <= 2 * stock + allowance * scale, (error, stock, scale)
+
+
+def with_gradients(function: Callable[..., Tensor], needs: int) -> Callable[..., list[Tensor]]:
+    """The results of a function and its gradients, from arguments (inputs..., output gradient)."""
+
+    def run(*arguments: Tensor) -> list[Tensor]:
+        inputs = [t.detach().requires_grad_(i < needs) for i, t in enumerate(arguments[:-1])]
+        output = function(*inputs)
+        return [output.detach(), *torch.autograd.grad(output, inputs[:needs], arguments[-1].to(output.dtype))]
+
+    return run

@@ -1,0 +1,25 @@
+"""Where the operators' tests run, and what they share."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device that has kernels; a machine without a GPU skips that part, saying so."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU on this machine")
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Fills every fresh tensor with NaN, those that the kernels write included: an element left unwritten shows.
+
+    torch does so in its deterministic mode, which the operators must work in anyway.
+    """
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
