@@ -117,6 +117,15 @@ def test_training_pair_stays_aligned_through_the_pipeline() -> None:
     assert corners >= {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("blur", [True, False])
+def test_blur_is_part_of_the_pipeline_unless_turned_off(blur: bool) -> None:
+    point, label = np.zeros((9, 9, 3), np.float32), np.zeros((9, 9), np.uint8)
+    point[4, 4] = 255
+    transform = TrainTransform((9, 9), mean=(0, 0, 0), std=(1, 1, 1), scale=(1, 1), degrees=(0, 0), blur=blur)
+    peaks = {round(float(output.max()), 3) for output, _ in results(lambda rng: transform(point, label, rng))}
+    assert peaks == ({1.0, 0.141} if blur else {1.0})
+
+
 def test_crop_offsets_reach_both_ends() -> None:
     image, label = pair(3, 5)
     transform = TrainTransform((2, 2), scale=(1, 1), degrees=(0, 0), blur=False)

@@ -14,6 +14,7 @@ _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _FONT_SCALE = 0.45
 _LINE = 22  # height of a line of text, pixels
 _GAP = 8  # between neighbours, pixels
+_SWATCH = 14  # width of a legend entry's colour, pixels
 _BLACK = (0, 0, 0)
 
 
@@ -70,16 +71,9 @@ def side_by_side(
     if len(shapes) != 1:
         raise ValueError(f"rows must hold pictures of one size, got {sorted(shapes)}")
     height, width, _ = (scale * extent for extent in shapes.pop())
-    entries, legend_lines = _legend_layout(class_names, len(titles) * (width + _GAP) - _GAP)
-    canvas = np.full(
-        (
-            _LINE + len(rows) * (height + _GAP) + legend_lines * _LINE,
-            len(titles) * (width + _GAP) - _GAP,
-            3,
-        ),
-        255,
-        np.uint8,
-    )
+    sheet_width = len(titles) * (width + _GAP) - _GAP
+    entries, legend_lines = _legend_layout(class_names, sheet_width)
+    canvas = np.full((_LINE + len(rows) * (height + _GAP) + legend_lines * _LINE, sheet_width, 3), 255, np.uint8)
     for column, title in enumerate(titles):
         _write(canvas, title, column * (width + _GAP), 0)
     for row, pictures in enumerate(rows):
@@ -89,10 +83,10 @@ def side_by_side(
             canvas[top : top + height, left : left + width] = picture.repeat(scale, 0).repeat(scale, 1)
     for (left, line), name, color in zip(entries, class_names, colors, strict=True):
         top = canvas.shape[0] - (legend_lines - line) * _LINE
-        corners = (left, top + 4), (left + 14, top + _LINE - 5)
+        corners = (left, top + 4), (left + _SWATCH, top + _LINE - 5)
         cv2.rectangle(canvas, *corners, tuple(map(int, color)), cv2.FILLED)
         cv2.rectangle(canvas, *corners, _BLACK)
-        _write(canvas, name, left + 18, top)
+        _write(canvas, name, left + _SWATCH + _GAP // 2, top)
     return canvas
 
 
@@ -101,7 +95,7 @@ def _legend_layout(names: Sequence[str], width: int) -> tuple[list[tuple[int, in
     entries: list[tuple[int, int]] = []
     left = line = 0
     for name in names:
-        advance = 18 + cv2.getTextSize(name, _FONT, _FONT_SCALE, 1)[0][0] + 2 * _GAP
+        advance = _SWATCH + _GAP // 2 + cv2.getTextSize(name, _FONT, _FONT_SCALE, 1)[0][0] + 2 * _GAP
         if left and left + advance > width:
             left, line = 0, line + 1
         entries.append((left, line))
