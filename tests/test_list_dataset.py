@@ -45,13 +45,26 @@ def epoch_of(dataset: ListDataset, workers: int, epoch: int, seed: int = 0) -> t
 
 
 def test_items_depend_on_seed_epoch_and_index_alone(root: Path) -> None:
+    (root / "train.txt").write_text(2 * "train_0.png train_0_label.png\n")
+
+    def item(seed: int, epoch: int, index: int) -> torch.Tensor:
+        dataset = make(root, seed)
+        dataset.set_epoch(epoch)
+        return dataset[index][0]
+
+    first = item(0, 1, 0)
+    torch.rand(3)  # the global generator does not matter
+    assert torch.equal(first, item(0, 1, 0))
+    for other in ((1, 1, 0), (0, 2, 0), (0, 1, 1)):
+        assert not torch.equal(first, item(*other))
+
+
+def test_epochs_do_not_depend_on_the_number_of_workers(root: Path) -> None:
     dataset = make(root)
     first = epoch_of(dataset, 0, epoch=1)
-    torch.rand(3)  # the global generator does not matter
     assert torch.equal(first, epoch_of(dataset, 2, epoch=1))
     assert torch.equal(first, epoch_of(make(root), 1, epoch=1))
     assert not torch.equal(first, epoch_of(dataset, 0, epoch=2))
-    assert not torch.equal(first, epoch_of(make(root, seed=1), 0, epoch=1))
 
 
 def test_loaders_leave_the_global_generator_alone(root: Path) -> None:
