@@ -1,74 +1,92 @@
 """Builds the kernels: always for the CPU, and for CUDA where torch has it and nvcc is found.
 
-USE_CUDA=auto|0|1 (default auto), TORCH_CUDA_ARCH_LIST, MAX_JOBS and DEBUG=1 are honoured; every decision is printed.
+USE_CUDA=auto|0|1 (default auto), TORCH_CUDA_ARCH_LIST, MAX_JOBS and DEBUG=0|1 are honoured; every decision is printed.
 """
 
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+try:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+except ImportError as error:
+    sys.exit(f"pspnet_fast needs torch >= 2.11 to build ({error}): pip install 'torch>=2.11'")
+
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
+    sys.exit(f"pspnet_fast needs torch >= 2.11 to build, but found {torch.__version__}: pip install -U 'torch>=2.11'")
 
 ROOT = Path(__file__).parent
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11: the wheel serves every later torch as well
 DEFAULT_CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
-if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
-    sys.exit(f"pspnet_fast needs torch >= 2.11 to build, but found torch {torch.__version__}")
+
+def switch(name: str, *allowed: str) -> str:
+    """The environment variable, by default the first value allowed."""
+    value = os.environ.get(name, allowed[0]).lower()
+    if value not in allowed:
+        sys.exit(f"{name} must be one of {', '.join(allowed)}, but is {value!r}")
+    return value
 
 
-def use_cuda() -> bool:
-    """Whether to build the CUDA kernels, from USE_CUDA, torch and the toolkit."""
-    wish = os.environ.get("USE_CUDA", "auto").lower()
-    if wish not in ("auto", "0", "1"):
-        sys.exit(f"USE_CUDA must be auto, 0 or 1, but is {wish!r}")
-    nvcc = CUDA_HOME is not None and (Path(CUDA_HOME) / "bin" / "nvcc").exists()
-    if wish == "1" and torch.version.cuda is None:
-        sys.exit(f"USE_CUDA=1, but torch {torch.__version__} is a build without CUDA: install one with it or set USE_CUDA=0")
-    if wish == "1" and not nvcc:
-        sys.exit("USE_CUDA=1, but no nvcc was found: set CUDA_HOME to the CUDA toolkit's folder or set USE_CUDA=0")
-    return wish != "0" and torch.version.cuda is not None and nvcc
+def missing_for_cuda() -> str | None:
+    """Why the CUDA kernels cannot be built, if so."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
+    if CUDA_HOME is None or not nvcc.exists():
+        return "no nvcc was found on PATH or in CUDA_HOME"
+    release = re.search(r"release (\d+)\.\d+", subprocess.check_output([nvcc, "--version"], text=True))
+    if release is None or release[1] != torch.version.cuda.split(".")[0]:
+        return f"{nvcc} is of CUDA {release and release[1]}, but torch {torch.__version__} of CUDA {torch.version.cuda}"
+    return None
 
 
-def sources(*folders: str, suffix: str) -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).glob(f"*{suffix}"))
+def sources(folder: str, suffix: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).glob(f"*{suffix}"))
 
 
-WITH_CUDA = use_cuda()
-DEBUG = os.environ.get("DEBUG", "0") == "1"
-if WITH_CUDA and not torch.cuda.is_available():
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
+use_cuda, missing = switch("USE_CUDA", "auto", "0", "1"), missing_for_cuda()
+if use_cuda == "1" and missing:
+    sys.exit(f"USE_CUDA=1, but {missing}: mend that, or set USE_CUDA=0 to build the CPU kernels alone")
+with_cuda = use_cuda != "0" and not missing
+debug = switch("DEBUG", "0", "1") == "1"
 os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
+if with_cuda and not torch.cuda.is_available():
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
+architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "of the visible GPUs")
 
 defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-if WITH_CUDA:
-    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "of the GPUs visible to the build").replace(";", ", ")
+if with_cuda:
     # the kernels, torch's own CUDA declarations, and what `pspnet-fast info` reports
-    defines += ["-DPSPNET_FAST_WITH_CUDA", "-DUSE_CUDA", f"-DPSPNET_FAST_CUDA_ARCHITECTURES={architectures}"]
-optimize = ["-O0", "-g"] if DEBUG else ["-O3"]
+    defines += ["-DPSPNET_FAST_WITH_CUDA", "-DUSE_CUDA"]
+    defines += [f"-DPSPNET_FAST_CUDA_ARCHITECTURES={architectures.replace(';', ' ')}"]
+optimize = ["-O0", "-g"] if debug else ["-O3"]
 # Vectorisation needs to know that arithmetic neither traps nor sets errno; results are those of strict IEEE arithmetic.
-cxx_flags = [*defines, *optimize, "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fvisibility=hidden"]
-cxx_flags += ["-Wall", "-Wextra", "-Wno-missing-field-initializers", "-Wno-unused-parameter", "-Wno-psabi", "-Wno-unknown-pragmas"]
-nvcc_flags = [*defines, *optimize, "--expt-relaxed-constexpr"]
+cxx_flags = ["-std=c++20", *defines, *optimize, "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
+cxx_flags += ["-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-missing-field-initializers", "-Wno-unused-parameter"]
+cxx_flags += ["-Wno-psabi", "-Wno-unknown-pragmas"]
+nvcc_flags = ["-std=c++17", *defines, *optimize]
 
-extension = (CUDAExtension if WITH_CUDA else CppExtension)(
-    "pspnet_fast._C",
-    sources("csrc", "csrc/cpu", suffix=".cpp") + (sources("csrc/cuda", suffix=".cu") if WITH_CUDA else []),
-    extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
-    py_limited_api=True,
-)
-
-
-print(f"pspnet_fast: torch = {torch.__version__}, stable ABI of torch 2.11")
-print(f"pspnet_fast: USE_CUDA = {os.environ.get('USE_CUDA', 'auto')} -> CUDA kernels {'on' if WITH_CUDA else 'off'}")
-print(f"pspnet_fast: torch.version.cuda = {torch.version.cuda}, CUDA_HOME = {CUDA_HOME}")
-print(f"pspnet_fast: TORCH_CUDA_ARCH_LIST = {os.environ.get('TORCH_CUDA_ARCH_LIST') if WITH_CUDA else 'not used'}")
-print(f"pspnet_fast: MAX_JOBS = {os.environ['MAX_JOBS']}, DEBUG = {DEBUG}")
+print(f"pspnet_fast: torch {torch.__version__} at {Path(torch.__file__).parent}")
+print(f"pspnet_fast: USE_CUDA={use_cuda}: CUDA kernels {'on' if with_cuda else f'off ({missing or use_cuda})'}")
+if with_cuda:
+    print(f"pspnet_fast: CUDA_HOME={CUDA_HOME}, CUDA {torch.version.cuda}, TORCH_CUDA_ARCH_LIST={architectures}")
+print(f"pspnet_fast: MAX_JOBS={os.environ['MAX_JOBS']}, DEBUG={int(debug)}")
 
 setup(
-    ext_modules=[extension],
+    ext_modules=[
+        (CUDAExtension if with_cuda else CppExtension)(
+            "pspnet_fast._C",
+            sources("csrc", ".cpp") + sources("csrc/cpu", ".cpp") + (sources("csrc/cuda", ".cu") if with_cuda else []),
+            extra_compile_args={"cxx": cxx_flags, "nvcc": nvcc_flags},
+            py_limited_api=True,
+        )
+    ],
     cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

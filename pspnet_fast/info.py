@@ -13,7 +13,9 @@ from . import ops  # noqa: F401  (loads the kernels)
 def collect() -> dict[str, Any]:
     """The facts as plain data: keys versions, built, machine."""
     built = json.loads(torch.ops.pspnet_fast.build_info())
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
     return {
         "versions": {
             "pspnet_fast": _version("pspnet_fast"),

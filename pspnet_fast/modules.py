@@ -1,5 +1,6 @@
 """FusedPPM: the pyramid pooling module on the fused operators."""
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -86,7 +87,9 @@ class FusedPPM(nn.Module):
         check_map("input", input)
         n, c, h, w = input.shape
         if c != self.in_channels:
-            raise ValueError(f"input must have in_channels = {self.in_channels} channels, but has shape {tuple(input.shape)}")
+            raise ValueError(
+                f"input must have in_channels = {self.in_channels} channels, but has shape {tuple(input.shape)}"
+            )
         context = self.out_channels - c
         first_input, first_level = (0, c) if self.concat == "input_first" else (context, 0)
         output = torch.empty(
@@ -138,11 +141,16 @@ def _normalize(norm: nn.Module, z: Tensor) -> Tensor:
     if norm.running_mean is None or (isinstance(norm, nn.SyncBatchNorm) and _world_size(norm) > 1):
         return norm(z)
     if not torch.compiler.is_compiling():
-        warnings.warn(
-            "FusedPPM: a level has one value per channel in training (batch 1, bin 1): it uses its running statistics",
-            stacklevel=2,
-        )
+        _warn_of_one_value()
     return F.batch_norm(z, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+
+
+@functools.cache
+def _warn_of_one_value() -> None:
+    warnings.warn(
+        "FusedPPM: a level has one value per channel in training (batch 1, bin 1): it uses its running statistics",
+        stacklevel=2,
+    )
 
 
 def _world_size(norm: nn.SyncBatchNorm) -> int:

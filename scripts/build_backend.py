@@ -1,19 +1,21 @@
 """The PEP 517 build backend: setuptools, compiling against the torch that the environment already has.
 
-pip builds in an isolated environment. Were torch listed as a build requirement, pip would download another one into it,
-gigabytes of it, and possibly for another CUDA. So torch is required only where the environment that runs pip has none
-(or one before 2.11); else that environment's torch is made importable for the build.
+pip builds in an isolated environment. Were torch a build requirement, pip would download a second one into it:
+gigabytes, and possibly for another CUDA. So the isolated build borrows the packages of the environment that it hides,
+and asks for torch only where that environment has none that is new enough.
 """
 
-import importlib.metadata
+import json
+import os
+import subprocess
 import sys
-import sysconfig
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from setuptools import build_meta as _setuptools
 from setuptools.build_meta import (  # noqa: F401  (the backend's interface)
+    build_editable,
     build_sdist,
-    get_requires_for_build_sdist,
+    build_wheel,
     prepare_metadata_for_build_editable,
     prepare_metadata_for_build_wheel,
 )
@@ -21,42 +23,32 @@ from setuptools.build_meta import (  # noqa: F401  (the backend's interface)
 MINIMUM = (2, 11)
 
 
-def _site_packages_with_torch() -> str | None:
-    """The site-packages of the running interpreter, hidden by the isolation, if a torch to build against is there."""
-    for folder in dict.fromkeys((sysconfig.get_path("platlib"), sysconfig.get_path("purelib"))):
-        for found in importlib.metadata.distributions(name="torch", path=[folder]):
-            if tuple(int(part) for part in found.version.split(".")[:2]) >= MINIMUM:
-                return folder
-    return None
+def _hidden_path() -> list[str]:
+    """sys.path of this interpreter without the build isolation, which works through PYTHONPATH and PYTHONNOUSERSITE."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    command = [sys.executable, "-c", "import json, sys; print(json.dumps(sys.path[1:]))"]
+    return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
 
 
-def _requirements() -> list[str]:
-    return [] if "torch" in sys.modules or _site_packages_with_torch() else [f"torch>={MINIMUM[0]}.{MINIMUM[1]}"]
+def _has_torch() -> bool:
+    try:
+        return tuple(int(part) for part in version("torch").split(".")[:2]) >= MINIMUM
+    except PackageNotFoundError:
+        return False
 
 
-def _make_torch_importable() -> None:
-    folder = _site_packages_with_torch()
-    if folder and folder not in sys.path:
-        sys.path.append(folder)
+# Last on the path: the isolated setuptools and ninja go before the environment's. Not in the environment itself (no
+# isolation) or where its torch is too old: that one must not be found before the one that is asked for here.
+if not _has_torch():
+    _own_path = sys.path.copy()
+    sys.path += [folder for folder in _hidden_path() if folder not in sys.path]
+    if not _has_torch():
+        sys.path[:] = _own_path
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
-    """Nothing but torch, where it is missing: setup.py cannot run without it, so setuptools is not asked."""
-    return _requirements()
+    """Only torch, where it is missing: setup.py cannot run without it, so setuptools is not asked."""
+    return [] if _has_torch() else [f"torch>={MINIMUM[0]}.{MINIMUM[1]}"]
 
 
-def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
-    """As for a wheel."""
-    return _requirements()
-
-
-def build_wheel(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:
-    """Builds the wheel."""
-    _make_torch_importable()
-    return _setuptools.build_wheel(wheel_directory, config_settings, metadata_directory)
-
-
-def build_editable(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:
-    """Builds the kernels in place."""
-    _make_torch_importable()
-    return _setuptools.build_editable(wheel_directory, config_settings, metadata_directory)
+get_requires_for_build_editable = get_requires_for_build_sdist = get_requires_for_build_wheel

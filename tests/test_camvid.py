@@ -1,6 +1,7 @@
 """A few real photographs through the whole command; skipped where CamVid is absent."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,16 @@ REPOSITORY = Path(__file__).parent.parent
 CAMVID = REPOSITORY.parent / "shared" / "data" / "camvid"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.skipif(not CAMVID.is_dir(), reason=f"CamVid is not at {CAMVID}")
 def test_shipped_configuration_trains_on_camvid(tmp_path: Path) -> None:
-    torch.set_num_threads(1)
     for split, count in (("train", 8), ("val", 1)):
         lines = (CAMVID / f"{split}.txt").read_text().splitlines()[:count]
         (tmp_path / f"{split}.txt").write_text("\n".join(lines))

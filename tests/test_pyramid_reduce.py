@@ -35,9 +35,7 @@ def make_norm(levels: int, r: int, dtype: torch.dtype, device: torch.device) -> 
 def test_values_and_gradients(device, bins, channels, dtype):
     pooled, weights = make(bins, 3, *channels, dtype, device)
     grad = torch.randn(3, count(bins), channels[1], dtype=torch.float64).to(device, dtype)
-    run = [
-        with_gradients(lambda p, *ws, m=m: m.pyramid_reduce(p, ws, bins), 1 + len(bins)) for m in (ops, reference)
-    ]
+    run = [with_gradients(lambda p, *ws, m=m: m.pyramid_reduce(p, ws, bins), 1 + len(bins)) for m in (ops, reference)]
     assert_accurate(*run, pooled, *weights, grad)
 
 
@@ -131,8 +129,18 @@ NORM = (*(torch.ones(3) for _ in range(4)), 1e-5)
         ((POOLED, [WEIGHTS[0].half(), WEIGHTS[1]]), {}, TypeError, r"weights\[0\] must have the dtype .* float32"),
         ((POOLED, WEIGHTS), {"norm": [NORM]}, ValueError, "norm must hold one tuple a level, 2 .* but holds 1"),
         ((POOLED, WEIGHTS), {"norm": [NORM, NORM[::-1]]}, TypeError, "norm must be a Tensor"),
-        ((POOLED, WEIGHTS), {"norm": [NORM, tuple(t[:2] for t in NORM[:4]) + (1.0,)]}, ValueError, "norm must have shape"),
-        ((POOLED, WEIGHTS), {"norm": [NORM, tuple(t.half() for t in NORM[:4]) + (1.0,)]}, TypeError, "norm must be float32"),
+        (
+            (POOLED, WEIGHTS),
+            {"norm": [NORM, tuple(t[:2] for t in NORM[:4]) + (1.0,)]},
+            ValueError,
+            "norm must have shape",
+        ),
+        (
+            (POOLED, WEIGHTS),
+            {"norm": [NORM, tuple(t.half() for t in NORM[:4]) + (1.0,)]},
+            TypeError,
+            "norm must be float32",
+        ),
         ((POOLED.clone().requires_grad_(), WEIGHTS), {"relu": True}, ValueError, "norm and relu are for inference"),
     ],
 )

@@ -70,7 +70,8 @@ def test_gradcheck_with_what_concat_held_before(device):
     reduced = torch.randn(2, 5, 3, dtype=torch.float64, device=device, requires_grad=True)
     before = make((2, 8, 4, 5), "contiguous", torch.float64, device).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda b, r: ops.pyramid_upsample_concat_(b.clone(), r, (1, 2), offset=1, align_corners=False), (before, reduced)
+        lambda b, r: ops.pyramid_upsample_concat_(b.clone(), r, (1, 2), offset=1, align_corners=False),
+        (before, reduced),
     )
 
 

@@ -21,7 +21,8 @@ def dilations(stage: nn.Module) -> list[int]:
     ],
 )
 def test_dilations_of_resnet50(dilation: str, output_stride: int, layer3: list[int], layer4: list[int]) -> None:
-    model = resnet("resnet50", dilation=dilation, output_stride=output_stride)
+    with torch.device("meta"):
+        model = resnet("resnet50", dilation=dilation, output_stride=output_stride)
     assert dilations(model.layer2) == [1] * 4
     assert dilations(model.layer3) == layer3
     assert dilations(model.layer4) == layer4

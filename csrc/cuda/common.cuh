@@ -82,9 +82,12 @@ __device__ __forceinline__ void store(T* to, const T (&values)[V]) {
     static_assert(V % kVector<T> == 0);
 #pragma unroll
     for (int i = 0; i < V; i += kVector<T>) {
-      unsigned words[4];
-      memcpy(words, static_cast<const void*>(values + i), 16);
-      *reinterpret_cast<uint4*>(to + i) = make_uint4(words[0], words[1], words[2], words[3]);
+      struct alignas(16) Vector {
+        T values[kVector<T>];
+      } vector;
+#pragma unroll
+      for (int j = 0; j < kVector<T>; ++j) vector.values[j] = values[i + j];
+      *reinterpret_cast<Vector*>(to + i) = vector;
     }
   }
 }

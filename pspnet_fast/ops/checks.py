@@ -73,9 +73,13 @@ def check_tensor(name: str, tensor: Tensor, shape: str, like: Tensor | None = No
     if like is None:
         return
     if tensor.dtype != like.dtype:
-        raise TypeError(f"{name} must have the dtype of the first argument, {_name(like.dtype)}, but is {_name(tensor.dtype)}")
+        raise TypeError(
+            f"{name} must have the dtype of the first argument, {_name(like.dtype)}, but is {_name(tensor.dtype)}"
+        )
     if tensor.device != like.device:
-        raise ValueError(f"{name} must be on the device of the first argument, {like.device}, but is on {tensor.device}")
+        raise ValueError(
+            f"{name} must be on the device of the first argument, {like.device}, but is on {tensor.device}"
+        )
 
 
 def check_map(name: str, tensor: Tensor, like: Tensor | None = None) -> None:

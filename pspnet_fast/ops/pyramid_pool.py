@@ -105,11 +105,14 @@ def _(input: Tensor, concat: Tensor | None, offset: int, bins: list[int]) -> Ten
 
 @torch.library.register_fake("pspnet_fast::pyramid_pool_backward")
 def _(
-    grad_pooled: Tensor, grad_concat: Tensor | None, offset: int, bins: list[int], height: int, width: int,
+    grad_pooled: Tensor,
+    grad_concat: Tensor | None,
+    offset: int,
+    bins: list[int],
+    height: int,
+    width: int,
     channels_last: bool,
 ) -> Tensor:
     n, _, c = grad_pooled.shape
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(
-        (n, c, height, width), dtype=grad_pooled.dtype, device=grad_pooled.device, memory_format=layout
-    )
+    return torch.empty((n, c, height, width), dtype=grad_pooled.dtype, device=grad_pooled.device, memory_format=layout)

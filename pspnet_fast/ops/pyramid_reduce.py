@@ -44,11 +44,17 @@ def pyramid_reduce(
     n, _, c = pooled.shape
     check_shape("pooled", pooled, (n, count_cells(levels), c), "(N, cells of bins, C)")
     if len(weights) != len(levels):
-        raise ValueError(f"weights must hold one tensor a level, {len(levels)} for bins {bins!r}, but holds {len(weights)}")
+        raise ValueError(
+            f"weights must hold one tensor a level, {len(levels)} for bins {bins!r}, but holds {len(weights)}"
+        )
     for i, weight in enumerate(weights):
         name = f"weights[{i}]"
-        check_tensor(name, weight, "(R, C, 1, 1)" if isinstance(weight, Tensor) and weight.dim() == 4 else "(R, C)", pooled)
-        check_shape(name, weight, (weights[0].size(0), c, 1, 1)[: weight.dim()], "(R, C, 1, 1)"[: 6 * weight.dim() // 2])
+        check_tensor(
+            name, weight, "(R, C, 1, 1)" if isinstance(weight, Tensor) and weight.dim() == 4 else "(R, C)", pooled
+        )
+        check_shape(
+            name, weight, (weights[0].size(0), c, 1, 1)[: weight.dim()], "(R, C, 1, 1)"[: 6 * weight.dim() // 2]
+        )
     if norm is not None and len(norm) != len(levels):
         raise ValueError(f"norm must hold one tuple a level, {len(levels)} for bins {bins!r}, but holds {len(norm)}")
     tensors = [t for level in norm or () for t in level[:4]]
@@ -60,7 +66,9 @@ def pyramid_reduce(
         if t.device != pooled.device:
             raise ValueError(f"norm must be on the device of pooled, {pooled.device}, but holds a tensor on {t.device}")
     if (norm is not None or relu) and needs_grad(pooled, *weights, *tensors):
-        raise ValueError("norm and relu are for inference: leave them out where a gradient is needed, or use torch.no_grad()")
+        raise ValueError(
+            "norm and relu are for inference: leave them out where a gradient is needed, or use torch.no_grad()"
+        )
     eps = [float(level[4]) for level in norm or ()]
     return _forward(pooled, list(weights), tensors, eps, relu, flatten(levels))
 
