@@ -1,4 +1,4 @@
-"""Fused CPU and CUDA kernels for PSPNet (Zhao et al., CVPR 2017): the pyramid pooling module, its model, its trainer."""
+"""Fused CPU and CUDA kernels for PSPNet (Zhao et al., CVPR 2017): pyramid pooling, the model and its trainer."""
 
 from . import ops, reference
 from .models import PSPNet

@@ -40,7 +40,7 @@ def format(facts: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"pspnet_fast   {versions['pspnet_fast']}, torch {versions['torch']}, Python {versions['python']}",
-            f"built         against torch {built['torch']} for every torch >= 2.11 (stable ABI), compiler {built['compiler']}",
+            f"built         against torch {built['torch']} for torch >= 2.11 (stable ABI), g++ {built['compiler']}",
             f"CPU kernels   built for {', '.join(built['cpu'])}; running {machine['cpu_kernels']}, "
             f"{machine['threads']} threads",
             f"CUDA kernels  {cuda}",

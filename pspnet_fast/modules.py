@@ -19,11 +19,15 @@ Concat = Literal["input_first", "input_last"]
 class FusedPPM(nn.Module):
     """Pyramid pooling module (Zhao et al., CVPR 2017, figure 3c), in place of the usual one.
 
-    Equivalent to `torch.cat([x] + [F.interpolate(f(x), x.shape[2:], mode="bilinear", align_corners=align_corners) for f
-    in features], 1)` with `features[i] = Sequential(AdaptiveAvgPool2d(bins[i]), Conv2d(C, R, 1, bias=False), norm, act)`:
-    the same parameters and state_dict keys as semseg's PPM (`features.{i}.1.weight`, `features.{i}.2.*`), the same
-    outputs, gradients and running statistics. Forward reads x once and writes the output once; backward reads the
-    output's gradient once and writes that of x once. The same bits on every run, on CPU and CUDA.
+    Equivalent to
+
+        maps = [F.interpolate(f(x), x.shape[2:], mode="bilinear", align_corners=align_corners) for f in features]
+        torch.cat([x, *maps], 1)
+
+    with `features[i] = Sequential(AdaptiveAvgPool2d(bins[i]), Conv2d(C, R, 1, bias=False), norm, activation)`: the same
+    parameters and state_dict keys as semseg's PPM (`features.{i}.1.weight`, `features.{i}.2.*`), the same outputs,
+    gradients and running statistics. Forward reads x once and writes the output once; backward reads the output's
+    gradient once and writes that of x once. The same bits on every run, on CPU and CUDA.
 
     Args:
         in_channels: C, channels of the feature map.
@@ -103,8 +107,8 @@ class FusedPPM(nn.Module):
 
     def _reduce(self, pooled: Tensor) -> Tensor:
         """1x1 convolution, norm and activation of all levels: (N, P, C) -> (N, P, R)."""
-        weights = [level[1].weight.to(pooled.dtype) for level in self.features]
-        norms, activations = [level[2] for level in self.features], [level[3] for level in self.features]
+        _, convolutions, norms, activations = zip(*(level.children() for level in self.features), strict=True)
+        weights = [convolution.weight.to(pooled.dtype) for convolution in convolutions]
         inference = not (torch.is_grad_enabled() and any(t.requires_grad for t in (pooled, *self.parameters())))
         if inference and all(_has_running_statistics(norm) for norm in norms):
             statistics = [(m.weight, m.bias, m.running_mean, m.running_var, m.eps) for m in norms]

@@ -131,13 +131,13 @@ NORM = (*(torch.ones(3) for _ in range(4)), 1e-5)
         ((POOLED, WEIGHTS), {"norm": [NORM, NORM[::-1]]}, TypeError, "norm must be a Tensor"),
         (
             (POOLED, WEIGHTS),
-            {"norm": [NORM, tuple(t[:2] for t in NORM[:4]) + (1.0,)]},
+            {"norm": [NORM, (*(t[:2] for t in NORM[:4]), 1.0)]},
             ValueError,
             "norm must have shape",
         ),
         (
             (POOLED, WEIGHTS),
-            {"norm": [NORM, tuple(t.half() for t in NORM[:4]) + (1.0,)]},
+            {"norm": [NORM, (*(t.half() for t in NORM[:4]), 1.0)]},
             TypeError,
             "norm must be float32",
         ),

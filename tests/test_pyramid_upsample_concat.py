@@ -75,6 +75,20 @@ def test_gradcheck_with_what_concat_held_before(device):
     )
 
 
+@pytest.mark.parametrize("first", [0, 3, 6])
+def test_gradcheck_behind_the_pooling(device, first):
+    """The short cut that hands the gradient on must be exact also where the levels overwrite part of the copy."""
+
+    def function(x: Tensor, reduced: Tensor) -> Tensor:
+        concat = torch.zeros(1, 12, 3, 4, dtype=torch.float64, device=device)
+        pooled = ops.pyramid_pool(x, (1, 2), concat=concat, offset=3)
+        return ops.pyramid_upsample_concat_(concat, reduced + pooled, (1, 2), offset=first)
+
+    x = make((1, 3, 3, 4), "contiguous", torch.float64, device).requires_grad_()
+    reduced = torch.randn(1, 5, 3, dtype=torch.float64, device=device, requires_grad=True)
+    assert torch.autograd.gradcheck(function, (x, reduced))
+
+
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_opcheck(device, layout, requires_grad):
@@ -143,6 +157,6 @@ def test_the_raw_operator_checks_too():
     raw = torch.ops.pspnet_fast
     with pytest.raises(RuntimeError, match="too few channels"):
         raw.pyramid_upsample_concat_(torch.zeros(2, 8, 4, 5), torch.zeros(2, 5, 3), 3, [1, 1, 2, 2], True)
+    transposed = torch.zeros(2, 8, 5, 4).transpose(2, 3)
     with pytest.raises(RuntimeError, match="concat must be contiguous or channels-last"):
-        transposed = torch.zeros(2, 8, 5, 4).transpose(2, 3)
         raw.pyramid_upsample_concat_(transposed, torch.zeros(2, 5, 3), 1, [1, 1, 2, 2], True)

@@ -46,7 +46,7 @@ __device__ A block_total(const A (&values)[V]) {
   const int channels = static_cast<int>(blockDim.x) * V;
   const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
   __syncthreads();  // an earlier call's readers
-  store(partial + thread * V, values);
+  store_shared(partial + thread * V, values);
   __syncthreads();
   A total = 0;
   if (thread < channels) {

@@ -74,6 +74,23 @@ __device__ __forceinline__ void load(const T* from, T (&values)[V]) {
   }
 }
 
+// To shared memory.
+template <class T, int V>
+__device__ __forceinline__ void store_shared(T* to, const T (&values)[V]) {
+  if constexpr (V == 1) {
+    *to = values[0];
+  } else {
+    static_assert(V % kVector<T> == 0);
+#pragma unroll
+    for (int i = 0; i < V; i += kVector<T>) {
+      uint4 bytes;
+      memcpy(&bytes, static_cast<const void*>(values + i), 16);
+      *reinterpret_cast<uint4*>(to + i) = bytes;
+    }
+  }
+}
+
+// To device memory, by an intrinsic: nvcc takes plain 16-byte stores of computed values apart.
 template <class T, int V>
 __device__ __forceinline__ void store(T* to, const T (&values)[V]) {
   if constexpr (V == 1) {
@@ -82,12 +99,9 @@ __device__ __forceinline__ void store(T* to, const T (&values)[V]) {
     static_assert(V % kVector<T> == 0);
 #pragma unroll
     for (int i = 0; i < V; i += kVector<T>) {
-      struct alignas(16) Vector {
-        T values[kVector<T>];
-      } vector;
-#pragma unroll
-      for (int j = 0; j < kVector<T>; ++j) vector.values[j] = values[i + j];
-      *reinterpret_cast<Vector*>(to + i) = vector;
+      uint4 bytes;
+      memcpy(&bytes, static_cast<const void*>(values + i), 16);
+      __stwb(reinterpret_cast<uint4*>(to + i), bytes);
     }
   }
 }
@@ -119,8 +133,7 @@ __device__ __forceinline__ int level_of(const Levels& levels, int cell) {
 // Pixel (y, x) of channel c of image n.
 template <class T>
 __device__ __forceinline__ T* pixel(const Image& image, int64_t n, int64_t c, int64_t y, int64_t x) {
-  return static_cast<T*>(image.data) + n * image.stride_n + c * image.stride_c + y * image.stride_h +
-         x * image.stride_w;
+  return static_cast<T*>(image.data) + n * image.stride_n + c * image.stride_c + y * image.stride_h + x * image.stride_w;
 }
 
 PSP_HOST_DEVICE constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -69,7 +69,14 @@ __device__ __forceinline__ const T* stage_rows(const T* from, int64_t from_strid
     T values[kVector<T>];
     load_some(from + y * from_stride + x, count, values);
     if (copy != nullptr) store_some(copy + y * copy_stride + x, count, values);
-    store_some(tile + first, count, values);
+    if (count == kVector<T> && aligned(tile + first)) {
+      store_shared(tile + first, values);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVector<T>; ++i) {
+        if (i < count) tile[first + i] = values[i];
+      }
+    }
   });
   return tile;
 }

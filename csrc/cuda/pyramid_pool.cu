@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int level = group; c < args.C && level < args.levels.count; level += step) {
     add_level<T>(args, level, n, top, left, c, sum);
   }
-  store(shares + (group * lanes + lane) * V, sum);
+  store_shared(shares + (group * lanes + lane) * V, sum);
   __syncthreads();
 #pragma unroll
   for (int v = 0; v < V; ++v) sum[v] = 0;

@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp, 3)
 #pragma unroll
         for (int v = 0; v < V; ++v) sums[i][v] += before[v];
         if (turn < kBackwardWarps - 1) {
-          store(share, sums[i]);
+          store_shared(share, sums[i]);
         } else if (c < args.C && row + i < product.count()) {
           store_narrow(product.out(row + i) + c, sums[i]);
         }

@@ -1,4 +1,4 @@
-"""The operators: CPU and CUDA kernels with gradients. pspnet_fast.reference holds the same functions in plain PyTorch."""
+"""The operators: CPU and CUDA kernels with gradients; pspnet_fast.reference holds the same in plain PyTorch."""
 
 from .pyramid_pool import pyramid_pool
 from .pyramid_reduce import pyramid_reduce

@@ -54,11 +54,7 @@ class PyramidUpsampleConcatFunction(torch.autograd.Function):
             _forward(concat, reduced, offset, bins, align_corners)
         ctx.mark_dirty(concat)
         ctx.offset, ctx.bins, ctx.align_corners, ctx.channels = offset, bins, align_corners, reduced.size(2)
-        # The gradient of what concat held before is 0 in the channels written here. Where concat comes fresh from
-        # pyramid_pool, whose backward looks at its own channels only, the zeros are nobody's concern, and the output's
-        # gradient can be handed on as it is, without a copy.
-        producer = concat.grad_fn
-        ctx.hand_on = isinstance(producer, PyramidPoolFunction._backward_cls) and producer.fresh_concat
+        ctx.hand_on = _only_other_channels_need_grad(concat, offset, len(bins) // 2 * reduced.size(2))
         return concat
 
     @staticmethod
@@ -73,6 +69,20 @@ class PyramidUpsampleConcatFunction(torch.autograd.Function):
                 grad_before = grad_concat.clone()
                 grad_before.narrow(1, ctx.offset, len(ctx.bins) // 2 * ctx.channels).zero_()
         return grad_before, grad_reduced, None, None, None
+
+
+def _only_other_channels_need_grad(concat: Tensor, first: int, channels: int) -> bool:
+    """Whether the gradient of what concat held before may be handed on as it is, without a copy.
+
+    In the channels written here it has to be 0. Where concat comes from pyramid_pool, fresh but for the copy, the
+    backward of pyramid_pool reads the copied channels only: the zeros are nobody's concern.
+    """
+    if not isinstance(concat.grad_fn, PyramidPoolFunction._backward_cls):
+        return False
+    producer: Any = concat.grad_fn  # the context of PyramidPoolFunction
+    if not producer.fresh_concat:
+        return False
+    return first >= producer.offset + producer.shape[1] or first + channels <= producer.offset
 
 
 def _autograd(concat: Tensor, reduced: Tensor, offset: int, bins: list[int], align_corners: bool) -> None:

@@ -1,0 +1,30 @@
+"""Memory of the forward pass: the output, and 5 MB at most for everything else."""
+
+import sys
+
+import pytest
+import torch
+from forward_memory import forward_memory
+
+SHAPE = (2, 2048, 60, 60)
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident set from /proc")
+
+
+def extra_megabytes(implementation, dtype, memory_format, device, training) -> float:
+    output = 2 * SHAPE[0] * SHAPE[1] * SHAPE[2] * SHAPE[3] * dtype.itemsize
+    peak = forward_memory(implementation, SHAPE, dtype, memory_format, device, training)
+    assert peak > 0.99 * output, "the measure does not even see the output"
+    return (peak - output) / 1e6
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_needs_the_output_and_little_more(device, dtype, memory_format, training):
+    assert extra_megabytes("fused", dtype, memory_format, device, training) <= 5
+
+
+def test_the_measure_sees_intermediate_maps(device):
+    """The stock module holds the upsampled maps besides the output: half of it, 59 MB."""
+    assert extra_megabytes("stock", torch.float32, torch.contiguous_format, device, training=False) > 50
