@@ -1,0 +1,72 @@
+"""Peak memory of one forward pass of a pyramid pooling module, above what was there before it.
+
+On the CPU it is the growth of the resident set of a fresh process, which sees the kernels' own scratch as well as
+tensors. On a GPU it is the allocator's count.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from stock import StockPPM
+
+from pspnet_fast import FusedPPM
+
+ROOT = Path(__file__).parents[1]
+
+
+def forward_memory(
+    implementation: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    device: torch.device,
+    training: bool = False,
+) -> int:
+    """Bytes, those of the output included.
+
+    Args:
+        implementation: "fused" or "stock".
+    """
+    names = [str(value).removeprefix("torch.") for value in (dtype, memory_format)]
+    arguments = json.dumps([implementation, list(shape), *names, str(device), training])
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # With a fixed threshold glibc hands every large block back at once: none is left to be used a second time unseen.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    result = subprocess.run(
+        [sys.executable, __file__, arguments], env=environment, check=True, stdout=subprocess.PIPE, text=True
+    )
+    return int(result.stdout)
+
+
+def _measure(implementation: str, shape: Sequence[int], dtype: str, layout: str, device: str, training: bool) -> int:
+    torch.set_default_dtype(getattr(torch, dtype))
+    torch.set_grad_enabled(training)
+    n, c, h, w = shape
+    module = FusedPPM(c) if implementation == "fused" else StockPPM(FusedPPM(c))
+    module.to(device).train(training)
+    if n == 1:
+        module.features[0][2].eval()  # one value a channel has no batch statistics
+    x = torch.empty(n, c, h, w, device=device, memory_format=getattr(torch, layout)).normal_()
+    module(x[:, :, :6, :6])  # loads code and starts threads
+    if device == "cpu":
+        before = _resident()
+        output = module(x)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    output = module(x)  # noqa: F841  (kept while the peak is read)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+if __name__ == "__main__":
+    print(_measure(*json.loads(sys.argv[1])))
