@@ -1,6 +1,6 @@
 """FusedPPM as a whole against the same module of plain torch layers, eager and compiled."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -11,15 +11,23 @@ from torch import nn
 
 from pspnet_fast import FusedPPM
 
-CASES = cases((1, 2048, 60, 60), (2, 2048, 60, 60), (1, 2048, 90, 90))
+SHAPES = [(1, 2048, 60, 60), (2, 2048, 60, 60), (1, 2048, 90, 90)]
 EVALUATION, TRAINING = "FusedPPM, evaluation: forward", "FusedPPM, training: forward + backward"
 TARGETS = {EVALUATION: 10.0, TRAINING: 8.0}  # times faster than eager, on a CPU with AVX-512
 
-implementations = pytest.mark.parametrize("implementation", ["eager", "compile", "fused"])
+
+def compared(compiled_shapes: Sequence[tuple[int, int, int, int]]) -> pytest.MarkDecorator:
+    """Every case in every implementation; torch.compile, which takes up to 20 s a case, at some shapes only."""
+    pairs = [
+        pytest.param(case, name, id=f"{case} {name}")
+        for case in cases(*SHAPES)
+        for name in ("eager", "compile", "fused")
+        if name != "compile" or case.shape in compiled_shapes
+    ]
+    return pytest.mark.parametrize(("case", "implementation"), pairs)
 
 
-@implementations
-@pytest.mark.parametrize("case", CASES, ids=str)
+@compared(SHAPES)
 def test_evaluation(measure: Callable[..., None], device: torch.device, case: Case, implementation: str) -> None:
     module, x = make_module(implementation, case, device).eval(), case.random_map(device)
     output = case.random_map(device, 2 * x.size(1))
@@ -28,8 +36,7 @@ def test_evaluation(measure: Callable[..., None], device: torch.device, case: Ca
         measure(comparison(EVALUATION, case, device, floor), implementation, lambda: module(x))
 
 
-@implementations
-@pytest.mark.parametrize("case", CASES, ids=str)
+@compared(SHAPES[:1])
 def test_training(measure: Callable[..., None], device: torch.device, case: Case, implementation: str) -> None:
     """At batch 1 the norm of bin 1, without batch statistics there, is in evaluation mode, in all implementations."""
     module, x = make_module(implementation, case, device), case.random_map(device).requires_grad_()

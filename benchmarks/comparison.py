@@ -1,5 +1,6 @@
 """What the benchmarks compare: cases, the floor that memory bandwidth sets, and the tables made of the times."""
 
+import math
 import mmap
 import time
 from collections.abc import Callable, Sequence
@@ -115,7 +116,7 @@ class Comparison:
 class Results:
     """Everything measured in one run."""
 
-    seconds: dict[Comparison, dict[str, float]] = field(default_factory=dict)  # median, by implementation
+    seconds: dict[Comparison, dict[str, float]] = field(default_factory=dict)  # medians; NaN: it fails
     memory: dict[str, dict[str, float]] = field(default_factory=dict)  # bytes, by case and implementation
     bandwidths: dict[torch.device, CopyBandwidth] = field(default_factory=dict)
 
@@ -165,7 +166,7 @@ class Results:
     def _row(self, comparison: Comparison, seconds: dict[str, float]) -> list[str]:
         floor = comparison.floor_bytes / self.bandwidths[comparison.device].ceiling()
         eager, fused = seconds.get("eager"), seconds.get("fused")
-        times = [f"{seconds[name] * 1e3:.2f}" if name in seconds else "" for name in ("eager", "compile", "fused")]
+        times = [_milliseconds(seconds.get(name)) for name in ("eager", "compile", "fused")]
         ratio = eager / fused if eager and fused else None
         verdict = ""
         if ratio and comparison.target:
@@ -178,6 +179,10 @@ class Results:
             f"{fused / floor:.1f}" if fused else "",
             verdict,
         ]
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else "fails" if math.isnan(seconds) else f"{seconds * 1e3:.2f}"
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,5 +1,6 @@
 """How the benchmarks measure, and the summary after them."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from comparison import Comparison, Results, synchronized
+from torch._inductor.exc import InductorError
 
 SECONDS, ROUNDS = 0.6, (5, 100)  # of measuring one implementation; at least and at most
 
@@ -58,11 +60,15 @@ def measure(benchmark, results: Results) -> Callable[..., None]:
         setup: Callable[[], None] = lambda: None,
     ) -> None:
         function = synchronized(function, comparison.device)
-        for _ in range(2):  # the first compiles
-            setup()
-            start = time.perf_counter()
-            function()
-            once = time.perf_counter() - start
+        try:
+            for _ in range(2):  # the first compiles
+                setup()
+                start = time.perf_counter()
+                function()
+                once = time.perf_counter() - start
+        except InductorError as error:
+            results.seconds.setdefault(comparison, {})[implementation] = math.nan
+            pytest.skip(f"torch.compile fails: {error!r}")
         rounds = int(min(max(SECONDS / once, ROUNDS[0]), ROUNDS[1]))
         results.bandwidth(comparison.device).measure()
         benchmark.group, benchmark.name = f"{comparison.table}: {comparison.case}", implementation
