@@ -16,6 +16,7 @@ Tensor pyramid_pool(const Tensor& input, std::optional<Tensor> concat, int64_t o
     STD_TORCH_CHECK(native(*concat, args.channels_last).data_ptr() == concat->data_ptr(),
                     "concat must be contiguous or channels-last");
     args.concat = image_of(*concat, offset);
+    advise_huge_pages(*concat);
   }
   const Tensor pooled = new_tensor(input, {N, args.levels.first[args.levels.count], C});
   if (N == 0) return pooled;
@@ -36,6 +37,7 @@ Tensor pyramid_pool_backward(const Tensor& grad_pooled, std::optional<Tensor> gr
   PyramidPoolBackwardArgs args{dtype_of(grad_pooled), channels_last, N, C, H, W, levels};
   const Tensor grad_input = new_map(grad_pooled, N, C, H, W, channels_last);
   if (N == 0) return grad_input;
+  advise_huge_pages(grad_input);
   Tensor grad_copy;
   if (grad_concat) {
     STD_TORCH_CHECK(grad_concat->dim() == 4 && offset >= 0 && grad_concat->size(1) >= offset + C,

@@ -12,6 +12,9 @@
 
 #include "kernels.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(PSPNET_FAST_WITH_CUDA)
 #include <cuda_runtime.h>
 #endif
@@ -70,9 +73,13 @@ inline Tensor native(const Tensor& map, bool channels_last) {
   return torch::stable::contiguous(map, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
+inline int64_t element_size(const Tensor& tensor) {
+  const DType dtype = dtype_of(tensor);
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 inline Image image_of(const Tensor& map, int64_t first_channel = 0) {
-  const int64_t bytes = dtype_of(map) == DType::kFloat64 ? 8 : dtype_of(map) == DType::kFloat32 ? 4 : 2;
-  char* data = static_cast<char*>(map.data_ptr()) + first_channel * map.stride(1) * bytes;
+  char* data = static_cast<char*>(map.data_ptr()) + first_channel * map.stride(1) * element_size(map);
   return {data, map.stride(0), map.stride(1), map.stride(2), map.stride(3)};
 }
 
@@ -85,6 +92,22 @@ inline Tensor new_map(const Tensor& like, int64_t N, int64_t C, int64_t H, int64
 
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes) {
   return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device());
+}
+
+// Asks for huge pages behind a large CPU output before its first touch, as NumPy does for its arrays: the page faults
+// of a fresh allocation cost several times the writing itself (measured for 59 MB: 23 ms in 4 KB pages, 4.6 ms in huge
+// ones).
+inline void advise_huge_pages([[maybe_unused]] const Tensor& map) {
+#if defined(__linux__)
+  if (!map.is_cpu() || map.numel() == 0) return;
+  int64_t elements = 1;
+  for (int d = 0; d < 4; ++d) elements += (map.size(d) - 1) * map.stride(d);
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(map.data_ptr());
+  const uintptr_t begin = (first + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (first + static_cast<uintptr_t>(elements * element_size(map))) / kHuge * kHuge;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 inline void check_like(const char* name, const Tensor& tensor, const std::vector<int64_t>& sizes, const Tensor& like) {

@@ -18,10 +18,6 @@
 #define PSP_X86_64 0
 #endif
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #define PSP_INLINE inline __attribute__((always_inline))
 
 namespace pspnet_fast::cpu {
@@ -246,18 +242,6 @@ PSP_INLINE void store_wide_plane(const Image& image, int64_t n, int64_t c, int64
     for (int64_t k = 0; k < H * W; ++k) to[k] = from_acc<T>(from[k]);
     store_plane(image, n, c, H, W, to, stream);
   }
-}
-
-// Asks for huge pages behind a large output before its first touch, as NumPy does for its arrays: the page faults of a
-// fresh allocation cost several times the writing itself (measured for 59 MB: 23 ms in 4 KB pages, 4.6 ms in huge
-// ones).
-inline void advise_huge_pages(const Image& image, int64_t N, int64_t bytes_per_item) {
-#if defined(__linux__)
-  const uintptr_t kHuge = uintptr_t{2} << 20, first = reinterpret_cast<uintptr_t>(image.data);
-  const uintptr_t last = first + static_cast<uintptr_t>(N * bytes_per_item);
-  const uintptr_t begin = (first + kHuge - 1) / kHuge * kHuge, end = last / kHuge * kHuge;
-  if (end > begin + 2 * kHuge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 }  // namespace pspnet_fast::cpu

@@ -293,7 +293,6 @@ void pyramid_pool(const PyramidPoolArgs& a) {
   const Segments rows(a.levels, a.levels.bins_h, a.H), columns(a.levels, a.levels.bins_w, a.W);
   dispatch(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (a.concat.data) advise_huge_pages(a.concat, a.N, a.concat.stride_n * static_cast<int64_t>(sizeof(T)));
     const PoolBase<T> base{a, rows, columns, a.N * a.C * a.H * a.W * static_cast<int64_t>(sizeof(T)) > kStreamBytes};
     if (!a.channels_last) return parallel(a.N * ((a.C + 15) / 16), PlanarPool<T>{base});
     std::vector<double> cells(a.N * rows.count() * columns.count() * a.C);
@@ -307,7 +306,6 @@ void pyramid_pool_backward(const PyramidPoolBackwardArgs& a) {
   const Segments rows(a.levels, a.levels.bins_h, a.H), columns(a.levels, a.levels.bins_w, a.W);
   dispatch(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    advise_huge_pages(a.grad_input, a.N, a.C * a.H * a.W * static_cast<int64_t>(sizeof(T)));
     const PoolBackwardBase<T> base{a, rows, columns,
                                    a.N * a.C * a.H * a.W * static_cast<int64_t>(sizeof(T)) > kStreamBytes};
     if (!a.channels_last) return parallel(a.N * ((a.C + 15) / 16), PlanarPoolBackward<T>{base});
