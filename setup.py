@@ -27,7 +27,7 @@ DEFAULT_CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
 def switch(name: str, *allowed: str) -> str:
     """The environment variable, by default the first value allowed."""
-    value = os.environ.get(name, allowed[0]).lower()
+    value = os.environ.get(name, "").lower() or allowed[0]
     if value not in allowed:
         sys.exit(f"{name} must be one of {', '.join(allowed)}, but is {value!r}")
     return value
@@ -40,9 +40,10 @@ def missing_for_cuda() -> str | None:
     nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
     if CUDA_HOME is None or not nvcc.exists():
         return "no nvcc was found on PATH or in CUDA_HOME"
-    release = re.search(r"release (\d+)\.\d+", subprocess.check_output([nvcc, "--version"], text=True))
-    if release is None or release[1] != torch.version.cuda.split(".")[0]:
-        return f"{nvcc} is of CUDA {release and release[1]}, but torch {torch.__version__} of CUDA {torch.version.cuda}"
+    found = re.search(r"release ([\d.]+)", subprocess.check_output([nvcc, "--version"], text=True))
+    release = found[1] if found else "unknown"
+    if release.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"{nvcc} is of CUDA {release}, but torch {torch.__version__} of CUDA {torch.version.cuda}"
     return None
 
 
@@ -50,24 +51,33 @@ def sources(folder: str, suffix: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).glob(f"*{suffix}"))
 
 
+class BuildKernels(BuildExtension):
+    """Keeps the objects between builds, apart for each torch: a changed source compiles alone."""
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.build_temp = str(ROOT / "build" / f"torch-{torch.__version__}")
+
+
 use_cuda, missing = switch("USE_CUDA", "auto", "0", "1"), missing_for_cuda()
 if use_cuda == "1" and missing:
     sys.exit(f"USE_CUDA=1, but {missing}: mend that, or set USE_CUDA=0 to build the CPU kernels alone")
 with_cuda = use_cuda != "0" and not missing
 debug = switch("DEBUG", "0", "1") == "1"
-os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
-if with_cuda and not torch.cuda.is_available():
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
-architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "of the visible GPUs")
+os.environ["MAX_JOBS"] = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+if with_cuda and not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
+    os.environ["TORCH_CUDA_ARCH_LIST"] = DEFAULT_CUDA_ARCHITECTURES
+architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or "of the visible GPUs"
 
 defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
 if with_cuda:
     # the kernels, torch's own CUDA declarations, and what `pspnet-fast info` reports
     defines += ["-DPSPNET_FAST_WITH_CUDA", "-DUSE_CUDA"]
     defines += [f"-DPSPNET_FAST_CUDA_ARCHITECTURES={architectures.replace(';', ' ')}"]
-optimize = ["-O0", "-g"] if debug else ["-O3"]
+optimize = ["-O0"] if debug else ["-O3"]
 # Vectorisation needs to know that arithmetic neither traps nor sets errno; results are those of strict IEEE arithmetic.
 cxx_flags = ["-std=c++20", *defines, *optimize, "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
+cxx_flags += ["-g" if debug else "-g0"]  # most Pythons' own flags ask for -g, which triples the library
 cxx_flags += ["-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-missing-field-initializers", "-Wno-unused-parameter"]
 cxx_flags += ["-Wno-psabi", "-Wno-unknown-pragmas"]
 nvcc_flags = ["-std=c++17", *defines, *optimize]
@@ -87,6 +97,6 @@ setup(
             py_limited_api=True,
         )
     ],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildKernels},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -1,0 +1,179 @@
+"""What the build decides and says before it compiles, and that its product needs no certain Python."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+
+import pspnet_fast
+
+ROOT = Path(__file__).parents[1]
+SWITCHES = ("USE_CUDA", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "DEBUG", "PYTHONPATH")
+FAKE_CPP_EXTENSION = """
+import os
+from setuptools.command.build_ext import build_ext as BuildExtension
+CUDA_HOME = os.environ.get("CUDA_HOME")
+def CppExtension(name, sources, **options):
+    from setuptools import Extension
+    print("sources", *sources)
+    print("defines", *options["extra_compile_args"]["cxx"])
+    return Extension(name, sources)
+CUDAExtension = CppExtension
+"""
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not in a source tree")
+
+
+def run(command: list[object], **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if name not in SWITCHES}
+    return subprocess.run([*map(str, command)], env=clean | environment, capture_output=True, text=True, cwd=ROOT)
+
+
+class Machine:
+    """A machine of the test's choosing: setup.py up to the compiler, with another torch and CUDA toolkit."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def install_torch(self, version: str, cuda: str | None, gpu: bool = False) -> None:
+        (self.folder / "torch" / "utils").mkdir(parents=True)
+        (self.folder / "torch" / "__init__.py").write_text(
+            f"__version__ = {version!r}\nclass version: cuda = {cuda!r}\nclass cuda: is_available = lambda: {gpu}\n"
+        )
+        (self.folder / "torch" / "utils" / "__init__.py").touch()
+        (self.folder / "torch" / "utils" / "cpp_extension.py").write_text(FAKE_CPP_EXTENSION)
+
+    def install_nvcc(self, release: str) -> str:
+        nvcc = self.folder / "toolkit" / "bin" / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
+        nvcc.chmod(0o755)
+        return str(nvcc.parents[1])
+
+    def build(self, **switches: str) -> subprocess.CompletedProcess[str]:
+        return run([sys.executable, "setup.py", "--version"], PYTHONPATH=str(self.folder), **switches)
+
+    def refuses(self, **switches: str) -> str:
+        """The one line with which the build stops."""
+        result = self.build(**switches)
+        assert result.returncode == 1, result.stdout + result.stderr
+        assert len(result.stderr.splitlines()) == 1
+        return result.stderr.strip()
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def test_no_torch(machine: Machine) -> None:
+    (machine.folder / "torch.py").write_text("raise ImportError(\"No module named 'torch'\")")
+    assert machine.refuses() == (
+        "pspnet_fast needs torch >= 2.11 to build (No module named 'torch'): pip install 'torch>=2.11'"
+    )
+
+
+def test_old_torch(machine: Machine) -> None:
+    machine.install_torch("2.10.1+cu128", "12.8")
+    assert "needs torch >= 2.11 to build, but found 2.10.1+cu128" in machine.refuses()
+
+
+@pytest.mark.parametrize(("name", "allowed"), [("USE_CUDA", "auto, 0, 1"), ("DEBUG", "0, 1")])
+def test_unknown_value_of_a_switch(machine: Machine, name: str, allowed: str) -> None:
+    machine.install_torch("2.13.0+cpu", None)
+    assert machine.refuses(**{name: "bogus"}) == f"{name} must be one of {allowed}, but is 'bogus'"
+
+
+def test_torch_without_cuda(machine: Machine) -> None:
+    machine.install_torch("2.13.0+cpu", None)
+    assert machine.refuses(USE_CUDA="1").startswith("USE_CUDA=1, but torch 2.13.0+cpu is a build without CUDA")
+    output = machine.build().stdout
+    assert "USE_CUDA=auto: CUDA kernels off (torch 2.13.0+cpu is a build without CUDA)" in output
+    assert ".cu" not in output
+
+
+def test_no_nvcc(machine: Machine) -> None:
+    machine.install_torch("2.14.1+cu130", "13.0")
+    assert machine.refuses(USE_CUDA="1").startswith("USE_CUDA=1, but no nvcc was found on PATH or in CUDA_HOME")
+    assert machine.refuses(USE_CUDA="1", CUDA_HOME=str(machine.folder)).startswith("USE_CUDA=1, but no nvcc was found")
+    assert "CUDA kernels off (no nvcc was found" in machine.build().stdout
+
+
+def test_nvcc_of_another_cuda(machine: Machine) -> None:
+    machine.install_torch("2.14.1+cu130", "13.0")
+    toolkit = machine.install_nvcc("12.4")
+    assert f"{toolkit}/bin/nvcc is of CUDA 12.4, but torch 2.14.1+cu130 of CUDA 13.0" in machine.refuses(
+        USE_CUDA="1", CUDA_HOME=toolkit
+    )
+    assert "CUDA kernels off" in machine.build(CUDA_HOME=toolkit).stdout
+
+
+def test_cuda(machine: Machine) -> None:
+    machine.install_torch("2.14.1+cu130", "13.0")
+    toolkit = machine.install_nvcc("13.1")  # CUDA is compatible within a major version
+    output = machine.build(CUDA_HOME=toolkit).stdout
+    assert "USE_CUDA=auto: CUDA kernels on" in output
+    assert "TORCH_CUDA_ARCH_LIST=8.0;8.6;8.9;9.0;10.0;12.0+PTX" in output
+    assert "csrc/cuda/pyramid_pool.cu" in output
+    output = machine.build(CUDA_HOME=toolkit, TORCH_CUDA_ARCH_LIST="9.0;10.0", MAX_JOBS="3").stdout
+    assert "TORCH_CUDA_ARCH_LIST=9.0;10.0" in output
+    assert "-DPSPNET_FAST_CUDA_ARCHITECTURES=9.0 10.0" in output
+    assert "MAX_JOBS=3, DEBUG=0" in output
+    output = machine.build(CUDA_HOME=toolkit, USE_CUDA="0").stdout
+    assert "USE_CUDA=0: CUDA kernels off" in output
+    assert ".cu" not in output
+
+
+def test_a_visible_gpu_decides_the_architecture(machine: Machine) -> None:
+    machine.install_torch("2.14.1+cu130", "13.0", gpu=True)
+    assert "TORCH_CUDA_ARCH_LIST=of the visible GPUs" in machine.build(CUDA_HOME=machine.install_nvcc("13.0")).stdout
+
+
+def test_real_torch() -> None:
+    output = run([sys.executable, "setup.py", "--version"]).stdout
+    assert f"pspnet_fast: torch {torch.__version__} at {Path(torch.__file__).parent}" in output
+    assert output.splitlines()[-1] == pspnet_fast.__version__
+
+
+@pytest.mark.parametrize(
+    ("installed", "required"),
+    [(None, "torch>=2.11"), ("2.10.1", "torch>=2.11"), ("2.11.0", None), ("2.13.0+cpu", None), ("3.0.0.dev1", None)],
+)
+def test_isolated_build_borrows_torch(tmp_path: Path, installed: str | None, required: str | None) -> None:
+    """pip's isolation: the backend's own packages come through PYTHONPATH, those of the environment are hidden."""
+    venv.create(tmp_path / "env", symlinks=True)
+    python = tmp_path / "env" / "bin" / "python"
+    packages = Path(run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).stdout.strip())
+    if installed:
+        (packages / f"torch-{installed}.dist-info").mkdir()
+        (packages / f"torch-{installed}.dist-info" / "METADATA").write_text(f"Name: torch\nVersion: {installed}\n")
+        (packages / "torch.py").touch()
+    overlay = tmp_path / "overlay"  # holds setuptools, and nothing else of this interpreter's packages
+    overlay.mkdir()
+    for name in ("setuptools", "_distutils_hack"):
+        (overlay / name).symlink_to(Path(sysconfig.get_path("purelib")) / name)
+    command = (
+        f"import sys; sys.path.remove({str(packages)!r}); import build_backend as backend\n"
+        "for of in ('wheel', 'editable', 'sdist'): print(getattr(backend, f'get_requires_for_build_{of}')())\n"
+        "import torch; print(torch.__file__)"
+    )
+    result = run([python, "-c", command], PYTHONPATH=f"{overlay}{os.pathsep}{ROOT / 'scripts'}")
+    assert result.returncode == (1 if required else 0), result.stderr
+    *requirements, torch_file = result.stdout.splitlines() + [""] * bool(required)
+    assert requirements == [str([required] if required else [])] * 3, result.stderr
+    assert torch_file == ("" if required else str(packages / "torch.py"))
+
+
+def test_library_needs_no_python() -> None:
+    """So that one library serves every Python >= 3.10."""
+    library = Path(pspnet_fast.__file__).parent / "_C.abi3.so"
+    symbols = run(["nm", "-D", "--undefined-only", library])
+    names = [line.split()[1] for line in symbols.stdout.splitlines()]
+    assert any(name.startswith("aoti_torch") for name in names), symbols.stderr  # torch's stable interface
+    assert not [name for name in names if name.startswith(("Py", "_Py"))]
+    assert not [name for name in names if "N2at" in name or "N3c10" in name]  # torch's unstable C++ one
