@@ -1,0 +1,147 @@
+"""Builds the CUDA sources for the CPU (README.md): the operators for torch, or the planted bugs as a program.
+
+Results are kept in build/cuda_on_cpu/ under a name that depends on everything they are made from.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+SANITIZERS = {
+    "none": [],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "thread": ["-fsanitize=thread"],
+}
+NAMESPACE = "pspnet_fast_cuda_on_cpu"
+OPERATORS = [
+    "pyramid_pool",
+    "pyramid_pool_backward",
+    "pyramid_reduce",
+    "pyramid_reduce_backward",
+    "pyramid_upsample_concat_",
+    "pyramid_upsample_concat_backward",
+]
+# No strict aliasing: 16-byte accesses read elements as uint4, as nvcc allows. -Wno-unknown-pragmas: #pragma unroll.
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-fno-strict-aliasing",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+]
+
+
+class NotAvailable(Exception):
+    """Why the CUDA sources cannot be built here."""
+
+
+def cuda_include() -> Path:
+    """The CUDA toolkit's headers; nothing else of the toolkit is needed."""
+    for root in filter(None, (os.environ.get("CUDA_HOME"), "/usr/local/cuda")):
+        if (Path(root) / "include" / "cuda_runtime.h").exists():
+            return Path(root) / "include"
+    raise NotAvailable("the CUDA headers were not found: set CUDA_HOME")
+
+
+def preload(sanitizer: str) -> str:
+    """LD_PRELOAD for a Python process that is to load a library built with this sanitizer."""
+    names = {"none": [], "address": ["libasan.so", "libubsan.so"], "thread": ["libtsan.so"]}[sanitizer]
+    return " ".join(
+        subprocess.run(
+            [_compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in names
+    )
+
+
+def build_operators(sanitizer: str = "none") -> Path:
+    """The library that registers every operator under torch.ops.pspnet_fast_cuda_on_cpu, for CPU tensors."""
+    torch_flags = ["-DPSPNET_FAST_CUDA_ON_CPU", f"-DPSPNET_FAST_NAMESPACE={NAMESPACE}"]
+    torch_flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-Wno-missing-field-initializers"]
+    torch_flags += [f"-isystem{path}" for path in include_paths()]
+    units = {source: [] for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))}
+    bindings = [*sorted((ROOT / "csrc").glob("*.cpp")), ROOT / "csrc" / "cpu" / "isa.cpp"]
+    units |= {source: torch_flags for source in bindings} | {HERE / "contract.cpp": []}
+    libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-lc10", "-shared"]
+    return _build("operators.so", units, sanitizer, libraries)
+
+
+@contextmanager
+def instead_of_cpu_kernels() -> Iterator[None]:
+    """Within it, pspnet_fast's operators on CPU tensors run the CUDA sources."""
+    torch.ops.load_library(build_operators(os.environ.get("CUDA_ON_CPU_SANITIZER", "none")))
+    substitutes = getattr(torch.ops, NAMESPACE)
+    library = torch.library.Library("pspnet_fast", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that kernels are replaced: they are meant to be
+        for name in OPERATORS:
+            library.impl(name, getattr(substitutes, name).default, "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def build_planted_bugs(sanitizer: str = "none") -> Path:
+    """The program that runs one small kernel with the bug that its argument names."""
+    return _build("planted_bugs", {HERE / "planted_bugs.cu": []}, sanitizer, [])
+
+
+def _compiler() -> str:
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise NotAvailable(f"the compiler {compiler} was not found")
+    return compiler
+
+
+def _build(name: str, units: dict[Path, list[str]], sanitizer: str, libraries: list[str]) -> Path:
+    flags = [*FLAGS, f"-isystem{cuda_include()}", f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
+    commands = {}
+    for source, extra in units.items():
+        language = ["-x", "c++", "-include", str(HERE / "device.h")] if source.suffix == ".cu" else []
+        commands[source] = [_compiler(), *flags, *SANITIZERS[sanitizer], *extra, *language, "-c", str(source)]
+    define = {"none": [], "address": ["-DCUDA_ON_CPU_ADDRESS"], "thread": ["-DCUDA_ON_CPU_THREAD"]}[sanitizer]
+    runtime = HERE / "runtime.cpp"
+    commands[runtime] = [_compiler(), *flags, *define, "-O2", "-c", str(runtime)]
+    link = [_compiler(), *SANITIZERS[sanitizer]]
+
+    inputs = sorted({*(ROOT / "csrc").rglob("*.*"), *HERE.glob("*.*")} - {Path(__file__)})
+    identity = hashlib.sha256(repr([*commands.values(), link, libraries, torch.__version__]).encode())
+    for path in inputs:
+        if path.suffix in (".cu", ".cuh", ".h", ".cpp"):
+            identity.update(path.read_bytes())
+    result = ROOT / "build" / "cuda_on_cpu" / identity.hexdigest()[:16] / name
+    if result.exists():
+        return result
+
+    result.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=result.parent) as folder:
+        objects = {source: str(Path(folder) / f"{i}.o") for i, source in enumerate(commands)}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda item: _run([*item[1], "-o", objects[item[0]]]), commands.items()))
+        made = Path(folder) / name
+        _run([*link, *objects.values(), *libraries, "-o", str(made)])
+        made.rename(result)  # whole, or not at all
+    return result
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")

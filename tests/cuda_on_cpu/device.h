@@ -1,0 +1,111 @@
+// What a CUDA source needs in order to compile with g++ and run on a CPU; force-included before each csrc/cuda/*.cu.
+// runtime.cpp runs the threads of a block as fibers; README.md says what that can prove. Only what the kernels use is
+// here: a kernel that needs more fails to compile, and is added to.
+#pragma once
+
+#if defined(__CUDACC__)
+#error "device.h stands in for nvcc: compile with g++"
+#endif
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>  // types of the host interface; nothing of it is linked
+
+#include <atomic>
+#include <cmath>
+#include <functional>
+#include <tuple>
+#include <type_traits>
+
+// ---- the runtime ------------------------------------------------------------------------------------------------
+// `site` is the source line that asks, for messages.
+namespace cuda_on_cpu {
+void barrier(const char* site);
+void warp_barrier(unsigned mask, const char* site);
+// Every lane gives `value` of `bytes` bytes and takes that of lane `source`.
+void exchange(unsigned mask, const void* value, void* result, unsigned bytes, int source, const char* site);
+int lane();
+void* dynamic_shared();
+void* static_shared(const void* variable, size_t bytes, const char* site);
+void check_device_memory(const void* pointer, const char* site);
+cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
+}  // namespace cuda_on_cpu
+
+#define PSP_STRING_(x) #x
+#define PSP_STRING(x) PSP_STRING_(x)
+#define PSP_SITE __FILE__ ":" PSP_STRING(__LINE__)
+
+// ---- language ----------------------------------------------------------------------------------------------------
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __launch_bounds__
+#undef __forceinline__
+#undef __grid_constant__
+#define __global__
+#define __device__
+#define __host__
+#define __launch_bounds__(...)
+#define __forceinline__ inline
+#define __grid_constant__
+
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+
+#define PSP_SHARED(type, name, count) \
+  static const char name##_variable = 0; \
+  type* const name = static_cast<type*>(::cuda_on_cpu::static_shared(&name##_variable, sizeof(type) * (count), PSP_SITE))
+#define PSP_DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(::cuda_on_cpu::dynamic_shared())
+
+// ---- barriers, warps, atomics ------------------------------------------------------------------------------------
+#define __syncthreads() ::cuda_on_cpu::barrier(PSP_SITE)
+#define __syncwarp() ::cuda_on_cpu::warp_barrier(~0u, PSP_SITE)
+#define __shfl_xor_sync(mask, value, lanes) ::cuda_on_cpu::shuffle(mask, value, ::cuda_on_cpu::lane() ^ (lanes), PSP_SITE)
+#define __shfl_sync(mask, value, source) ::cuda_on_cpu::shuffle(mask, value, source, PSP_SITE)
+
+namespace cuda_on_cpu {
+template <class T>
+T shuffle(unsigned mask, T value, int source, const char* site) {
+  static_assert(std::is_trivially_copyable_v<T> && (sizeof(T) == 4 || sizeof(T) == 8));
+  T result;
+  exchange(mask, &value, &result, sizeof(T), source, site);
+  return result;
+}
+}  // namespace cuda_on_cpu
+
+template <class T>
+  requires std::is_integral_v<T>  // float atomics would not be deterministic
+T atomicAdd(T* address, std::type_identity_t<T> value) {
+  return std::atomic_ref<T>(*address).fetch_add(value, std::memory_order_relaxed);
+}
+
+// ---- memory, arithmetic ------------------------------------------------------------------------------------------
+#define __stwb(pointer, value) ::cuda_on_cpu::store_wide(pointer, value, PSP_SITE)
+
+namespace cuda_on_cpu {
+inline void store_wide(uint4* pointer, uint4 value, const char* site) {
+  check_device_memory(pointer, site);
+  *pointer = value;
+}
+}  // namespace cuda_on_cpu
+
+template <class A, class B>
+auto min(A a, B b) {
+  using C = std::common_type_t<A, B>;
+  return static_cast<C>(b) < static_cast<C>(a) ? static_cast<C>(b) : static_cast<C>(a);
+}
+template <class A, class B>
+auto max(A a, B b) {
+  using C = std::common_type_t<A, B>;
+  return static_cast<C>(a) < static_cast<C>(b) ? static_cast<C>(b) : static_cast<C>(a);
+}
+
+// ---- launches ----------------------------------------------------------------------------------------------------
+namespace cuda_on_cpu {
+template <class... Parameters, class... Arguments>
+cudaError_t launch_kernel(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  std::tuple<std::decay_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
+  return launch(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { std::apply(kernel, values); });
+}
+}  // namespace cuda_on_cpu
+#define cudaLaunchKernelEx(config, ...) ::cuda_on_cpu::launch_kernel(config, __VA_ARGS__)
