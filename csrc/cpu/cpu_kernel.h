@@ -113,10 +113,11 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,prefer-v
 
 template <class Task>
 void parallel(int64_t units, const Task& task) {
+  [[maybe_unused]] const Isa set = isa();  // here, where it may throw
   torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
 #if PSP_X86_64
-    if (isa() == Isa::kAvx512) return run_avx512(task, begin, end);
-    if (isa() == Isa::kAvx2) return run_avx2(task, begin, end);
+    if (set == Isa::kAvx512) return run_avx512(task, begin, end);
+    if (set == Isa::kAvx2) return run_avx2(task, begin, end);
 #endif
     run_baseline(task, begin, end);
   });
@@ -182,6 +183,58 @@ PSP_INLINE void store_plane(const Image& image, int64_t n, int64_t c, int64_t H,
   T* to = mutable_at<T>(image, n, c, 0);
   if (image.stride_h == W) return store(to, from, H * W, stream);
   for (int64_t h = 0; h < H; ++h) store(to + h * image.stride_h, from + h * W, W, stream);
+}
+
+// 64 bytes of accumulators: one vector register or several, by instruction set.
+template <class acc_t>
+struct VectorType {
+  typedef acc_t type __attribute__((vector_size(64)));
+};
+template <class acc_t>
+using Vector = typename VectorType<acc_t>::type;
+template <class acc_t>
+constexpr int64_t kLanes = 64 / sizeof(acc_t);
+
+template <class acc_t>
+PSP_INLINE Vector<acc_t> load(const acc_t* from) {
+  Vector<acc_t> v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+
+// to[k] = element(k) for k in [0, n), by vectors; the last one overlaps its neighbour, so there is no scalar rest.
+// vector(k) gives the elements from k on.
+template <class acc_t, class VectorAt, class ElementAt>
+PSP_INLINE void fill_by_vectors(acc_t* to, int64_t n, const VectorAt& vector, const ElementAt& element) {
+  if (n < kLanes<acc_t>) {
+    for (int64_t k = 0; k < n; ++k) to[k] = element(k);
+    return;
+  }
+  for (int64_t k = 0; k < n; k += kLanes<acc_t>) {
+    const int64_t at = std::min(k, n - kLanes<acc_t>);
+    const Vector<acc_t> v = vector(at);
+    __builtin_memcpy(to + at, &v, sizeof v);
+  }
+}
+
+// to[k] = the sum of `count` rows that lie `stride` apart, in four chains of additions.
+template <class acc_t>
+PSP_INLINE void sum_rows(acc_t* to, const acc_t* from, int64_t stride, int64_t count, int64_t n) {
+  const auto vector = [&](int64_t k) __attribute__((always_inline)) {
+    Vector<acc_t> sums[4] = {};
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+      for (int64_t j = 0; j < 4; ++j) sums[j] += load(from + (i + j) * stride + k);
+    }
+    for (; i < count; ++i) sums[0] += load(from + i * stride + k);
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  };
+  const auto element = [&](int64_t k) __attribute__((always_inline)) {
+    acc_t sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += from[i * stride + k];
+    return sum;
+  };
+  fill_by_vectors(to, n, vector, element);
 }
 
 // to[k] += the sum of `count` rows that lie `stride` apart, four at a time: each pass over `to` costs a load, an add

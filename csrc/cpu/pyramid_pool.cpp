@@ -86,9 +86,13 @@ struct PlanarPool : PoolBase<T> {
   }
 
   PSP_INLINE void sum_segment_row(const acc_t* plane, int64_t s, acc_t* __restrict__ sums, double* cells) const {
-    std::fill_n(sums, this->a.W, acc_t(0));
     const int64_t W = this->a.W, first = this->rows.begin(s);
-    add_rows(sums, plane + first * W, W, this->rows.end(s) - first, W);
+    if constexpr (std::is_same_v<T, acc_t>) {  // straight from memory: row by row, as it streams
+      std::fill_n(sums, W, acc_t(0));
+      add_rows(sums, plane + first * W, W, this->rows.end(s) - first, W);
+    } else {  // from the widened plane in the cache: column by column, each sum in a register
+      sum_rows(sums, plane + first * W, W, this->rows.end(s) - first, W);
+    }
     for (int64_t t = 0; t < this->columns.count(); ++t) {
       double sum = 0;
       for (int64_t w = this->columns.begin(t); w < this->columns.end(t); ++w) sum += sums[w];

@@ -10,21 +10,6 @@ namespace {
 constexpr int kRows = 6, kColumns = 4;  // a register tile: 24 accumulators of the 32 vector registers
 
 template <class acc_t>
-struct VectorType {
-  typedef acc_t type __attribute__((vector_size(64)));
-};
-template <class acc_t>
-using Vector = typename VectorType<acc_t>::type;
-template <class acc_t>
-constexpr int64_t kLanes = 64 / sizeof(acc_t);
-
-template <class acc_t>
-PSP_INLINE Vector<acc_t> load(const acc_t* from) {
-  Vector<acc_t> v;
-  __builtin_memcpy(&v, from, sizeof v);
-  return v;
-}
-template <class acc_t>
 PSP_INLINE acc_t horizontal_sum(Vector<acc_t> v) {
   acc_t sum = 0;
   for (int64_t k = 0; k < kLanes<acc_t>; ++k) sum += v[k];

@@ -132,7 +132,12 @@ struct PlanarUpsample : UpsampleBase<T, PyramidUpsampleConcatArgs> {
       }
       for (int64_t h = 0; h < a.H; ++h) {
         const auto& row = this->vertical[l].rows[h];
-        mix(&plane[h * a.W], &wide[row.low * a.W], &wide[row.high * a.W], row.lambda, a.W);
+        const acc_t *low = &wide[row.low * a.W], *high = &wide[row.high * a.W], first = acc_t(1) - row.lambda;
+        fill_by_vectors(
+            &plane[h * a.W], a.W,
+            [&](int64_t w)
+                __attribute__((always_inline)) { return first * load(low + w) + row.lambda * load(high + w); },
+            [&](int64_t w) __attribute__((always_inline)) { return first * low[w] + row.lambda * high[w]; });
       }
       store_wide_plane(a.context, n, channel, a.H, a.W, plane, narrow, this->stream);
     }
