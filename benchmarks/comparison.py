@@ -2,9 +2,11 @@
 
 import math
 import mmap
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import cpuinfo
 import torch
@@ -77,7 +79,7 @@ class CopyBandwidth:
     def measure(self) -> None:
         """Copies a few times; the machine's other work comes and goes, so this is called all along a run."""
         for kind, (source, target) in self.buffers.items():
-            copy = synchronized(lambda source=source, target=target: target.copy_(source), self.device)
+            copy = synchronized(partial(target.copy_, source), self.device)
             for _ in range(5):
                 start = time.perf_counter()
                 copy()
@@ -153,7 +155,11 @@ class Results:
     def _machine(self) -> str:
         processor = cpuinfo.get_cpu_info().get("brand_raw", "unknown processor")
         kernels = torch.ops.pspnet_fast.cpu_instruction_set()
-        lines = [f"{processor}, {torch.get_num_threads()} threads, kernels for {kernels}, torch {torch.__version__}."]
+        lines = [
+            f"{processor}, {torch.get_num_threads()} threads, kernels for {kernels}, torch {torch.__version__}.",
+            # decides whether large outputs are fresh memory, which the system has to clear first
+            f"glibc's memory settings: {os.environ.get('GLIBC_TUNABLES', 'the defaults')}.",
+        ]
         for device, bandwidth in self.bandwidths.items():
             size = COPY_BYTES[device.type] >> 20
             name = f" on {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""

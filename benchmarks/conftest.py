@@ -10,7 +10,7 @@ import torch
 from comparison import Comparison, Results, synchronized
 from torch._inductor.exc import InductorError
 
-SECONDS, ROUNDS = 0.6, (5, 100)  # of measuring one implementation; at least and at most
+SECONDS, ROUNDS = 1.0, (9, 100)  # of measuring one implementation; at least and at most
 
 _RESULTS = pytest.StashKey[Results]()
 
@@ -61,20 +61,23 @@ def measure(benchmark, results: Results) -> Callable[..., None]:
     ) -> None:
         function = synchronized(function, comparison.device)
         try:
-            for _ in range(2):  # the first compiles
-                setup()
-                start = time.perf_counter()
-                function()
-                once = time.perf_counter() - start
+            once = min(_seconds(function, setup) for _ in range(3))  # the first compiles
         except InductorError as error:
             results.seconds.setdefault(comparison, {})[implementation] = math.nan
             pytest.skip(f"torch.compile fails: {error!r}")
         rounds = int(min(max(SECONDS / once, ROUNDS[0]), ROUNDS[1]))
         results.bandwidth(comparison.device).measure()
         benchmark.group, benchmark.name = f"{comparison.table}: {comparison.case}", implementation
-        benchmark.pedantic(function, setup=setup, rounds=rounds, warmup_rounds=1)
+        benchmark.pedantic(function, setup=setup, rounds=rounds)
         if benchmark.stats:  # not with --benchmark-disable
             results.seconds.setdefault(comparison, {})[implementation] = benchmark.stats.stats.median
             benchmark.extra_info["floor_bytes"] = comparison.floor_bytes
 
     return run
+
+
+def _seconds(function: Callable[[], object], setup: Callable[[], None]) -> float:
+    setup()
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
