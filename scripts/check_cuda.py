@@ -11,8 +11,24 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
+
+# Which kernels load ("L") and store ("S") device memory in 16-byte vectors by design: those for planes in every
+# instance, the others in the instances whose vectors hold more than one element.
+WIDE = {
+    "pool_backward_cells": "LS",
+    "pool_backward_planes": "LS",
+    "pool_bins": "L",
+    "pool_cells": "LS",
+    "pool_planes": "LS",
+    "reduce": "L",
+    "reduce_backward": "LS",
+    "upsample_backward_cells": "",
+    "upsample_backward_parts": "L",
+    "upsample_backward_planes": "L",
+    "upsample_planes": "S",
+    "upsample_rows": "LS",
+}
 
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\d+)'")
 STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -55,27 +71,33 @@ def find_cuobjdump() -> Path | None:
     return path if path.exists() else None
 
 
-def wide_accesses(cuobjdump: Path, file: Path) -> dict[tuple[str, int], int]:
-    """(mangled kernel, architecture) -> 16-byte accesses to device memory in its disassembly."""
+def wide_accesses(cuobjdump: Path, file: Path) -> dict[tuple[str, int], dict[str, int]]:
+    """(mangled kernel, architecture) -> 16-byte loads and stores of device memory in its disassembly."""
     command = ["env", f"PATH={cuobjdump.parent}:/usr/bin:/bin", str(cuobjdump), "-sass", str(file)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found: dict[tuple[str, int], int] = defaultdict(int)
+    found: dict[tuple[str, int], dict[str, int]] = {}
     arch, kernel = 0, ""
     for line in text.splitlines():
         if match := re.search(r"arch = sm_(\d+)", line):
             arch = int(match.group(1))
         elif match := re.search(r"Function : (\S+)", line):
             kernel = match.group(1)
-            found[kernel, arch] += 0
-        elif re.search(r"\b(LDG|STG)\.\S*128", line):
-            found[kernel, arch] += 1
+            found[kernel, arch] = {"wide_loads": 0, "wide_stores": 0}
+        elif match := re.search(r"\b(LDG|STG)\.\S*128", line):
+            found[kernel, arch]["wide_loads" if match.group(1) == "LDG" else "wide_stores"] += 1
     return found
 
 
-def works_on_vectors(kernel: str) -> bool:
-    """By design: planar kernels of large maps, and every instance whose last template argument is above 1."""
+def missing_wide(kernel: str, loads: int, stores: int) -> str:
+    """What a kernel lacks of WIDE, in words; empty if nothing."""
     width = re.search(r", (\d+)>$", kernel)
-    return int(width.group(1)) > 1 if width else kernel.split("<")[0].endswith("_planes")
+    expected = "" if width is not None and int(width.group(1)) == 1 else WIDE[kernel.split("<")[0]]
+    lacks = [
+        name
+        for letter, name, count in (("L", "loads", loads), ("S", "stores", stores))
+        if letter in expected and not count
+    ]
+    return " and ".join(lacks)
 
 
 def main() -> None:
@@ -90,7 +112,7 @@ def main() -> None:
         found = resources(log.read_text())
         if cuobjdump is not None:
             for key, count in wide_accesses(cuobjdump, log.with_suffix(".o")).items():
-                found[key]["wide"] = count
+                found[key].update(count)
         table.update(found)
     mangled = sorted({kernel for kernel, _ in table})
     names = dict(zip(mangled, demangle(mangled), strict=True))
@@ -98,21 +120,21 @@ def main() -> None:
 
     width = max(map(len, names.values()))
     head = " ".join(f"{f'sm_{arch}':>6}" for arch in architectures)
-    print(f"{'registers of a thread':{width}} {head} {'shared':>7} {'stack':>6} {'spills':>7} {'16-byte':>8}")
+    print(f"{'registers of a thread':{width}} {head} {'shared':>7} {'stack':>6} {'spills':>7} {'16-byte ld/st':>14}")
     failures = []
     for kernel in sorted(mangled, key=names.__getitem__):
         rows = [table[kernel, arch] for arch in architectures]
         registers = " ".join(f"{row['registers']:6d}" for row in rows)
-        wide = min((row["wide"] for row in rows if "wide" in row), default=None)
+        wide = [min(row.get(field, -1) for row in rows) for field in ("wide_loads", "wide_stores")]
         most = {field: max(row[field] for row in rows) for field in ("shared", "stack", "spills")}
         print(
             f"{names[kernel]:{width}} {registers} {most['shared']:7d} {most['stack']:6d} {most['spills']:7d} "
-            f"{'-' if wide is None else wide:>8}"
+            f"{'-' if cuobjdump is None else f'{wide[0]}/{wide[1]}':>14}"
         )
         if most["stack"] or most["spills"]:
             failures.append(f"{names[kernel]} uses local memory")
-        if wide == 0 and works_on_vectors(names[kernel]):
-            failures.append(f"{names[kernel]} has no 16-byte access")
+        if cuobjdump is not None and (lacks := missing_wide(names[kernel], *wide)):
+            failures.append(f"{names[kernel]} has no 16-byte {lacks}")
     if cuobjdump is None:
         print("check_cuda: no cuobjdump: 16-byte accesses were not checked")
     if args.json is not None:

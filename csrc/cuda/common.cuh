@@ -133,7 +133,8 @@ __device__ __forceinline__ int level_of(const Levels& levels, int cell) {
 // Pixel (y, x) of channel c of image n.
 template <class T>
 __device__ __forceinline__ T* pixel(const Image& image, int64_t n, int64_t c, int64_t y, int64_t x) {
-  return static_cast<T*>(image.data) + n * image.stride_n + c * image.stride_c + y * image.stride_h + x * image.stride_w;
+  return static_cast<T*>(image.data) + n * image.stride_n + c * image.stride_c + y * image.stride_h +
+         x * image.stride_w;
 }
 
 PSP_HOST_DEVICE constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

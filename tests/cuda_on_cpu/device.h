@@ -52,15 +52,17 @@ cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, const std::functi
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 
-#define PSP_SHARED(type, name, count) \
+#define PSP_SHARED(type, name, count)    \
   static const char name##_variable = 0; \
-  type* const name = static_cast<type*>(::cuda_on_cpu::static_shared(&name##_variable, sizeof(type) * (count), PSP_SITE))
+  type* const name =                     \
+      static_cast<type*>(::cuda_on_cpu::static_shared(&name##_variable, sizeof(type) * (count), PSP_SITE))
 #define PSP_DYNAMIC_SHARED(type, name) type* const name = reinterpret_cast<type*>(::cuda_on_cpu::dynamic_shared())
 
 // ---- barriers, warps, atomics ------------------------------------------------------------------------------------
 #define __syncthreads() ::cuda_on_cpu::barrier(PSP_SITE)
 #define __syncwarp() ::cuda_on_cpu::warp_barrier(~0u, PSP_SITE)
-#define __shfl_xor_sync(mask, value, lanes) ::cuda_on_cpu::shuffle(mask, value, ::cuda_on_cpu::lane() ^ (lanes), PSP_SITE)
+#define __shfl_xor_sync(mask, value, lanes) \
+  ::cuda_on_cpu::shuffle(mask, value, ::cuda_on_cpu::lane() ^ (lanes), PSP_SITE)
 #define __shfl_sync(mask, value, source) ::cuda_on_cpu::shuffle(mask, value, source, PSP_SITE)
 
 namespace cuda_on_cpu {

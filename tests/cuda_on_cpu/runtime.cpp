@@ -2,8 +2,8 @@
 // Compiled without -fsanitize; CUDA_ON_CPU_ADDRESS or CUDA_ON_CPU_THREAD says which sanitizer the kernels have.
 //
 // CUDA_ON_CPU_ORDER=forward|reverse|random:SEED: the order of the blocks, and of the threads that can run.
-// CUDA_ON_CPU_BLOCKS=unordered (ThreadSanitizer): two crews of fibers take the blocks in turn, and nothing orders one crew's
-// accesses before the other's, so that races between blocks show as well.
+// CUDA_ON_CPU_BLOCKS=unordered (ThreadSanitizer): two crews of fibers take the blocks in turn, and nothing orders one
+// crew's accesses before the other's, so that races between blocks show as well.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -80,8 +80,8 @@ void copy(void* to, const void* from, size_t bytes) {
   for (size_t i = 0; i < bytes; ++i) static_cast<volatile char*>(to)[i] = static_cast<const volatile char*>(from)[i];
 }
 
-// A block's shared memory, 16-byte aligned and poisoned. Under AddressSanitizer each array is an allocation of its exact
-// size; else all lie in one arena, which the host never touches in a way that ThreadSanitizer sees.
+// A block's shared memory, 16-byte aligned and poisoned. Under AddressSanitizer each array is an allocation of its
+// exact size; else all lie in one arena, which the host never touches in a way that ThreadSanitizer sees.
 struct SharedMemory {
   struct Array {
     const void* variable;
