@@ -6,7 +6,6 @@ tensors. On a GPU it is the allocator's count.
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -55,17 +54,19 @@ def _measure(implementation: str, shape: Sequence[int], dtype: str, layout: str,
     x = torch.empty(n, c, h, w, device=device, memory_format=getattr(torch, layout)).normal_()
     module(x[:, :, :6, :6])  # loads code and starts threads
     if device == "cpu":
-        before = _resident()
+        before = _status("VmRSS")
         output = module(x)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        return _status("VmHWM") - before
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     output = module(x)  # noqa: F841  (kept while the peak is read)
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def _status(field: str) -> int:
+    """A size that Linux keeps of this process. (getrusage's ru_maxrss would be that of its parent, if greater.)"""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024
 
 
 if __name__ == "__main__":
