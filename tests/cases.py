@@ -24,6 +24,7 @@ SIZES = [
     (61, 97),  # odd, not square
 ]
 CHANNELS = 19  # no multiple of any vector
+LAYOUTS_AND_CHANNELS = [("contiguous", 19), ("channels_last", 19), ("channels_last", 24)]  # 24: of every 16-byte vector
 
 
 def make(shape: Sequence[int], layout: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
@@ -61,13 +62,16 @@ def assert_accurate(
 ) -> None:
     """Asserts that the error against float64 is at most twice that of eager PyTorch in the same dtype.
 
-    Where eager happens to be exact, one rounding of the result is allowed and four of its terms while they are summed,
-    in float32 or, for float64, in float64: there eager is the truth, and differs by the order of additions.
+    Where eager happens to be exact, one rounding of the result is allowed, and a quarter of one of its terms while they
+    are summed in float32. In float64 eager is the truth itself: there only the order of operations may show.
     """
     dtype = inputs[0].dtype
-    rounding, adding = torch.finfo(dtype).eps, torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     for error, stock, result, terms in errors(function, eager, inputs):
-        assert error <= 2 * stock + rounding * result + 4 * adding * terms, (error, stock, result, terms)
+        if dtype == torch.float64:
+            assert error <= 64 * torch.finfo(dtype).eps * max(result, terms), (error, result, terms)
+        else:
+            summing = torch.finfo(torch.float32).eps * terms / 4
+            assert error <= 2 * stock + torch.finfo(dtype).eps * result + summing, (error, stock, result, terms)
 
 
 def with_gradients(function: Callable[..., Tensor], needs: int) -> Callable[..., list[Tensor]]:

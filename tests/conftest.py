@@ -14,6 +14,12 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same random values in every run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def poison() -> Iterator[None]:
     """Fills every fresh tensor with NaN, those that the kernels write included: an element left unwritten shows.

@@ -1,8 +1,10 @@
 """pyramid_upsample_concat_: values, gradients, layouts, registration, bad input."""
 
+import itertools
+
 import pytest
 import torch
-from cases import BINS, DTYPES, LAYOUTS, SIZES, assert_accurate, make, with_gradients
+from cases import BINS, DTYPES, LAYOUTS, LAYOUTS_AND_CHANNELS, SIZES, assert_accurate, make, with_gradients
 from torch import Tensor
 
 from pspnet_fast import ops, reference
@@ -36,15 +38,14 @@ def upsample(module, size, bins, align_corners: bool, channels_last: bool = Fals
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("bins", BINS)
 def test_values_and_gradient(device, bins, size, dtype):
-    reduced = torch.randn(2, count(bins), R, dtype=torch.float64).to(device, dtype)
-    for align_corners in (False, True):
-        for layout in LAYOUTS[:2]:
-            grad = make((2, len(bins) * R, *size), layout, dtype, device)
-            run = [
-                with_gradients(upsample(m, size, bins, align_corners, layout == "channels_last"), 1)
-                for m in (ops, reference)
-            ]
-            assert_accurate(*run, reduced, grad)
+    for align_corners, (layout, channels) in itertools.product((False, True), LAYOUTS_AND_CHANNELS):
+        reduced = torch.randn(2, count(bins), channels, dtype=torch.float64).to(device, dtype)
+        grad = make((2, len(bins) * channels, *size), layout, dtype, device)
+        run = [
+            with_gradients(upsample(m, size, bins, align_corners, layout == "channels_last"), 1)
+            for m in (ops, reference)
+        ]
+        assert_accurate(*run, reduced, grad)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
