@@ -27,6 +27,11 @@ CHANNELS = 19  # no multiple of any vector
 LAYOUTS_AND_CHANNELS = [("contiguous", 19), ("channels_last", 19), ("channels_last", 24)]  # 24: of every 16-byte vector
 
 
+def count(bins: Sequence[int | tuple[int, int]]) -> int:
+    """The cells of all levels together."""
+    return sum(b * b if isinstance(b, int) else b[0] * b[1] for b in bins)
+
+
 def make(shape: Sequence[int], layout: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
     """Random values in a layout; slices lie at odd offsets inside larger tensors that hold NaN around them."""
     n, c, h, w = shape

@@ -1,11 +1,9 @@
 """A few real photographs through the whole command; skipped where CamVid is absent."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 from pspnet_fast.cli import main
@@ -14,12 +12,7 @@ REPOSITORY = Path(__file__).parent.parent
 CAMVID = REPOSITORY.parent / "shared" / "data" / "camvid"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.skipif(not CAMVID.is_dir(), reason=f"CamVid is not at {CAMVID}")

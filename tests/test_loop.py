@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sized
+from collections.abc import Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,7 @@ from pspnet_fast.training.report import read_log
 CONFIG = TrainConfig(epochs=4, batch_size=2, workers=0, device="cpu", log_every=3, lr=0.02, head_lr_factor=2.0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from cases import BINS, CHANNELS, DTYPES, LAYOUTS, LAYOUTS_AND_CHANNELS, SIZES, assert_accurate, make, with_gradients
+from cases import (
+    BINS,
+    CHANNELS,
+    DTYPES,
+    LAYOUTS,
+    LAYOUTS_AND_CHANNELS,
+    SIZES,
+    assert_accurate,
+    count,
+    make,
+    with_gradients,
+)
 from torch import Tensor
 
 from pspnet_fast import ops, reference
@@ -14,10 +25,9 @@ pytestmark = pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("bins", BINS)
 def test_values_and_gradient(device, bins, size, dtype):
-    cells = sum(b * b if isinstance(b, int) else b[0] * b[1] for b in bins)
     for layout, channels in LAYOUTS_AND_CHANNELS:
         x = make((2, channels, *size), layout, dtype, device)
-        grad = torch.randn(2, cells, channels, device=device, dtype=torch.float64).to(dtype)
+        grad = torch.randn(2, count(bins), channels, device=device, dtype=torch.float64).to(dtype)
         run = [with_gradients(lambda x, m=m: m.pyramid_pool(x, bins), 1) for m in (ops, reference)]
         assert_accurate(*run, x, grad)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import BINS, DTYPES, assert_accurate, with_gradients
+from cases import BINS, DTYPES, assert_accurate, count, with_gradients
 from torch import Tensor
 
 from pspnet_fast import ops, reference
@@ -10,10 +10,6 @@ from pspnet_fast import ops, reference
 pytestmark = pytest.mark.usefixtures("poison")
 
 CHANNELS = [(1, 1), (19, 5), (64, 16), (130, 37)]  # (C, R): single, odd, whole vectors, vectors and a rest
-
-
-def count(bins) -> int:
-    return sum(b * b if isinstance(b, int) else b[0] * b[1] for b in bins)
 
 
 def make(bins, n: int, c: int, r: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, list[Tensor]]:

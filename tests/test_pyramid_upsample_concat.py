@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from cases import BINS, DTYPES, LAYOUTS, LAYOUTS_AND_CHANNELS, SIZES, assert_accurate, make, with_gradients
+from cases import BINS, DTYPES, LAYOUTS, LAYOUTS_AND_CHANNELS, SIZES, assert_accurate, count, make, with_gradients
 from torch import Tensor
 
 from pspnet_fast import ops, reference
@@ -12,10 +12,6 @@ from pspnet_fast import ops, reference
 pytestmark = pytest.mark.usefixtures("poison")
 
 R = 19  # channels of a level: no multiple of any vector
-
-
-def count(bins) -> int:
-    return sum(b * b if isinstance(b, int) else b[0] * b[1] for b in bins)
 
 
 def upsample(module, size, bins, align_corners: bool, channels_last: bool = False):

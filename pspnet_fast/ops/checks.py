@@ -43,6 +43,11 @@ def flatten(levels: tuple[tuple[int, int], ...]) -> list[int]:
     return [b for level in levels for b in level]
 
 
+def unflatten(bins: list[int]) -> tuple[tuple[int, int], ...]:
+    """The inverse of flatten."""
+    return tuple(zip(bins[::2], bins[1::2], strict=True))
+
+
 def count_cells(levels: tuple[tuple[int, int], ...]) -> int:
     """P, the cells of all levels together: 50 for (1, 2, 3, 6)."""
     return sum(h * w for h, w in levels)

@@ -16,6 +16,7 @@ from .checks import (
     count_cells,
     flatten,
     is_channels_last,
+    unflatten,
 )
 
 _forward = torch.ops.pspnet_fast.pyramid_pool.default
@@ -75,8 +76,7 @@ class PyramidPoolFunction(torch.autograd.Function):
         if grad_pooled is None:
             if grad_concat is None:
                 return None, None, None, None
-            cells = sum(a * b for a, b in zip(ctx.bins[::2], ctx.bins[1::2], strict=True))
-            grad_pooled = grad_concat.new_zeros(n, cells, c)
+            grad_pooled = grad_concat.new_zeros(n, count_cells(unflatten(ctx.bins)), c)
         grad_input = grad_before = None
         if ctx.needs_input_grad[0]:
             grad_input = _backward(grad_pooled, grad_concat, ctx.offset, ctx.bins, h, w, ctx.channels_last)
@@ -99,8 +99,7 @@ register_inplace_autograd("pyramid_pool", _autograd, mutated=1)
 
 @torch.library.register_fake("pspnet_fast::pyramid_pool")
 def _(input: Tensor, concat: Tensor | None, offset: int, bins: list[int]) -> Tensor:
-    levels = tuple(zip(bins[::2], bins[1::2], strict=True))
-    return input.new_empty(input.size(0), count_cells(levels), input.size(1))
+    return input.new_empty(input.size(0), count_cells(unflatten(bins)), input.size(1))
 
 
 @torch.library.register_fake("pspnet_fast::pyramid_pool_backward")

@@ -7,7 +7,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._library import needs_grad, register_inplace_autograd
-from .checks import Bins, as_levels, check_channels, check_map, check_shape, check_tensor, count_cells, flatten
+from .checks import (
+    Bins,
+    as_levels,
+    check_channels,
+    check_map,
+    check_shape,
+    check_tensor,
+    count_cells,
+    flatten,
+    unflatten,
+)
 from .pyramid_pool import PyramidPoolFunction
 
 _forward = torch.ops.pspnet_fast.pyramid_upsample_concat_.default
@@ -103,5 +113,4 @@ def _(concat: Tensor, reduced: Tensor, offset: int, bins: list[int], align_corne
 
 @torch.library.register_fake("pspnet_fast::pyramid_upsample_concat_backward")
 def _(grad_concat: Tensor, offset: int, channels: int, bins: list[int], align_corners: bool) -> Tensor:
-    levels = tuple(zip(bins[::2], bins[1::2], strict=True))
-    return grad_concat.new_empty(grad_concat.size(0), count_cells(levels), channels)
+    return grad_concat.new_empty(grad_concat.size(0), count_cells(unflatten(bins)), channels)
