@@ -86,6 +86,34 @@ struct PyramidUpsampleConcatBackwardArgs {
   void* workspace;
 };
 
+struct PyramidContextArgs {
+  DType dtype;
+  bool channels_last;
+  bool align_corners;
+  int64_t N, O, H, W;
+  Levels levels;
+  Window window;
+  const void* taps;  // [N, P, size_h * size_w, O]
+  // Folded normalisation: weight, bias, running mean, running variance, [O] each; nullptr: none.
+  const void* norm[4];
+  DType norm_dtype;
+  double eps;
+  bool relu;
+  Image conv;  // [N, O, H, W]
+};
+
+struct PyramidContextBackwardArgs {
+  DType dtype;
+  bool channels_last;
+  bool align_corners;
+  int64_t N, O, H, W;
+  Levels levels;
+  Window window;
+  Image grad_conv;  // [N, O, H, W]
+  void* grad_taps;  // [N, P, size_h * size_w, O]
+  void* workspace;
+};
+
 namespace cpu {
 void pyramid_pool(const PyramidPoolArgs&);
 void pyramid_pool_backward(const PyramidPoolBackwardArgs&);
@@ -93,6 +121,8 @@ void pyramid_reduce(const PyramidReduceArgs&);
 void pyramid_reduce_backward(const PyramidReduceBackwardArgs&);
 void pyramid_upsample_concat(const PyramidUpsampleConcatArgs&);
 void pyramid_upsample_concat_backward(const PyramidUpsampleConcatBackwardArgs&);
+void pyramid_context(const PyramidContextArgs&);
+void pyramid_context_backward(const PyramidContextBackwardArgs&);
 }  // namespace cpu
 
 // Each returns a cudaError_t (0: launched) and queues its kernels on `stream`, a cudaStream_t of the current device.
@@ -107,6 +137,9 @@ int pyramid_reduce_backward(const PyramidReduceBackwardArgs&, void* stream);
 int pyramid_upsample_concat(const PyramidUpsampleConcatArgs&, void* stream);
 size_t pyramid_upsample_concat_backward_workspace(const PyramidUpsampleConcatBackwardArgs&);
 int pyramid_upsample_concat_backward(const PyramidUpsampleConcatBackwardArgs&, void* stream);
+int pyramid_context(const PyramidContextArgs&, void* stream);
+size_t pyramid_context_backward_workspace(const PyramidContextBackwardArgs&);
+int pyramid_context_backward(const PyramidContextBackwardArgs&, void* stream);
 }  // namespace cuda
 
 }  // namespace pspnet_fast

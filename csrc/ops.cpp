@@ -28,6 +28,15 @@ STABLE_TORCH_LIBRARY(PSPNET_FAST_NAMESPACE, m) {
       "pyramid_upsample_concat_backward(Tensor grad_concat, int offset, SymInt channels, int[] bins, "
       "bool align_corners) -> Tensor");
 
+  // adds to conv (N, O, H, W) what the upsampled levels give to a convolution of it; taps (N, P, taps of the window, O)
+  // are the cells seen through its weights. norm: weight, bias, running mean, running variance, or empty; then ReLU
+  m.def(
+      "pyramid_context_(Tensor(a!) conv, Tensor taps, Tensor[] norm, float eps, bool relu, int[] bins, "
+      "int[] kernel_size, int[] dilation, bool align_corners) -> ()");
+  m.def(
+      "pyramid_context_backward(Tensor grad_conv, int[] bins, int[] kernel_size, int[] dilation, bool align_corners) "
+      "-> Tensor");
+
   // what the library was compiled with and for, as JSON
   m.def("build_info() -> str");
   // the instruction set that the CPU kernels run with

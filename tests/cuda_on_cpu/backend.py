@@ -26,6 +26,8 @@ SANITIZERS = {
 }
 NAMESPACE = "pspnet_fast_cuda_on_cpu"
 OPERATORS = [
+    "pyramid_context_",
+    "pyramid_context_backward",
     "pyramid_pool",
     "pyramid_pool_backward",
     "pyramid_reduce",
