@@ -10,6 +10,9 @@
 #include "tensors.h"
 
 STABLE_TORCH_LIBRARY(PSPNET_FAST_NAMESPACE, m) {
+  // (N, C, H, W) -> (N, channels, H, W), uninitialised, in the dtype, device and memory format of input
+  m.def("new_concat(Tensor input, SymInt channels) -> Tensor");
+
   // (N, C, H, W) -> (N, P, C); copies input into concat, if given, in the same pass
   m.def("pyramid_pool(Tensor input, Tensor(a!)? concat, int offset, int[] bins) -> Tensor");
   m.def(
