@@ -10,6 +10,22 @@
 namespace pspnet_fast {
 
 enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+enum class IntType : int { kUInt8, kInt16, kInt32, kInt64 };  // of class indices
+
+// Calls function with a zero of the integer type.
+template <class Function>
+auto dispatch_int(IntType type, Function&& function) {
+  switch (type) {
+    case IntType::kUInt8:
+      return function(uint8_t{});
+    case IntType::kInt16:
+      return function(int16_t{});
+    case IntType::kInt32:
+      return function(int32_t{});
+    default:
+      return function(int64_t{});
+  }
+}
 
 // A map of shape [N, C, H, W] by its strides, in elements. Planar maps have stride_w == 1 (or W == 1), channels-last
 // maps stride_c == 1 (or C == 1); the other strides are free, so slices of larger tensors need no copy.

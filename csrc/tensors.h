@@ -42,6 +42,22 @@ inline DType dtype_of(const Tensor& tensor) {
   }
 }
 
+inline IntType int_type_of(const char* name, const Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Byte:
+      return IntType::kUInt8;
+    case ScalarType::Short:
+      return IntType::kInt16;
+    case ScalarType::Int:
+      return IntType::kInt32;
+    case ScalarType::Long:
+      return IntType::kInt64;
+    default:
+      STD_TORCH_CHECK(false, name, " must be uint8, int16, int32 or int64");
+  }
+}
+
 inline Levels levels_of(const std::vector<int64_t>& bins) {
   Levels levels{};
   STD_TORCH_CHECK(!bins.empty() && bins.size() % 2 == 0 && bins.size() / 2 <= kMaxLevels,
