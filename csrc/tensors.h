@@ -42,6 +42,12 @@ inline DType dtype_of(const Tensor& tensor) {
   }
 }
 
+// The dtype of arithmetic: float64 for float64, else float32.
+inline torch::headeronly::ScalarType accumulate_type(const Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  return dtype_of(tensor) == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
 inline IntType int_type_of(const char* name, const Tensor& tensor) {
   using torch::headeronly::ScalarType;
   switch (tensor.scalar_type()) {
@@ -106,8 +112,9 @@ inline Tensor new_map(const Tensor& like, int64_t N, int64_t C, int64_t H, int64
                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes) {
-  return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device());
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes,
+                         std::optional<torch::headeronly::ScalarType> dtype = std::nullopt) {
+  return torch::stable::empty(sizes, dtype.value_or(like.scalar_type()), std::nullopt, like.device());
 }
 
 // Asks for huge pages behind a large CPU output before its first touch, as NumPy does for its arrays: the page faults
