@@ -9,56 +9,57 @@ namespace {
 template <class T, class Class>
 struct UpsampleArgmax {
   using acc_t = acc_type<T>;
-  static constexpr int64_t kVectors = 4, kPixels = kVectors * kLanes<acc_t>;  // at once, in registers
+  using Int = typename ExpConstants<acc_t>::Int;
+  static constexpr int64_t kColumns = Upsampling<T>::kColumns;
 
   const UpsampleArgmaxArgs& a;
   Upsampling<T> upsampling{a};
 
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     UpsampledRows<T> rows(upsampling);
+    acc_t best[kColumns];
+    Int classes[kColumns];
     for (int64_t number = begin; number < end; ++number) {
       const auto unit = upsampling.unit(number);
       rows.go_to(unit);
+      find(rows, best, classes);
       const int64_t to = (unit.n * a.H + unit.y) * a.W + unit.first;
-      for (int64_t x = 0; x < unit.columns; x += kPixels) {
-        const int64_t count = std::min(kPixels, unit.columns - x);
-        Vector<acc_t> best[kVectors];
-        find(rows, x, best, static_cast<Class*>(a.classes) + to + x, count);
-        if (a.confidence != nullptr) confide(rows, x, best, static_cast<acc_t*>(a.confidence) + to + x, count);
-      }
+      Class* const found = static_cast<Class*>(a.classes) + to;
+      for (int64_t x = 0; x < unit.columns; ++x) found[x] = static_cast<Class>(classes[x]);
+      if (a.confidence == nullptr) continue;
+      confide(rows, best);
+      std::memcpy(static_cast<acc_t*>(a.confidence) + to, best, static_cast<size_t>(unit.columns) * sizeof(acc_t));
     }
   }
 
  private:
   // As in torch.argmax, the first of equals wins, and NaN is the greatest.
-  PSP_INLINE void find(const UpsampledRows<T>& rows, int64_t x, Vector<acc_t> (&best)[kVectors], Class* to,
-                       int64_t count) const {
-    IntVector<acc_t> classes[kVectors] = {};
-    for (int64_t v = 0; v < kVectors; ++v) best[v] = rows.load(0, x + v * kLanes<acc_t>);
+  PSP_INLINE void find(const UpsampledRows<T>& rows, acc_t* __restrict__ best, Int* __restrict__ classes) const {
+    for (int64_t x = 0; x < kColumns; ++x) best[x] = rows.at(0, x), classes[x] = 0;
     for (int64_t k = 1; k < a.K; ++k) {
-      for (int64_t v = 0; v < kVectors; ++v) {
-        const Vector<acc_t> value = rows.load(k, x + v * kLanes<acc_t>);
-        // Each condition is one comparison: GCC takes vectors of combined conditions apart.
-        const IntVector<acc_t> it = IntVector<acc_t>{} + static_cast<typename ExpConstants<acc_t>::Int>(k);
-        classes[v] = value <= best[v] ? classes[v] : best[v] == best[v] ? it : classes[v];
-        best[v] = value <= best[v] ? best[v] : best[v] == best[v] ? value : best[v];
+      for (int64_t x = 0; x < kColumns; ++x) {
+        const acc_t value = rows.at(k, x), before = best[x];
+        const bool better = !(value <= before) & (before == before);
+        best[x] = better ? value : before;
+        classes[x] = better ? static_cast<Int>(k) : classes[x];
       }
     }
-    typename ExpConstants<acc_t>::Int found[kPixels];
-    std::memcpy(found, classes, sizeof found);
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<Class>(found[i]);
   }
 
-  PSP_INLINE void confide(const UpsampledRows<T>& rows, int64_t x, const Vector<acc_t> (&best)[kVectors], acc_t* to,
-                          int64_t count) const {
-    Vector<acc_t> sums[kVectors] = {};
-    for (int64_t k = 0; k < a.K; ++k) {
-      for (int64_t v = 0; v < kVectors; ++v) {
-        sums[v] += exp_vector<acc_t>(rows.load(k, x + v * kLanes<acc_t>) - best[v]);
+  // The probability of the greatest logits, in their place.
+  PSP_INLINE void confide(const UpsampledRows<T>& rows, acc_t* best) const {
+    constexpr int64_t kVectors = 4;  // at once, in registers
+    for (int64_t x = 0; x < kColumns; x += kVectors * kLanes<acc_t>) {
+      Vector<acc_t> sums[kVectors] = {};
+      for (int64_t k = 0; k < a.K; ++k) {
+        for (int64_t v = 0; v < kVectors; ++v) {
+          const int64_t at = x + v * kLanes<acc_t>;
+          sums[v] += exp_vector<acc_t>(rows.load(k, at) - load(best + at));
+        }
       }
+      for (auto& sum : sums) sum = acc_t(1) / sum;
+      std::memcpy(best + x, sums, sizeof sums);
     }
-    for (auto& sum : sums) sum = acc_t(1) / sum;
-    std::memcpy(to, sums, static_cast<size_t>(count) * sizeof(acc_t));
   }
 };
 

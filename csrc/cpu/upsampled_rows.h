@@ -66,7 +66,13 @@ class UpsampledRows {
     lambda_ = row.lambda;
   }
 
-  // The logits of class k at the columns [at, at + kLanes) of the tile.
+  // The logit of class k at column x of the tile.
+  PSP_INLINE acc_t at(int64_t k, int64_t x) const {
+    const int64_t offset = k * kColumns + x;
+    return (acc_t(1) - lambda_) * buffers_[low_][offset] + lambda_ * buffers_[high_][offset];
+  }
+
+  // Those at the columns [at, at + kLanes).
   PSP_INLINE Vector<acc_t> load(int64_t k, int64_t at) const {
     const int64_t offset = k * kColumns + at;
     return (acc_t(1) - lambda_) * cpu::load(&buffers_[low_][offset]) + lambda_ * cpu::load(&buffers_[high_][offset]);
@@ -83,7 +89,7 @@ class UpsampledRows {
       low[x] = column.low * u_.logits.stride_w, high[x] = column.high * u_.logits.stride_w, lambda[x] = column.lambda;
     }
     for (int64_t k = 0; k < u_.K; ++k) {
-      const T* __restrict__ from = at<T>(u_.logits, n_, k, row);
+      const T* __restrict__ from = cpu::at<T>(u_.logits, n_, k, row);
       acc_t* __restrict__ to = &buffers_[buffer][k * kColumns];
       for (int64_t x = 0; x < kColumns; ++x) {
         to[x] = (acc_t(1) - lambda[x]) * to_acc(from[low[x]]) + lambda[x] * to_acc(from[high[x]]);

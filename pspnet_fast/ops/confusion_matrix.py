@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from . import _library  # noqa: F401  (loads the operators)
 from .checks import check_shape
 
 _count = torch.ops.pspnet_fast.confusion_matrix_.default
