@@ -79,9 +79,10 @@ def test_the_lowest_of_equal_classes_wins(device, layout, align_corners):
 def test_nan_is_the_greatest_as_in_torch(device, dtype, layout):
     logits = make((1, 24, 4, 4), layout, dtype, device)
     logits[0, 7, 0, 0] = logits[0, 3, 0, 0] = logits[0, 9, 3, 3] = logits[0, 0, 0, 3] = torch.nan
-    classes, confidence = ops.upsample_argmax(logits, (4, 4), align_corners=False, return_confidence=True)
-    assert torch.equal(classes.long(), logits.double().argmax(1))
-    assert torch.equal(confidence.isnan(), logits.isnan().any(1))
+    classes, confidence = ops.upsample_argmax(logits, (7, 9), align_corners=False, return_confidence=True)
+    values = torch.nn.functional.interpolate(logits.double(), (7, 9), mode="bilinear", align_corners=False)
+    assert torch.equal(classes.long(), values.argmax(1))
+    assert torch.equal(confidence.isnan(), values.isnan().any(1))
 
 
 def test_infinite_logits(device):

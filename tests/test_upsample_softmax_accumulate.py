@@ -61,8 +61,8 @@ def test_mirrored_logits_of_a_mirrored_image(device):
 
 
 def test_great_differences_and_nan(device):
-    logits = torch.tensor([[0.0, 100.0], [-1e4, 0.0], [50.0, torch.nan]], device=device).view(1, 3, 1, 2)
-    probabilities = torch.zeros(1, 3, 1, 2, device=device)
+    logits = torch.tensor([[0.0, -1e4, 50.0], [100.0, 0.0, torch.nan]], device=device).view(2, 3, 1, 1)
+    probabilities = torch.zeros(2, 3, 1, 1, device=device)
     ops.upsample_softmax_accumulate_(probabilities, logits, align_corners=False)
     torch.testing.assert_close(probabilities, logits.softmax(1), equal_nan=True)
 

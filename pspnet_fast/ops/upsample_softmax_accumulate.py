@@ -20,7 +20,7 @@ def upsample_softmax_accumulate_(
     mirrored: bool = False,
     weight: float = 1.0,
 ) -> Tensor:
-    """Adds the softmax of upsampled logits to a window of a map, in place: for several scales, crops and mirrored images.
+    """Adds the softmax of upsampled logits to a window of a map, in place: for scales, crops and mirrored images.
 
     Equivalent to, in float32 at least, with (h, w) = size, `p = F.interpolate(logits, size, mode="bilinear",
     align_corners=align_corners).softmax(1)` and `probabilities[:, :, top : top + h, left : left + w] += weight * p`,
