@@ -1,10 +1,17 @@
 """upsample_argmax: classes, confidence, ties, NaN, layouts, registration, bad input."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS, make
 
 from pspnet_fast import ops, reference
+
+ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -131,6 +138,32 @@ def test_classes_need_no_gradient_and_confidence_has_none(device):
         ops.upsample_argmax(logits, (8, 8), align_corners=True, return_confidence=True)
     with torch.no_grad():
         ops.upsample_argmax(logits, (8, 8), align_corners=True, return_confidence=True)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident set from /proc")
+def test_memory() -> None:
+    """The classes and a few rows of logits, where stock PyTorch holds 2 x 150 x 473 x 473 floats, 268 MB."""
+    script = """
+import torch
+from forward_memory import _status
+from pspnet_fast import ops, reference
+
+def growth(module, size):
+    before = _status("VmRSS")
+    classes = module.upsample_argmax(logits, (size, size), align_corners=True)
+    return _status("VmHWM") - before
+
+logits = torch.randn(2, 150, 60, 60)
+growth(ops, 8)
+print(growth(ops, 473), growth(reference, 473))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, check=True, stdout=subprocess.PIPE, text=True
+    )
+    ours, stock = map(int, done.stdout.split())
+    assert ours < 4e6
+    assert stock > 250e6, "the measure does not even see full-resolution logits"
 
 
 def test_empty_batch(device):
