@@ -40,6 +40,28 @@ inline DType dtype_of(const Tensor& tensor) {
   }
 }
 
+// The dtype of arithmetic: float64 for float64, else float32.
+inline torch::headeronly::ScalarType accumulate_type(const Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  return dtype_of(tensor) == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+
+inline IntType int_type_of(const char* name, const Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Byte:
+      return IntType::kUInt8;
+    case ScalarType::Short:
+      return IntType::kInt16;
+    case ScalarType::Int:
+      return IntType::kInt32;
+    case ScalarType::Long:
+      return IntType::kInt64;
+    default:
+      STD_TORCH_CHECK(false, name, " must be uint8, int16, int32 or int64");
+  }
+}
+
 inline Levels levels_of(const std::vector<int64_t>& bins) {
   Levels levels{};
   STD_TORCH_CHECK(!bins.empty() && bins.size() % 2 == 0 && bins.size() / 2 <= kMaxLevels,
@@ -100,6 +122,10 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes) 
   const Tensor tensor = new_in_kept_memory(like, sizes, strides, elements * element_size(like));
   if (tensor.defined()) return tensor;
   return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device());
+}
+
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, torch::headeronly::ScalarType dtype) {
+  return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
 }
 
 inline void check_like(const char* name, const Tensor& tensor, const std::vector<int64_t>& sizes, const Tensor& like) {
