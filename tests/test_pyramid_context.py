@@ -32,7 +32,8 @@ def context(module, bins, kernel_size, **settings):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("bins", BINS)
 def test_values_and_gradients(device, bins, size, dtype):
-    cases = itertools.product((False, True), LAYOUTS_AND_CHANNELS, WINDOWS)
+    windows = WINDOWS if size[0] * size[1] < 1000 else WINDOWS[:1]  # the reference takes seconds
+    cases = itertools.product((False, True), LAYOUTS_AND_CHANNELS, windows)
     for align_corners, (layout, channels), (kernel_size, dilation) in cases:
         conv = make((2, channels, *size), layout, dtype, device)
         taps = torch.randn(taps_shape(2, bins, kernel_size, channels), dtype=torch.float64).to(device, dtype)
