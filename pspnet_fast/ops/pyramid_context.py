@@ -123,8 +123,6 @@ def _(
 
 
 @torch.library.register_fake("pspnet_fast::pyramid_context_backward")
-def _(
-    grad_conv: Tensor, bins: list[int], kernel_size: list[int], dilation: list[int], align_corners: bool
-) -> Tensor:
+def _(grad_conv: Tensor, bins: list[int], kernel_size: list[int], dilation: list[int], align_corners: bool) -> Tensor:
     n, o, _, _ = grad_conv.shape
     return grad_conv.new_empty(n, count_cells(unflatten(bins)), kernel_size[0] * kernel_size[1], o)
