@@ -36,7 +36,7 @@ def test_values_and_gradients(device, bins, size, dtype):
     if size[0] * size[1] > 1000:  # the reference takes seconds
         cases = [
             (case, align_corners, WINDOWS[0])
-            for case, align_corners in zip(LAYOUTS_AND_CHANNELS[:2], (False, True), strict=True)
+            for case, align_corners in zip(LAYOUTS_AND_CHANNELS[::2], (False, True), strict=True)
         ]
     for (layout, channels), align_corners, (kernel_size, dilation) in cases:
         conv = make((2, channels, *size), layout, dtype, device)
