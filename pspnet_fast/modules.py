@@ -110,7 +110,8 @@ class FusedPPM(nn.Module):
             plain = convolution.stride == (1, 1) and convolution.groups == 1 and convolution.padding in ((0, 0), "same")
             if convolution.kernel_size != (1, 1) or not plain or (c, r) != (first.in_channels, first.out_channels):
                 raise ValueError(f"branches must be 1x1 convolutions of the same channels, but hold {convolution}")
-        ppm = cls(c, r, bins, align_corners, concat, norm_layer=lambda _: nn.Identity(), activation=nn.Identity)
+        with torch.device("meta"):  # weights to be thrown away: no memory and no random numbers for them
+            ppm = cls(c, r, bins, align_corners, concat, norm_layer=lambda _: nn.Identity(), activation=nn.Identity)
         ppm.features = nn.ModuleList(nn.Sequential(nn.Identity(), *branch) for branch in branches)
         return ppm
 

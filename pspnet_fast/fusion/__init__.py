@@ -251,14 +251,16 @@ def _replaced(plan: _Plan) -> Replaced:
 
 
 def _apply(model: nn.Module, plan: _Plan) -> None:
+    """Fuses, and makes the fused modules now: the compiler finds them ready."""
     pyramid = child(model, plan.name)
     if plan.structure.output == "head":
-        apply(pyramid, FusedHead, plan.structure)
+        apply(pyramid, FusedHead, plan.structure).fused()
     elif plan.bottleneck is None:
-        apply(pyramid, FusedPyramid, plan.structure)
+        apply(pyramid, FusedPyramid, plan.structure).fused()
     else:
-        apply(pyramid, PendingPyramid, plan.structure)
-        apply(child(model, plan.bottleneck[0]), FusedBottleneck, plan.bottleneck[1])
+        name, chain = plan.bottleneck
+        ppm = apply(pyramid, PendingPyramid, plan.structure).fused()
+        apply(child(model, name), FusedBottleneck, chain).fused(ppm)
 
 
 __all__ = ["FuseReport", "Kept", "PyramidSettings", "Replaced", "fuse", "unfuse"]

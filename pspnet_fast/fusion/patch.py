@@ -7,10 +7,9 @@ bound to the original in replicas, and put-in modules would lose what the owner 
 Sequential, align_corners of a head).
 """
 
-import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,59 +67,64 @@ class Fused(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """For pickle and copy: the derived class is made again from its parents."""
-        _, _, *state = super().__reduce_ex__(2)
-        return _new, (type(self).__mro__[1], self._base), *state
+        reduced: Any = super().__reduce_ex__(2)
+        return _new, (type(self).__mro__[1], self._base), *reduced[2:]
 
 
 class FusedPyramid(Fused):
-    """In front of the class of a module that gives the concatenation or the list of levels."""
+    """In front of the class of a module that gives the concatenation."""
 
-    def ppm(self) -> FusedPPM:
+    def fused(self) -> FusedPPM:
+        """The pyramid on this module's layers."""
         structure: Structure = self._structure
         parts = tuple(module for branch in structure.branches for module in _existing(branch, self))
         return self._bind(parts, lambda: structure.ppm(self))
 
     def forward(self, x: Tensor) -> Any:
-        return self.ppm()(x)
+        return self.fused()(x)
 
 
 class PendingPyramid(FusedPyramid):
-    """In front of the class of such a module where a fused bottleneck takes its output."""
+    """In front of the class of a module that gives the concatenation, or the list of levels, to a fused bottleneck."""
 
     def forward(self, x: Tensor) -> Any:
-        pending = Pending(x, self.ppm())
+        pending = Pending(x, self.fused())
         return [pending] if self._structure.output == "maps" else pending
 
 
 class FusedBottleneck(Fused):
     """In front of the class of a module that takes the concatenation."""
 
+    def fused(self, ppm: FusedPPM) -> FusedPSPHead:
+        """The head on a pyramid and this module's first layers."""
+        chain: Chain = self._structure
+        return self._bind((ppm, *_existing(chain, self)), lambda: FusedPSPHead(ppm, *chain.modules(self)))
+
     def forward(self, input: Any) -> Any:
         if not isinstance(input, Pending):
             return super().forward(input)
-        chain: Chain = self._structure
-        ppm = input.ppm
-        head = self._bind((ppm, *_existing(chain, self)), lambda: FusedPSPHead(ppm, *chain.modules(self)))
-        return run([child(self, name) for name in chain.rest], head(input.input))
+        return run([child(self, name) for name in self._structure.rest], self.fused(input.ppm)(input.input))
 
 
-class FusedHead(FusedPyramid):
+class FusedHead(Fused):
     """In front of the class of a module that has pyramid and bottleneck in itself."""
 
-    def forward(self, x: Tensor) -> Any:
+    def fused(self) -> FusedPSPHead:
+        """The head on this module's layers."""
         structure: Structure = self._structure
-        chain = structure.bottleneck
-        assert chain is not None
-        parts = tuple(m for part in (*structure.branches, chain) for m in _existing(part, self))
-        head = self._bind(parts, lambda: FusedPSPHead(structure.ppm(self), *chain.modules(self)))
-        return run([child(self, name) for name in chain.rest], head(x))
+        chains = (*structure.branches, cast(Chain, structure.bottleneck))
+        parts = tuple(module for chain in chains for module in _existing(chain, self))
+        return self._bind(parts, lambda: FusedPSPHead(structure.ppm(self), *chains[-1].modules(self)))
+
+    def forward(self, x: Tensor) -> Any:
+        return run([child(self, name) for name in self._structure.bottleneck.rest], self.fused()(x))
 
 
-def apply(module: nn.Module, kind: type[Fused], structure: Structure | Chain) -> None:
-    """Fuses a module, in place."""
-    module._structure = structure
-    module._bound = (None, None)
-    module.__class__ = fused_class(kind, type(module))
+def apply(module: nn.Module, kind: type[Fused], structure: Structure | Chain) -> Any:
+    """Fuses a module, in place; returns it."""
+    module.__dict__.update(_structure=structure, _bound=(None, None))
+    module.__class__ = _derive(kind, type(module))
+    return module
 
 
 def remove(module: Fused) -> None:
@@ -129,15 +133,20 @@ def remove(module: Fused) -> None:
     del module._structure, module._bound
 
 
-@functools.cache
-def fused_class(kind: type[Fused], base: type[nn.Module]) -> type[nn.Module]:
-    """The class of the fused modules of a class."""
-    body = {"__module__": base.__module__, "__doc__": base.__doc__, "_base": base}
-    return types.new_class(f"Fused{base.__name__}", (kind, base), exec_body=lambda space: space.update(body))
+_derived: dict[tuple[type, type], type[nn.Module]] = {}
+
+
+def _derive(kind: type[Fused], base: type[nn.Module]) -> type[nn.Module]:
+    """The class of the fused modules of a class, always the same one."""
+    if (kind, base) not in _derived:
+        body = {"__module__": base.__module__, "__doc__": base.__doc__, "_base": base}
+        name = f"Fused{base.__name__}"
+        _derived[kind, base] = types.new_class(name, (kind, base), exec_body=lambda space: space.update(body))
+    return _derived[kind, base]
 
 
 def _new(kind: type[Fused], base: type[nn.Module]) -> nn.Module:
-    cls = fused_class(kind, base)
+    cls = _derive(kind, base)
     return cls.__new__(cls)
 
 

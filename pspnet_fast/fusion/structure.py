@@ -192,7 +192,7 @@ def resolve(module: nn.Module, structure: Structure) -> Structure:
         ("input_first", "input_last") if structure.concat is None else (structure.concat,),
         ("concat", "maps") if structure.bottleneck is None else ("head",),
     ):
-        known = replace(structure, align_corners=align_corners, concat=concat, output=output)
+        known = replace(structure, align_corners=align_corners, concat=concat, output=output)  # type: ignore[arg-type]
         if _equal(trial, _expected(trial, known), x):
             return known
     raise NotFusable(
