@@ -33,7 +33,7 @@ def run(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     torch.manual_seed(0)
     output = model(x)
     torch.manual_seed(1)
-    output.backward(torch.randn_like(output))
+    output.backward(torch.randn(output.shape, dtype=output.dtype))
     parts = {"output": output.detach(), "input": x.grad, **{n: b.clone() for n, b in model.named_buffers()}}
     return parts | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
