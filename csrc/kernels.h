@@ -10,6 +10,22 @@
 namespace pspnet_fast {
 
 enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+enum class IntType : int { kUInt8, kInt16, kInt32, kInt64 };  // of class indices
+
+// Calls function with a zero of the integer type.
+template <class Function>
+auto dispatch_int(IntType type, Function&& function) {
+  switch (type) {
+    case IntType::kUInt8:
+      return function(uint8_t{});
+    case IntType::kInt16:
+      return function(int16_t{});
+    case IntType::kInt32:
+      return function(int32_t{});
+    default:
+      return function(int64_t{});
+  }
+}
 
 // A map of shape [N, C, H, W] by its strides, in elements. Planar maps have stride_w == 1 (or W == 1), channels-last
 // maps stride_c == 1 (or C == 1); the other strides are free, so slices of larger tensors need no copy.
@@ -86,6 +102,64 @@ struct PyramidUpsampleConcatBackwardArgs {
   void* workspace;
 };
 
+struct PyramidContextArgs {
+  DType dtype;
+  bool channels_last;
+  bool align_corners;
+  int64_t N, O, H, W;
+  Levels levels;
+  Window window;
+  const void* taps;  // [N, P, size_h * size_w, O]
+  // Folded normalisation: weight, bias, running mean, running variance, [O] each; nullptr: none.
+  const void* norm[4];
+  DType norm_dtype;
+  double eps;
+  bool relu;
+  Image conv;  // [N, O, H, W]
+};
+
+struct PyramidContextBackwardArgs {
+  DType dtype;
+  bool channels_last;
+  bool align_corners;
+  int64_t N, O, H, W;
+  Levels levels;
+  Window window;
+  Image grad_conv;  // [N, O, H, W]
+  void* grad_taps;  // [N, P, size_h * size_w, O]
+  void* workspace;
+};
+
+// ---- prediction: logits [N, K, h, w], interpolated bilinearly at the pixels of H x W maps
+// -----------------------------
+
+struct UpsampleArgmaxArgs {
+  DType dtype;
+  bool align_corners;
+  int64_t N, K, h, w, H, W;
+  Image logits;      // any strides
+  IntType int_type;  // of classes: kUInt8 or kInt32
+  void* classes;     // [N, H, W]
+  void* confidence;  // nullptr: none; else [N, H, W], float, double for double: the greatest probability
+};
+
+struct UpsampleSoftmaxAccumulateArgs {
+  DType dtype;
+  bool align_corners, mirrored;
+  int64_t N, K, h, w, H, W;
+  Image logits;         // any strides
+  Image probabilities;  // [N, K, H, W], float, double for double, any strides: takes weight * softmax in addition
+  double weight;
+};
+
+struct ConfusionMatrixArgs {
+  int64_t pixels, K, ignore_index;
+  IntType prediction_type, target_type;
+  const void* prediction;  // [pixels]
+  const void* target;      // [pixels]
+  int64_t* counts;         // [K, K]: row target, column prediction
+};
+
 namespace cpu {
 void pyramid_pool(const PyramidPoolArgs&);
 void pyramid_pool_backward(const PyramidPoolBackwardArgs&);
@@ -93,6 +167,12 @@ void pyramid_reduce(const PyramidReduceArgs&);
 void pyramid_reduce_backward(const PyramidReduceBackwardArgs&);
 void pyramid_upsample_concat(const PyramidUpsampleConcatArgs&);
 void pyramid_upsample_concat_backward(const PyramidUpsampleConcatBackwardArgs&);
+void pyramid_context(const PyramidContextArgs&);
+void pyramid_context_backward(const PyramidContextBackwardArgs&);
+
+void upsample_argmax(const UpsampleArgmaxArgs&);
+void upsample_softmax_accumulate(const UpsampleSoftmaxAccumulateArgs&);
+void confusion_matrix(const ConfusionMatrixArgs&);
 }  // namespace cpu
 
 // Each returns a cudaError_t (0: launched) and queues its kernels on `stream`, a cudaStream_t of the current device.
@@ -107,6 +187,13 @@ int pyramid_reduce_backward(const PyramidReduceBackwardArgs&, void* stream);
 int pyramid_upsample_concat(const PyramidUpsampleConcatArgs&, void* stream);
 size_t pyramid_upsample_concat_backward_workspace(const PyramidUpsampleConcatBackwardArgs&);
 int pyramid_upsample_concat_backward(const PyramidUpsampleConcatBackwardArgs&, void* stream);
+int pyramid_context(const PyramidContextArgs&, void* stream);
+size_t pyramid_context_backward_workspace(const PyramidContextBackwardArgs&);
+int pyramid_context_backward(const PyramidContextBackwardArgs&, void* stream);
+
+int upsample_argmax(const UpsampleArgmaxArgs&, void* stream);
+int upsample_softmax_accumulate(const UpsampleSoftmaxAccumulateArgs&, void* stream);
+int confusion_matrix(const ConfusionMatrixArgs&, void* stream);
 }  // namespace cuda
 
 }  // namespace pspnet_fast

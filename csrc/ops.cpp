@@ -10,6 +10,9 @@
 #include "tensors.h"
 
 STABLE_TORCH_LIBRARY(PSPNET_FAST_NAMESPACE, m) {
+  // (N, C, H, W) -> (N, channels, H, W), uninitialised, in the dtype, device and memory format of input
+  m.def("new_concat(Tensor input, SymInt channels) -> Tensor");
+
   // (N, C, H, W) -> (N, P, C); copies input into concat, if given, in the same pass
   m.def("pyramid_pool(Tensor input, Tensor(a!)? concat, int offset, int[] bins) -> Tensor");
   m.def(
@@ -27,6 +30,27 @@ STABLE_TORCH_LIBRARY(PSPNET_FAST_NAMESPACE, m) {
   m.def(
       "pyramid_upsample_concat_backward(Tensor grad_concat, int offset, SymInt channels, int[] bins, "
       "bool align_corners) -> Tensor");
+
+  // adds to conv (N, O, H, W) what the upsampled levels give to a convolution of it; taps (N, P, taps of the window, O)
+  // are the cells seen through its weights. norm: weight, bias, running mean, running variance, or empty; then ReLU
+  m.def(
+      "pyramid_context_(Tensor(a!) conv, Tensor taps, Tensor[] norm, float eps, bool relu, int[] bins, "
+      "int[] kernel_size, int[] dilation, bool align_corners) -> ()");
+  m.def(
+      "pyramid_context_backward(Tensor grad_conv, int[] bins, int[] kernel_size, int[] dilation, bool align_corners) "
+      "-> Tensor");
+
+  // prediction: logits (N, K, h, w), interpolated at the pixels of an H x W map. classes uint8, int32 from K = 257 on;
+  // confidence (0,) unless asked for
+  m.def(
+      "upsample_argmax(Tensor logits, SymInt height, SymInt width, bool align_corners, bool return_confidence) -> "
+      "(Tensor, Tensor)");
+  // adds to the window (top, left, height, width) of probabilities (N, K, H, W)
+  m.def(
+      "upsample_softmax_accumulate_(Tensor(a!) probabilities, Tensor logits, SymInt top, SymInt left, SymInt height, "
+      "SymInt width, bool align_corners, bool mirrored, float weight) -> ()");
+  // adds to counts (K, K)
+  m.def("confusion_matrix_(Tensor(a!) counts, Tensor prediction, Tensor target, int ignore_index) -> ()");
 
   // what the library was compiled with and for, as JSON
   m.def("build_info() -> str");

@@ -2,8 +2,9 @@
 
 from . import ops, reference
 from .fusion import PyramidSettings, fuse, unfuse
+from .head import FusedPSPHead
 from .models import PSPNet
 from .modules import FusedPPM
 
 __version__ = "0.1.0"
-__all__ = ["FusedPPM", "PSPNet", "PyramidSettings", "fuse", "ops", "reference", "unfuse"]
+__all__ = ["FusedPPM", "FusedPSPHead", "PSPNet", "PyramidSettings", "fuse", "ops", "reference", "unfuse"]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops.checks import Bins, as_levels
+from .ops.checks import Bins, as_levels, as_window
 from .ops.pyramid_reduce import Norm
 
 
@@ -49,3 +49,74 @@ def pyramid_upsample_concat_(
         size = (concat.size(2), concat.size(3))
         concat[:, first : first + r] = F.interpolate(z, size, mode="bilinear", align_corners=align_corners)
     return concat
+
+
+def pyramid_context_(
+    conv: Tensor,
+    taps: Tensor,
+    bins: Bins,
+    kernel_size: int | tuple[int, int],
+    *,
+    dilation: int | tuple[int, int] = 1,
+    align_corners: bool = True,
+    norm: Norm | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """Reference of ops.pyramid_context_: adds (N, P, kh * kw, O), upsampled and shifted tap by tap, to (N, O, H, W)."""
+    levels = as_levels(bins)
+    (kh, kw), (dh, dw) = as_window(kernel_size, dilation, levels)
+    n, o, h, w = conv.shape
+    for cells, level in zip(taps.split([h * w for h, w in levels], 1), levels, strict=True):
+        seen = cells.permute(0, 2, 3, 1).reshape(n, kh * kw * o, *level)
+        seen = F.interpolate(seen, (h, w), mode="bilinear", align_corners=align_corners)
+        seen = F.pad(seen, (kw // 2 * dw, kw // 2 * dw, kh // 2 * dh, kh // 2 * dh)).unflatten(1, (kh * kw, o))
+        for tap in range(kh * kw):
+            top, left = tap // kw * dh, tap % kw * dw
+            conv += seen[:, tap, :, top : top + h, left : left + w]
+    if norm is not None:
+        weight, bias, mean, var, eps = norm
+        conv.copy_(F.batch_norm(conv, mean, var, weight, bias, training=False, eps=eps))
+    return conv.relu_() if relu else conv
+
+
+def upsample_argmax(
+    logits: Tensor, size: tuple[int, int], *, align_corners: bool, return_confidence: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Reference of ops.upsample_argmax: (N, K, h, w) -> (N, H, W)."""
+    values = _upsample(logits, size, align_corners)
+    classes = values.argmax(1).to(torch.uint8 if logits.size(1) <= 256 else torch.int32)
+    return (classes, values.softmax(1).amax(1)) if return_confidence else classes
+
+
+def upsample_softmax_accumulate_(
+    probabilities: Tensor,
+    logits: Tensor,
+    *,
+    align_corners: bool,
+    top: int = 0,
+    left: int = 0,
+    size: tuple[int, int] | None = None,
+    mirrored: bool = False,
+    weight: float = 1.0,
+) -> Tensor:
+    """Reference of ops.upsample_softmax_accumulate_: adds (N, K, h, w) to a window of (N, K, H, W)."""
+    height, width = size or (probabilities.size(2) - top, probabilities.size(3) - left)
+    p = _upsample(logits, (height, width), align_corners).softmax(1)
+    probabilities[:, :, top : top + height, left : left + width] += weight * (p.flip(3) if mirrored else p)
+    return probabilities
+
+
+def confusion_matrix(
+    prediction: Tensor, target: Tensor, K: int, ignore_index: int = 255, out: Tensor | None = None
+) -> Tensor:
+    """Reference of ops.confusion_matrix: counts (K, K)."""
+    counted = target != ignore_index
+    cells = target[counted].long() * K + prediction[counted].long()
+    counts = torch.bincount(cells, minlength=K * K).view(K, K)
+    return counts if out is None else out.add_(counts)
+
+
+def _upsample(logits: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    """Bilinear, in float32 at least."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.interpolate(wide, size, mode="bilinear", align_corners=align_corners)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.random import fork_rng
 
 from ..ops.checks import Bins
-from .patch import Fused, FusedBottleneck, FusedHead, FusedPyramid, PendingPyramid, apply, remove
+from .patch import Fused, apply, remove
 from .structure import (
     Chain,
     NotFusable,
@@ -17,7 +17,6 @@ from .structure import (
     Structure,
     candidates,
     check_hooks,
-    child,
     parse,
     parse_bottleneck,
     resolve,
@@ -175,7 +174,7 @@ def fuse(
         )
         raise ValueError("\n".join([looked_for, *map(str, kept)]))
     for plan in plans:
-        _apply(model, plan)
+        apply(model, plan.name, plan.structure, plan.bottleneck)
     for line in (*report.replaced, *report.kept):
         logger.info("%s", line)
     return (model, report) if return_report else model
@@ -200,8 +199,7 @@ def _plan(model: nn.Module, name: str, given: PyramidSettings, heads: bool) -> _
     if structure.output == "head":
         if not heads:
             raise NotFusable("its bottleneck is part of it, and heads=False")
-        check_hooks([module])
-        return _Plan(name, structure, ("", structure.bottleneck)) if structure.bottleneck else _Plan(name, structure)
+        return _Plan(name, structure)
     bottleneck, note = None, ""
     if heads:
         try:
@@ -220,14 +218,15 @@ def _find_bottleneck(model: nn.Module, name: str, structure: Structure) -> tuple
     if not name:
         raise NotFusable("the pyramid is the whole model: no bottleneck beside it")
     check_hooks([pyramid])
-    channels = structure.ppm(pyramid).out_channels
+    ppm = structure.ppm(pyramid)
+    channels = ppm.out_channels
     found, reasons = [], []
     for part, module in model.get_submodule(owner_name)._modules.items():
         if part == own or module is None or isinstance(module, Fused) or not _takes(module, channels):
             continue
         full = f"{owner_name}.{part}" if owner_name else part
         try:
-            found.append((full, parse_bottleneck(module, channels)))
+            found.append((full, parse_bottleneck(module, ppm)))
         except NotFusable as reason:
             reasons.append(f"{full}: {reason}")
     if len(found) != 1:
@@ -245,22 +244,9 @@ def _takes(module: nn.Module, channels: int) -> bool:
 
 def _replaced(plan: _Plan) -> Replaced:
     structure = plan.structure
-    beside = plan.bottleneck[0] or plan.name if plan.bottleneck else None
+    beside = plan.bottleneck[0] if plan.bottleneck else plan.name if structure.output == "head" else None
     concat = str(structure.concat)
     return Replaced(plan.name, beside, structure.bins, bool(structure.align_corners), concat, plan.note)
-
-
-def _apply(model: nn.Module, plan: _Plan) -> None:
-    """Fuses, and makes the fused modules now: the compiler finds them ready."""
-    pyramid = child(model, plan.name)
-    if plan.structure.output == "head":
-        apply(pyramid, FusedHead, plan.structure).fused()
-    elif plan.bottleneck is None:
-        apply(pyramid, FusedPyramid, plan.structure).fused()
-    else:
-        name, chain = plan.bottleneck
-        ppm = apply(pyramid, PendingPyramid, plan.structure).fused()
-        apply(child(model, name), FusedBottleneck, chain).fused(ppm)
 
 
 __all__ = ["FuseReport", "Kept", "PyramidSettings", "Replaced", "fuse", "unfuse"]

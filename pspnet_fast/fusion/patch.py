@@ -8,14 +8,13 @@ Sequential, align_corners of a head).
 """
 
 import types
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..head import KeepsSplitWeight, SplitWeight, psp_head
 from ..modules import FusedPPM
-from .head import FusedPSPHead
 from .structure import Chain, Structure, child, run
 
 
@@ -56,14 +55,6 @@ class Fused(nn.Module):
     """Base of the derived classes' first parents."""
 
     _base: type[nn.Module]
-    _structure: Any
-    _bound: tuple[Any, Any]  # the modules that the fused one was made of, and it: in a tuple, so no child, no keys
-
-    def _bind(self, parts: tuple[Any, ...], make: Callable[[], nn.Module]) -> Any:
-        """The fused module; made anew where children were exchanged since, as convert_sync_batchnorm does."""
-        if self._bound[0] != parts:
-            self._bound = (parts, make())
-        return self._bound[1]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """For pickle and copy: the derived class is made again from its parents."""
@@ -74,69 +65,80 @@ class Fused(nn.Module):
 class FusedPyramid(Fused):
     """In front of the class of a module that gives the concatenation."""
 
-    def fused(self) -> FusedPPM:
-        """The pyramid on this module's layers."""
+    _structure: Any
+    _bound: tuple[Any, Any]  # layers, and the pyramid made of them: in a tuple, so that it is no child and has no keys
+
+    def ppm(self) -> FusedPPM:
+        """The pyramid on this module's layers; made anew where some were exchanged, as convert_sync_batchnorm does."""
         structure: Structure = self._structure
-        parts = tuple(module for branch in structure.branches for module in _existing(branch, self))
-        return self._bind(parts, lambda: structure.ppm(self))
+        layers = [child(self, name) for branch in structure.branches for name in branch.names if name is not None]
+        if self._bound[0] != layers:
+            self._bound = (layers, structure.ppm(self))
+        return self._bound[1]
 
     def forward(self, x: Tensor) -> Any:
-        return self.fused()(x)
+        return self.ppm()(x)
 
 
 class PendingPyramid(FusedPyramid):
     """In front of the class of a module that gives the concatenation, or the list of levels, to a fused bottleneck."""
 
     def forward(self, x: Tensor) -> Any:
-        pending = Pending(x, self.fused())
+        pending = Pending(x, self.ppm())
         return [pending] if self._structure.output == "maps" else pending
 
 
-class FusedBottleneck(Fused):
+class FusedBottleneck(Fused, KeepsSplitWeight):
     """In front of the class of a module that takes the concatenation."""
 
-    def fused(self, ppm: FusedPPM) -> FusedPSPHead:
-        """The head on a pyramid and this module's first layers."""
-        chain: Chain = self._structure
-        return self._bind((ppm, *_existing(chain, self)), lambda: FusedPSPHead(ppm, *chain.modules(self)))
+    _chain: Any
 
     def forward(self, input: Any) -> Any:
         if not isinstance(input, Pending):
             return super().forward(input)
-        return run([child(self, name) for name in self._structure.rest], self.fused(input.ppm)(input.input))
+        return _run_head(self, self._chain, input.ppm, input.input)
 
 
-class FusedHead(Fused):
+class FusedHead(FusedPyramid, KeepsSplitWeight):
     """In front of the class of a module that has pyramid and bottleneck in itself."""
 
-    def fused(self) -> FusedPSPHead:
-        """The head on this module's layers."""
-        structure: Structure = self._structure
-        chains = (*structure.branches, cast(Chain, structure.bottleneck))
-        parts = tuple(module for chain in chains for module in _existing(chain, self))
-        return self._bind(parts, lambda: FusedPSPHead(structure.ppm(self), *chains[-1].modules(self)))
-
     def forward(self, x: Tensor) -> Any:
-        return run([child(self, name) for name in self._structure.bottleneck.rest], self.fused()(x))
+        return _run_head(self, self._structure.bottleneck, self.ppm(), x)
 
 
-def apply(module: nn.Module, kind: type[Fused], structure: Structure | Chain) -> Any:
-    """Fuses a module, in place; returns it."""
-    module.__dict__.update(_structure=structure, _bound=(None, None))
-    module.__class__ = _derive(kind, type(module))
+def _run_head(root: KeepsSplitWeight, chain: Chain, ppm: FusedPPM, x: Tensor) -> Tensor:
+    return run([child(root, name) for name in chain.rest], psp_head(x, ppm, *chain.modules(root), root._split))
+
+
+def apply(model: nn.Module, pyramid: str, structure: Structure, bottleneck: tuple[str, Chain] | None) -> None:
+    """Fuses a pyramid, and a bottleneck beside it, in place."""
+    module, state = child(model, pyramid), {"_structure": structure, "_bound": (None, None)}
+    kind: type[FusedPyramid] = FusedPyramid if bottleneck is None else PendingPyramid
+    if structure.output == "head":
+        kind, state = FusedHead, {**state, "_split": SplitWeight()}
+    fused: Any = _derive(module, kind, state)
+    fused.ppm()  # made now: the compiler finds it ready
+    if bottleneck is not None:
+        _derive(child(model, bottleneck[0]), FusedBottleneck, {"_chain": bottleneck[1], "_split": SplitWeight()})
+
+
+def _derive(module: nn.Module, kind: type[Fused], state: dict[str, Any]) -> nn.Module:
+    module.__dict__.update(state)
+    module.__class__ = _derived_class(kind, type(module))
     return module
 
 
 def remove(module: Fused) -> None:
     """The inverse of apply."""
     module.__class__ = module._base  # type: ignore[assignment]
-    del module._structure, module._bound
+    for name in ("_structure", "_bound", "_chain", "_split"):
+        module.__dict__.pop(name, None)
 
 
 _derived: dict[tuple[type, type], type[nn.Module]] = {}
 
 
-def _derive(kind: type[Fused], base: type[nn.Module]) -> type[nn.Module]:
+def _derived_class(kind: type[Fused], base: type[nn.Module]) -> type[nn.Module]:
     """The class of the fused modules of a class, always the same one."""
     if (kind, base) not in _derived:
         body = {"__module__": base.__module__, "__doc__": base.__doc__, "_base": base}
@@ -146,9 +148,5 @@ def _derive(kind: type[Fused], base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _new(kind: type[Fused], base: type[nn.Module]) -> nn.Module:
-    cls = _derive(kind, base)
+    cls = _derived_class(kind, base)
     return cls.__new__(cls)
-
-
-def _existing(chain: Chain, root: nn.Module) -> tuple[nn.Module, ...]:
-    return tuple(child(root, name) for name in chain.names if name is not None)

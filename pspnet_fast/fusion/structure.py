@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..head import check_bottleneck
 from ..modules import Branch, FusedPPM
 from ..ops.checks import Bins
 
@@ -17,6 +18,7 @@ Output = Literal["concat", "maps", "head"]  # the concatenation; the list of ups
 Names = tuple[str, str | None, str | None]  # of a convolution, its norm and its activation, below their module
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+_NOTHING = nn.Identity()  # one for all: in a forward, the compiler could not make any
 _MAP = (2, 9, 7)  # batch, height and width of the map for trial: no bin divides both, no two conventions agree
 
 
@@ -33,7 +35,7 @@ class Chain:
 
     def modules(self, root: nn.Module) -> Branch:
         """Convolution, norm and activation; nn.Identity where there is none."""
-        convolution, *others = (nn.Identity() if name is None else child(root, name) for name in self.names)
+        convolution, *others = (_NOTHING if name is None else child(root, name) for name in self.names)
         return convolution, *others  # type: ignore[return-value]
 
 
@@ -118,46 +120,36 @@ def parse(module: nn.Module, bins: Bins | None = None) -> Structure:
     inner = [m for name, m in module.named_modules() if name]
     check_hooks(inner)
     if bottleneck is not None:
-        check_bottleneck(bottleneck.modules(module)[0], ppm.out_channels)
+        _check_convolution(ppm, bottleneck.modules(module)[0])
     return structure
 
 
-def parse_bottleneck(module: nn.Module, channels: int) -> Chain:
+def parse_bottleneck(module: nn.Module, ppm: FusedPPM) -> Chain:
     """Convolution, norm and activation at the start of a module, and the layers after them.
 
     Raises:
-        NotFusable: it does not begin with a convolution of these channels, or not in the way of a bottleneck.
+        NotFusable: it does not begin with a convolution that FusedPSPHead takes, or runs its layers otherwise.
     """
     names = [name for name, _ in layers(module)]
     chain = _chain(module, names)
-    check_bottleneck(chain.modules(module)[0], channels)
+    _check_convolution(ppm, chain.modules(module)[0])
     check_hooks(list(module.modules()))
     containers = [m for m in module.modules() if m._modules and not isinstance(m, nn.Conv2d)]
     if any(type(m).forward is not nn.Sequential.forward for m in containers):
         trial = _random_copy(module)
-        x = torch.randn(_MAP[0], channels, *_MAP[1:], dtype=torch.float64)
+        x = torch.randn(_MAP[0], ppm.out_channels, *_MAP[1:], dtype=torch.float64)
         if not _equal(trial, lambda x: run([child(trial, name) for name in names], x), x):
             raise NotFusable("it does not run its layers one after another")
     return chain
 
 
-def check_bottleneck(convolution: nn.Module, channels: int) -> None:
-    """Raises NotFusable unless the convolution takes these channels and keeps the size of the map."""
-    if not isinstance(convolution, nn.Conv2d) or convolution.in_channels != channels:
-        raise NotFusable(f"it does not begin with a convolution of {channels} channels")
-    (kernel, other), dilation = convolution.kernel_size, convolution.dilation[0]
-    padding = convolution.padding if convolution.padding != "same" else (dilation * (kernel // 2),) * 2
-    if (
-        type(convolution).forward is not nn.Conv2d.forward
-        or kernel != other
-        or kernel % 2 == 0
-        or convolution.dilation != (dilation, dilation)
-        or padding != (dilation * (kernel // 2),) * 2
-        or convolution.stride != (1, 1)
-        or convolution.groups != 1
-        or convolution.padding_mode != "zeros"
-    ):
-        raise NotFusable(f"{convolution} is not an odd, zero-padded convolution of stride 1 in one group")
+def _check_convolution(ppm: FusedPPM, convolution: nn.Module) -> None:
+    try:
+        check_bottleneck(ppm, convolution)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise NotFusable(str(error)) from None
+    if type(convolution).forward is not nn.Conv2d.forward:
+        raise NotFusable(f"{convolution} has a forward of its own")
 
 
 def check_hooks(modules: Sequence[nn.Module]) -> None:

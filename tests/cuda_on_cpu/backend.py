@@ -26,12 +26,17 @@ SANITIZERS = {
 }
 NAMESPACE = "pspnet_fast_cuda_on_cpu"
 OPERATORS = [
+    "pyramid_context_",
+    "pyramid_context_backward",
     "pyramid_pool",
     "pyramid_pool_backward",
     "pyramid_reduce",
     "pyramid_reduce_backward",
     "pyramid_upsample_concat_",
     "pyramid_upsample_concat_backward",
+    "upsample_argmax",
+    "upsample_softmax_accumulate_",
+    "confusion_matrix_",
 ]
 # No strict aliasing: 16-byte accesses read elements as uint4, as nvcc allows. -Wno-unknown-pragmas: #pragma unroll.
 FLAGS = [

@@ -16,14 +16,14 @@ if MISSING:
     pytest.skip(f"{', '.join(MISSING)} not installed: make test-peers", allow_module_level=True)
 
 if torch.version.cuda is None:
-    # torchvision's compiled operators are those of a CUDA build and do not load: the two that it wraps in Python have to
-    # exist all the same
+    # torchvision's compiled operators are those of a CUDA build and do not load: the two that its Python code knows
+    # have to exist all the same
     _operators = torch.library.Library("torchvision", "DEF")
     for _name in ("nms", "qnms"):
         _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-import segmentation_models_pytorch as smp
-from transformers import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation
+import segmentation_models_pytorch as smp  # noqa: E402
+from transformers import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation  # noqa: E402
 
 
 def upernet() -> nn.Module:

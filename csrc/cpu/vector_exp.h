@@ -1,0 +1,55 @@
+// The exponential of a vector of accumulators, without a call into libm for each lane.
+#pragma once
+
+#include "cpu_kernel.h"
+
+namespace pspnet_fast::cpu {
+
+// exp(x) = 2^n exp(r), n = x / ln 2 rounded, |r| <= ln(2) / 2, and exp(r) by its Taylor polynomial, whose remainder is
+// below a tenth of the last place. ln 2 is split so that n * kLn2High is exact, with and without fused multiply-adds.
+template <class acc_t>
+struct ExpConstants;
+template <>
+struct ExpConstants<float> {
+  using Int = int32_t;
+  static constexpr int kDegree = 7, kMantissa = 23, kBias = 127;
+  static constexpr float kRound = 0x1.8p23f;  // x + kRound - kRound is x rounded to an integer
+  static constexpr float kLn2High = 355.0f / 512.0f, kLn2Low = -2.12194440e-4f, kLowest = -87.3f;
+};
+template <>
+struct ExpConstants<double> {
+  using Int = int64_t;
+  static constexpr int kDegree = 13, kMantissa = 52, kBias = 1023;
+  static constexpr double kRound = 0x1.8p52;
+  static constexpr double kLn2High = 0x1.62e43p-1, kLn2Low = -1.904654299957767e-9, kLowest = -708.3;
+};
+
+// Integers as wide as an accumulator, as many as a vector holds; comparisons of vectors give this type too.
+template <class acc_t>
+struct IntVectorType {
+  typedef typename ExpConstants<acc_t>::Int type __attribute__((vector_size(64)));
+};
+template <class acc_t>
+using IntVector = typename IntVectorType<acc_t>::type;
+
+// exp(x) for x <= 88, as in a softmax, whose greatest exponent is 0. Subnormal results are 0; NaN stays NaN.
+template <class acc_t>
+PSP_INLINE Vector<acc_t> exp_vector(Vector<acc_t> x) {
+  using C = ExpConstants<acc_t>;
+  const Vector<acc_t> shifted = x * acc_t(1.4426950408889634) + C::kRound, n = shifted - C::kRound;
+  const Vector<acc_t> r = (x - n * C::kLn2High) - n * C::kLn2Low;
+  Vector<acc_t> result = {};
+#pragma GCC unroll 16
+  for (int k = C::kDegree; k >= 0; --k) {
+    acc_t factorial = 1;
+#pragma GCC unroll 16
+    for (int i = 2; i <= k; ++i) factorial *= acc_t(i);
+    result = result * r + acc_t(1) / factorial;
+  }
+  // The integer n stands in the low bits of `shifted`.
+  const IntVector<acc_t> power = (__builtin_bit_cast(IntVector<acc_t>, shifted) + C::kBias) << C::kMantissa;
+  result *= __builtin_bit_cast(Vector<acc_t>, power);
+  return x < C::kLowest ? Vector<acc_t>{} : result;
+}
+
+}  // namespace pspnet_fast::cpu
