@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from foreign import MODELS, PPM, ConvModule, PSPDecoder, PSPHead, Semseg
+from stock import StockPPM
 from torch import Tensor, nn
 
 from pspnet_fast import FusedPPM, PyramidSettings, fuse, unfuse
@@ -364,6 +365,29 @@ def test_models_on_the_meta_device():
         model = Semseg()
     _, report = fuse(model, return_report=True)
     assert report.replaced[0].bottleneck == "cls"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_branches_with_biases_and_mixed_norms(training, dtype):
+    """Bias before a norm (as PaddleSeg has it), bias alone, and float32 norms beside other weights."""
+    convolutions = [nn.Conv2d(8, 2, 1) for _ in range(3)]
+    norms = [nn.BatchNorm2d(2), nn.Identity(), nn.BatchNorm2d(2, eps=0.1)]
+    branches = list(zip(convolutions, norms, [nn.ReLU(), nn.ReLU(), nn.ReLU()], strict=True))
+    ppm = FusedPPM.from_branches(branches, (1, 2, 3)).to(dtype).train(training)
+    if dtype == torch.bfloat16:
+        norms[0].float(), norms[2].float()
+    assert ppm.features[0][1] is convolutions[0]
+    for norm in (norms[0], norms[2]):
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            tensor.data.uniform_(0.5, 1.5)
+    x = torch.randn(2, 8, 13, 9, dtype=dtype)
+    exact = StockPPM(ppm).double().train(training)
+    truth, tolerance = run(exact, x.double())["output"], 1e-10 if dtype == torch.float64 else 0.02
+    with torch.no_grad():
+        torch.testing.assert_close(copy.deepcopy(ppm)(x).double(), truth, rtol=tolerance, atol=tolerance)
+    if dtype == torch.float64:
+        assert_same(run(ppm, x), run(StockPPM(ppm).train(training), x))
 
 
 @pytest.mark.parametrize(
