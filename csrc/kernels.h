@@ -102,6 +102,36 @@ struct PyramidUpsampleConcatBackwardArgs {
   void* workspace;
 };
 
+// ---- prediction: logits [N, K, h, w], interpolated bilinearly at the pixels of H x W maps
+// -----------------------------
+
+struct UpsampleArgmaxArgs {
+  DType dtype;
+  bool align_corners;
+  int64_t N, K, h, w, H, W;
+  Image logits;      // any strides
+  IntType int_type;  // of classes: kUInt8 or kInt32
+  void* classes;     // [N, H, W]
+  void* confidence;  // nullptr: none; else [N, H, W], float, double for double: the greatest probability
+};
+
+struct UpsampleSoftmaxAccumulateArgs {
+  DType dtype;
+  bool align_corners, mirrored;
+  int64_t N, K, h, w, H, W;
+  Image logits;         // any strides
+  Image probabilities;  // [N, K, H, W], float, double for double, any strides: takes weight * softmax in addition
+  double weight;
+};
+
+struct ConfusionMatrixArgs {
+  int64_t pixels, K, ignore_index;
+  IntType prediction_type, target_type;
+  const void* prediction;  // [pixels]
+  const void* target;      // [pixels]
+  int64_t* counts;         // [K, K]: row target, column prediction
+};
+
 enum class Reduction : int { kNone, kMean, kSum };  // numbered as in torch
 
 // Logits [N, K, h, w], upsampled to H x W; "acc" is float, for float64 double.
@@ -149,6 +179,10 @@ void pyramid_reduce(const PyramidReduceArgs&);
 void pyramid_reduce_backward(const PyramidReduceBackwardArgs&);
 void pyramid_upsample_concat(const PyramidUpsampleConcatArgs&);
 void pyramid_upsample_concat_backward(const PyramidUpsampleConcatBackwardArgs&);
+
+void upsample_argmax(const UpsampleArgmaxArgs&);
+void upsample_softmax_accumulate(const UpsampleSoftmaxAccumulateArgs&);
+void confusion_matrix(const ConfusionMatrixArgs&);
 void upsample_cross_entropy(const UpsampleCrossEntropyArgs&);
 void upsample_cross_entropy_backward(const UpsampleCrossEntropyBackwardArgs&);
 }  // namespace cpu
@@ -165,6 +199,10 @@ int pyramid_reduce_backward(const PyramidReduceBackwardArgs&, void* stream);
 int pyramid_upsample_concat(const PyramidUpsampleConcatArgs&, void* stream);
 size_t pyramid_upsample_concat_backward_workspace(const PyramidUpsampleConcatBackwardArgs&);
 int pyramid_upsample_concat_backward(const PyramidUpsampleConcatBackwardArgs&, void* stream);
+
+int upsample_argmax(const UpsampleArgmaxArgs&, void* stream);
+int upsample_softmax_accumulate(const UpsampleSoftmaxAccumulateArgs&, void* stream);
+int confusion_matrix(const ConfusionMatrixArgs&, void* stream);
 size_t upsample_cross_entropy_workspace(const UpsampleCrossEntropyArgs&);
 int upsample_cross_entropy(const UpsampleCrossEntropyArgs&, void* stream);
 int upsample_cross_entropy_backward(const UpsampleCrossEntropyBackwardArgs&, void* stream);

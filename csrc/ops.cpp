@@ -10,6 +10,9 @@
 #include "tensors.h"
 
 STABLE_TORCH_LIBRARY(PSPNET_FAST_NAMESPACE, m) {
+  // (N, C, H, W) -> (N, channels, H, W), uninitialised, in the dtype, device and memory format of input
+  m.def("new_concat(Tensor input, SymInt channels) -> Tensor");
+
   // (N, C, H, W) -> (N, P, C); copies input into concat, if given, in the same pass
   m.def("pyramid_pool(Tensor input, Tensor(a!)? concat, int offset, int[] bins) -> Tensor");
   m.def(
@@ -27,6 +30,18 @@ STABLE_TORCH_LIBRARY(PSPNET_FAST_NAMESPACE, m) {
   m.def(
       "pyramid_upsample_concat_backward(Tensor grad_concat, int offset, SymInt channels, int[] bins, "
       "bool align_corners) -> Tensor");
+
+  // prediction: logits (N, K, h, w), interpolated at the pixels of an H x W map. classes uint8, int32 from K = 257 on;
+  // confidence (0,) unless asked for
+  m.def(
+      "upsample_argmax(Tensor logits, SymInt height, SymInt width, bool align_corners, bool return_confidence) -> "
+      "(Tensor, Tensor)");
+  // adds to the window (top, left, height, width) of probabilities (N, K, H, W)
+  m.def(
+      "upsample_softmax_accumulate_(Tensor(a!) probabilities, Tensor logits, SymInt top, SymInt left, SymInt height, "
+      "SymInt width, bool align_corners, bool mirrored, float weight) -> ()");
+  // adds to counts (K, K)
+  m.def("confusion_matrix_(Tensor(a!) counts, Tensor prediction, Tensor target, int ignore_index) -> ()");
 
   // logits (N, K, h, w), target (N, H, W) -> loss, log-sum-exp (N, H, W), the sum of the targets' weights; reduction: 0
   // none, 1 mean, 2 sum

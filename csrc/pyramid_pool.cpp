@@ -16,7 +16,6 @@ Tensor pyramid_pool(const Tensor& input, std::optional<Tensor> concat, int64_t o
     STD_TORCH_CHECK(native(*concat, args.channels_last).data_ptr() == concat->data_ptr(),
                     "concat must be contiguous or channels-last");
     args.concat = image_of(*concat, offset);
-    advise_huge_pages(*concat);
   }
   const Tensor pooled = new_tensor(input, {N, args.levels.first[args.levels.count], C});
   if (N == 0) return pooled;
@@ -37,7 +36,6 @@ Tensor pyramid_pool_backward(const Tensor& grad_pooled, std::optional<Tensor> gr
   PyramidPoolBackwardArgs args{dtype_of(grad_pooled), channels_last, N, C, H, W, levels};
   const Tensor grad_input = new_map(grad_pooled, N, C, H, W, channels_last);
   if (N == 0) return grad_input;
-  advise_huge_pages(grad_input);
   Tensor grad_copy;
   if (grad_concat) {
     STD_TORCH_CHECK(grad_concat->dim() == 4 && offset >= 0 && grad_concat->size(1) >= offset + C,
@@ -53,9 +51,16 @@ Tensor pyramid_pool_backward(const Tensor& grad_pooled, std::optional<Tensor> gr
   return grad_input;
 }
 
+Tensor new_concat(const Tensor& input, int64_t channels) {
+  STD_TORCH_CHECK(input.dim() == 4 && channels >= 0, "input must have 4 dimensions");
+  dtype_of(input);
+  return new_map(input, input.size(0), channels, input.size(2), input.size(3), is_channels_last(input));
+}
+
 }  // namespace
 
 PSP_KERNELS(m) {
+  m.impl("new_concat", TORCH_BOX(&new_concat));
   m.impl("pyramid_pool", TORCH_BOX(&pyramid_pool));
   m.impl("pyramid_pool_backward", TORCH_BOX(&pyramid_pool_backward));
 }

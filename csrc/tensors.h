@@ -10,11 +10,9 @@
 #include <optional>
 #include <vector>
 
+#include "kept_memory.h"
 #include "kernels.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 #if defined(PSPNET_FAST_WITH_CUDA)
 #include <cuda_runtime.h>
 #endif
@@ -40,6 +38,12 @@ inline DType dtype_of(const Tensor& tensor) {
     default:
       STD_TORCH_CHECK(false, "dtype must be float32, float64, bfloat16 or float16");
   }
+}
+
+// The dtype of arithmetic: float64 for float64, else float32.
+inline torch::headeronly::ScalarType accumulate_type(const Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  return dtype_of(tensor) == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
 inline IntType int_type_of(const char* name, const Tensor& tensor) {
@@ -99,31 +103,29 @@ inline Image image_of(const Tensor& map, int64_t first_channel = 0) {
   return {data, map.stride(0), map.stride(1), map.stride(2), map.stride(3)};
 }
 
+// Tensors to be written as a whole; large ones on the CPU in kept memory.
 inline Tensor new_map(const Tensor& like, int64_t N, int64_t C, int64_t H, int64_t W, bool channels_last) {
   using torch::headeronly::MemoryFormat;
   const std::vector<int64_t> sizes{N, C, H, W};
+  const std::vector<int64_t> strides =
+      channels_last ? std::vector<int64_t>{C * H * W, 1, C * W, C} : std::vector<int64_t>{C * H * W, H * W, W, 1};
+  const Tensor map = new_in_kept_memory(like, sizes, strides, N * C * H * W * element_size(like));
+  if (map.defined()) return map;
   return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes) {
+  int64_t elements = 1;
+  std::vector<int64_t> strides(sizes.size());
+  for (size_t d = sizes.size(); d-- > 0; elements *= sizes[d]) strides[d] = elements;
+  const Tensor tensor = new_in_kept_memory(like, sizes, strides, elements * element_size(like));
+  if (tensor.defined()) return tensor;
   return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device());
 }
 
-// Asks for huge pages behind a large CPU output before its first touch, as NumPy does for its arrays: the page faults
-// of a fresh allocation cost several times the writing itself (measured for 59 MB: 23 ms in 4 KB pages, 4.6 ms in huge
-// ones).
-inline void advise_huge_pages([[maybe_unused]] const Tensor& map) {
-#if defined(__linux__)
-  if (!map.is_cpu() || map.numel() == 0) return;
-  int64_t elements = 1;
-  for (int d = 0; d < 4; ++d) elements += (map.size(d) - 1) * map.stride(d);
-  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
-  const uintptr_t first = reinterpret_cast<uintptr_t>(map.data_ptr());
-  const uintptr_t begin = (first + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (first + static_cast<uintptr_t>(elements * element_size(map))) / kHuge * kHuge;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, torch::headeronly::ScalarType dtype) {
+  return torch::stable::empty(sizes, dtype, std::nullopt, like.device());
 }
 
 inline void check_like(const char* name, const Tensor& tensor, const std::vector<int64_t>& sizes, const Tensor& like) {

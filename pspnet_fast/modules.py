@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import ops
-from .ops.checks import Bins, as_levels, check_map, count_cells, memory_format
+from .ops.checks import Bins, as_levels, check_map, count_cells
 
 Concat = Literal["input_first", "input_last"]
 
@@ -89,16 +89,14 @@ class FusedPPM(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C + len(bins) * R, H, W)."""
         check_map("input", input)
-        n, c, h, w = input.shape
+        c = input.size(1)
         if c != self.in_channels:
             raise ValueError(
                 f"input must have in_channels = {self.in_channels} channels, but has shape {tuple(input.shape)}"
             )
         context = self.out_channels - c
         first_input, first_level = (0, c) if self.concat == "input_first" else (context, 0)
-        output = torch.empty(
-            (n, self.out_channels, h, w), dtype=input.dtype, device=input.device, memory_format=memory_format(input)
-        )
+        output = ops.new_concat(input, self.out_channels)
         pooled = ops.pyramid_pool(input, self.bins, concat=output, offset=first_input)
         reduced = self._reduce(pooled)
         return ops.pyramid_upsample_concat_(

@@ -52,6 +52,43 @@ def pyramid_upsample_concat_(
     return concat
 
 
+def upsample_argmax(
+    logits: Tensor, size: tuple[int, int], *, align_corners: bool, return_confidence: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Reference of ops.upsample_argmax: (N, K, h, w) -> (N, H, W)."""
+    values = _upsample(logits, size, align_corners)
+    classes = values.argmax(1).to(torch.uint8 if logits.size(1) <= 256 else torch.int32)
+    return (classes, values.softmax(1).amax(1)) if return_confidence else classes
+
+
+def upsample_softmax_accumulate_(
+    probabilities: Tensor,
+    logits: Tensor,
+    *,
+    align_corners: bool,
+    top: int = 0,
+    left: int = 0,
+    size: tuple[int, int] | None = None,
+    mirrored: bool = False,
+    weight: float = 1.0,
+) -> Tensor:
+    """Reference of ops.upsample_softmax_accumulate_: adds (N, K, h, w) to a window of (N, K, H, W)."""
+    height, width = size or (probabilities.size(2) - top, probabilities.size(3) - left)
+    p = _upsample(logits, (height, width), align_corners).softmax(1)
+    probabilities[:, :, top : top + height, left : left + width] += weight * (p.flip(3) if mirrored else p)
+    return probabilities
+
+
+def confusion_matrix(
+    prediction: Tensor, target: Tensor, K: int, ignore_index: int = 255, out: Tensor | None = None
+) -> Tensor:
+    """Reference of ops.confusion_matrix: counts (K, K)."""
+    counted = target != ignore_index
+    cells = target[counted].long() * K + prediction[counted].long()
+    counts = torch.bincount(cells, minlength=K * K).view(K, K)
+    return counts if out is None else out.add_(counts)
+
+
 def upsample_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -63,9 +100,8 @@ def upsample_cross_entropy(
     reduction: Reduction = "mean",
 ) -> Tensor:
     """Reference of ops.upsample_cross_entropy: logits (N, K, h, w), target (N, H, W) -> a number, or (N, H, W)."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    upsampled = F.interpolate(wide, size or target.shape[1:], mode="bilinear", align_corners=align_corners)
-    weight = None if weight is None else weight.to(wide.dtype)
+    upsampled = _upsample(logits, size or target.shape[1:], align_corners)
+    weight = None if weight is None else weight.to(upsampled.dtype)
     loss = F.cross_entropy(
         upsampled,
         target.long(),
@@ -80,3 +116,9 @@ def upsample_cross_entropy(
     classes = target.long() * counts
     total = (counts if weight is None else weight[classes] * counts).sum()
     return loss / torch.where(total == 0, 1, total)
+
+
+def _upsample(logits: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+    """Bilinear, in float32 at least."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.interpolate(wide, size, mode="bilinear", align_corners=align_corners)

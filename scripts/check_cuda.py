@@ -16,6 +16,8 @@ from pathlib import Path
 # Which kernels load ("L") and store ("S") device memory in 16-byte vectors by design: those for planes in every
 # instance, the others in the instances whose vectors hold more than one element.
 WIDE = {
+    "argmax_pixels": "L",
+    "count_pixels": "",
     "pool_backward_cells": "LS",
     "pool_backward_planes": "LS",
     "pool_bins": "L",
@@ -23,6 +25,7 @@ WIDE = {
     "pool_planes": "LS",
     "reduce": "L",
     "reduce_backward": "LS",
+    "softmax_pixels": "L",
     "upsample_backward_cells": "",
     "upsample_backward_parts": "L",
     "upsample_backward_planes": "L",

@@ -5,25 +5,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pspnet_fast import ops
 from pspnet_fast.models import PSPNet
 
 
 def predict_labels(model: nn.Module, images: Tensor) -> Tensor:
-    """Predict the class of every pixel: logits, upsampled bilinearly to the images' size, then argmax.
+    """Predict the class of every pixel: the greatest logit, bilinearly upsampled to the images' size.
 
     Args:
         model: in evaluation mode; returns {"out": (N, K, h, w)} and tells ``align_corners``.
         images: (N, 3, H, W), normalised, on the model's device.
 
     Returns:
-        (N, H, W) int64 in 0..K-1.
+        (N, H, W) in 0..K-1, uint8 where K <= 256, else int32.
     """
-    logits = model(images)["out"].float()
-    align_corners = bool(model.align_corners)
-    return F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=align_corners).argmax(1)
+    height, width = images.shape[-2:]
+    return ops.upsample_argmax(model(images)["out"], (height, width), align_corners=bool(model.align_corners))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,20 @@
 """The operators: CPU and CUDA kernels with gradients; pspnet_fast.reference holds the same in plain PyTorch."""
 
-from .pyramid_pool import pyramid_pool
+from .confusion_matrix import confusion_matrix
+from .pyramid_pool import new_concat, pyramid_pool
 from .pyramid_reduce import pyramid_reduce
 from .pyramid_upsample_concat import pyramid_upsample_concat_
+from .upsample_argmax import upsample_argmax
 from .upsample_cross_entropy import upsample_cross_entropy
+from .upsample_softmax_accumulate import upsample_softmax_accumulate_
 
-__all__ = ["pyramid_pool", "pyramid_reduce", "pyramid_upsample_concat_", "upsample_cross_entropy"]
+__all__ = [
+    "confusion_matrix",
+    "new_concat",
+    "pyramid_pool",
+    "pyramid_reduce",
+    "pyramid_upsample_concat_",
+    "upsample_argmax",
+    "upsample_cross_entropy",
+    "upsample_softmax_accumulate_",
+]

@@ -94,6 +94,18 @@ def check_map(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
         raise ValueError(f"{name} must have C >= 1, H >= 1 and W >= 1, but has shape {tuple(tensor.shape)}")
 
 
+def check_size(size: Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a map to make, each at least 1."""
+    if isinstance(size, str) or not isinstance(size, Sequence) or len(size) != 2:
+        raise TypeError(f"size must be a pair (height, width), but is {size!r}")
+    height, width = size
+    if not isinstance(height, int) or not isinstance(width, int):
+        raise TypeError(f"size must hold ints, but is {size!r}")
+    if height < 1 or width < 1:
+        raise ValueError(f"size must be at least 1 x 1, but is {tuple(size)}")
+    return height, width
+
+
 def check_shape(name: str, tensor: Tensor, expected: Sequence[int], meaning: str) -> None:
     """Checks the exact shape of an argument; `meaning` says what it is made of."""
     if len(tensor.shape) != len(expected) or any(a != b for a, b in zip(tensor.shape, expected, strict=True)):

@@ -16,11 +16,13 @@ from .checks import (
     count_cells,
     flatten,
     is_channels_last,
+    memory_format,
     unflatten,
 )
 
 _forward = torch.ops.pspnet_fast.pyramid_pool.default
 _backward = torch.ops.pspnet_fast.pyramid_pool_backward.default
+_new_concat = torch.ops.pspnet_fast.new_concat.default
 
 
 def pyramid_pool(input: Tensor, bins: Bins, *, concat: Tensor | None = None, offset: int = 0) -> Tensor:
@@ -51,6 +53,18 @@ def pyramid_pool(input: Tensor, bins: Bins, *, concat: Tensor | None = None, off
         n, _, h, w = input.shape
         check_shape("concat", concat, (n, concat.size(1), h, w), "(N, K, H, W)")
     return _forward(input, concat, offset, flatten(levels))
+
+
+def new_concat(input: Tensor, channels: int) -> Tensor:
+    """An uninitialised (N, channels, H, W) in the dtype, device and memory format of a map (N, C, H, W).
+
+    On a CPU a large one lies in memory that the package keeps: 256 MB at most while no tensor uses it, or
+    PSPNET_FAST_KEEP_MB (0: none). Fresh memory of that size costs more time than everything that is written into it.
+    """
+    if torch.compiler.is_compiling():  # the compiler plans memory by itself
+        return _empty_concat(input, channels)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _new_concat(input, channels)
 
 
 class PyramidPoolFunction(torch.autograd.Function):
@@ -95,6 +109,13 @@ def _autograd(input: Tensor, concat: Tensor | None, offset: int, bins: list[int]
 
 
 register_inplace_autograd("pyramid_pool", _autograd, mutated=1)
+
+
+@torch.library.register_fake("pspnet_fast::new_concat")
+def _empty_concat(input: Tensor, channels: int) -> Tensor:
+    n, _, h, w = input.shape
+    layout = memory_format(input)
+    return torch.empty((n, channels, h, w), dtype=input.dtype, device=input.device, memory_format=layout)
 
 
 @torch.library.register_fake("pspnet_fast::pyramid_pool")

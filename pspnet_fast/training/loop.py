@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from pspnet_fast import ops
 from pspnet_fast.inference.predict import predict_labels
 from pspnet_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from pspnet_fast.training.config import TrainConfig
 from pspnet_fast.training.loading import Item, train_loader, val_loader
-from pspnet_fast.training.metrics import Metrics, confusion_matrix
+from pspnet_fast.training.metrics import Metrics
 from pspnet_fast.training.optimizer import make_optimizer, pspnet_loss, set_poly_lr
 from pspnet_fast.training.report import Report
 
@@ -188,7 +189,7 @@ def evaluate(
         images = images.to(device, non_blocking=True, memory_format=memory_format)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             predictions = predict_labels(model, images)
-        confusion += confusion_matrix(predictions, labels.to(device, non_blocking=True), num_classes)
+        ops.confusion_matrix(predictions, labels.to(device, non_blocking=True), num_classes, out=confusion)
     model.train(was_training)
     return Metrics(confusion.cpu())
 

@@ -1,24 +1,8 @@
-"""Intersection over union and accuracies from a confusion matrix of int64 counts."""
+"""Intersection over union and accuracies from the int64 counts of ops.confusion_matrix."""
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-
-
-def confusion_matrix(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
-    """Count pixels by (label, prediction); pixels whose label is not in 0..classes-1 (255: ignored) do not count.
-
-    Args:
-        prediction: integer tensor of values in 0..classes-1.
-        label: integer tensor of the same shape.
-
-    Returns:
-        (classes, classes) int64 on the device of ``label``: row = label, column = prediction.
-    """
-    counted = (label >= 0) & (label < classes)
-    cells = label[counted].long() * classes + prediction[counted].long()
-    return torch.bincount(cells, minlength=classes * classes).view(classes, classes)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,9 @@ OPERATORS = [
     "pyramid_reduce_backward",
     "pyramid_upsample_concat_",
     "pyramid_upsample_concat_backward",
+    "upsample_argmax",
+    "upsample_softmax_accumulate_",
+    "confusion_matrix_",
 ]
 # No strict aliasing: 16-byte accesses read elements as uint4, as nvcc allows. -Wno-unknown-pragmas: #pragma unroll.
 FLAGS = [

@@ -1,0 +1,72 @@
+// Logits at the pixels of an upsampled map: a thread owns a pixel and walks over the classes.
+#pragma once
+
+#include "common.cuh"
+
+namespace pspnet_fast::cuda {
+
+constexpr int kTileX = 32, kTileY = kThreads / kTileX;  // pixels of a block
+
+__device__ __forceinline__ float exponential(float x) { return expf(x); }
+__device__ __forceinline__ double exponential(double x) { return exp(x); }
+
+// The pixel of this thread, image by image, tile by tile.
+struct Pixel {
+  int64_t n;
+  int x, y;
+};
+
+__device__ __forceinline__ Pixel pixel_of_thread(int H, int W) {
+  const int across = (W + kTileX - 1) / kTileX, down = (H + kTileY - 1) / kTileY;
+  const int64_t tile = static_cast<int64_t>(blockIdx.x) / across;
+  return {tile / down, static_cast<int>(blockIdx.x % across) * kTileX + static_cast<int>(threadIdx.x),
+          static_cast<int>(tile % down) * kTileY + static_cast<int>(threadIdx.y)};
+}
+
+inline int64_t count_tiles(int64_t N, int64_t H, int64_t W) { return N * divide_up(H, kTileY) * divide_up(W, kTileX); }
+
+// The four pixels of the logits around one of the map, with their weights.
+template <class T>
+struct Corners {
+  const T *top_left, *top_right, *bottom_left, *bottom_right;  // of class 0
+  acc_t<T> right, bottom;
+  int64_t stride_c;
+
+  template <class Args>
+  __device__ __forceinline__ Corners(const Args& args, int64_t n, int x, int y) : stride_c(args.logits.stride_c) {
+    const int h = static_cast<int>(args.h), w = static_cast<int>(args.w);
+    const auto row =
+        source_index<acc_t<T>>(y, source_scale<acc_t<T>>(h, args.H, args.align_corners), h, args.align_corners);
+    const auto column =
+        source_index<acc_t<T>>(x, source_scale<acc_t<T>>(w, args.W, args.align_corners), w, args.align_corners);
+    top_left = pixel<const T>(args.logits, n, 0, row.low, column.low);
+    top_right = pixel<const T>(args.logits, n, 0, row.low, column.high);
+    bottom_left = pixel<const T>(args.logits, n, 0, row.high, column.low);
+    bottom_right = pixel<const T>(args.logits, n, 0, row.high, column.high);
+    right = column.lambda, bottom = row.lambda;
+  }
+
+  // The interpolated logits of the classes [k, k + V); V > 1 needs channels-last logits in aligned vectors.
+  template <int V>
+  __device__ __forceinline__ void at(int k, acc_t<T> (&values)[V]) const {
+    const int64_t offset = k * stride_c;
+    acc_t<T> a[V], b[V], c[V], d[V];
+    load_wide(top_left + offset, a);
+    load_wide(top_right + offset, b);
+    load_wide(bottom_left + offset, c);
+    load_wide(bottom_right + offset, d);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      values[v] = (1 - bottom) * ((1 - right) * a[v] + right * b[v]) + bottom * ((1 - right) * c[v] + right * d[v]);
+    }
+  }
+};
+
+// Kernels count classes and along an axis in int.
+template <class Args>
+bool fits_int(const Args& args) {
+  constexpr int64_t most = INT_MAX - kThreads;
+  return args.K <= most && args.h <= most && args.w <= most && args.H <= most && args.W <= most;
+}
+
+}  // namespace pspnet_fast::cuda

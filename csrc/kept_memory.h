@@ -1,0 +1,16 @@
+// Large CPU outputs in memory that is kept for the next one.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace pspnet_fast {
+
+// An uninitialised dense CPU tensor in kept memory; an undefined one where torch should allocate as ever: small
+// tensors, deterministic mode, no memory, PSPNET_FAST_KEEP_MB=0.
+torch::stable::Tensor new_in_kept_memory(const torch::stable::Tensor& like, const std::vector<int64_t>& sizes,
+                                         const std::vector<int64_t>& strides, int64_t bytes);
+
+}  // namespace pspnet_fast

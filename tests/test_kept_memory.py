@@ -1,0 +1,88 @@
+"""Large CPU outputs lie in memory that is kept for the next one (csrc/kept_memory.cpp)."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pspnet_fast import ops
+
+SHAPE = (1, 64, 256, 256)  # 16 MB in float32
+
+
+@pytest.fixture
+def like() -> torch.Tensor:
+    return torch.ones(SHAPE)
+
+
+def test_the_next_output_takes_the_memory_of_the_last(like):
+    first = ops.new_concat(like, 128)
+    address = first.data_ptr()
+    del first
+    assert ops.new_concat(like, 128).data_ptr() == address
+
+
+def test_memory_in_use_is_nobody_elses(like):
+    first = ops.new_concat(like, 128).fill_(1)
+    view = first[:, 3:5]
+    del first  # its storage lives on in the view
+    second = ops.new_concat(like, 128).fill_(2)
+    assert (view == 1).all()
+    assert (second == 2).all()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtype_and_memory_format_are_those_of_the_map(like, dtype, memory_format):
+    output = ops.new_concat(like.to(dtype, memory_format=memory_format), 128)
+    assert output.shape == (1, 128, 256, 256)
+    assert output.dtype == dtype
+    assert output.is_contiguous(memory_format=memory_format)
+
+
+def test_a_much_smaller_output_does_not_hold_a_large_block(like):
+    large = ops.new_concat(like, 256)
+    address = large.data_ptr()
+    del large
+    assert ops.new_concat(like, 128).data_ptr() != address
+
+
+def test_gradients_do_not_pass_through_it(like):
+    assert not ops.new_concat(like.requires_grad_(), 128).requires_grad
+
+
+@pytest.mark.usefixtures("poison")
+def test_deterministic_mode_still_fills_fresh_memory(like):
+    torch.use_deterministic_algorithms(False)
+    block = ops.new_concat(like, 128).fill_(1)
+    del block
+    torch.use_deterministic_algorithms(True)
+    assert ops.new_concat(like, 128).isnan().all()
+
+
+RESIDENT = """
+import torch
+from pathlib import Path
+from pspnet_fast import ops
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+like = torch.ones(1, 64, 256, 256)
+before = resident()
+for channels in range(64, 513, 64):  # 16 to 128 MB, 576 MB together
+    ops.new_concat(like, channels).fill_(1)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident set from /proc")
+@pytest.mark.parametrize(("megabytes", "least", "most"), [(None, 200, 275), ("40", 30, 50), ("0", -1, 20)])
+def test_what_is_kept_has_a_bound(megabytes, least, most):
+    environment = {k: v for k, v in os.environ.items() if k != "PSPNET_FAST_KEEP_MB"}
+    if megabytes is not None:
+        environment["PSPNET_FAST_KEEP_MB"] = megabytes
+    done = subprocess.run([sys.executable, "-c", RESIDENT], env=environment, check=True, capture_output=True, text=True)
+    assert least <= float(done.stdout) <= most
