@@ -61,12 +61,14 @@ struct CrossEntropyBase {
         smoothing(a.label_smoothing > 0),
         smooth(padded),
         focus(a.K) {
-    const acc_t share = static_cast<acc_t>(a.label_smoothing / static_cast<double>(a.K));
+    double total = 0;
     for (int64_t k = 0; k < a.K; ++k) {
-      focus[k] = static_cast<acc_t>(1 - a.label_smoothing) * weight(k);
-      smooth[k] = share * weight(k);
-      smooth_total += smooth[k];
+      const double share = a.label_smoothing / static_cast<double>(a.K) * static_cast<double>(weight(k));
+      focus[k] = static_cast<acc_t>((1 - a.label_smoothing) * static_cast<double>(weight(k)));
+      smooth[k] = static_cast<acc_t>(share);
+      total += share;
     }
+    smooth_total = static_cast<acc_t>(total);
   }
   PSP_INLINE acc_t weight(int64_t k) const { return a.weight ? static_cast<const acc_t*>(a.weight)[k] : acc_t(1); }
   // The first row of logits of a block: blocks are the units of work, whatever the number of threads.
@@ -119,12 +121,10 @@ PSP_INLINE acc_t mix(acc_t low, acc_t high, acc_t lambda) {
 
 template <class acc_t>
 PSP_INLINE acc_t sum_of_lanes(Vector<acc_t> v) {
-  acc_t lanes[kLanes<acc_t>];
-  __builtin_memcpy(lanes, &v, sizeof v);
-  for (int64_t half = kLanes<acc_t> / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+  IntVector<acc_t> lane;
+  for (int64_t i = 0; i < kLanes<acc_t>; ++i) lane[i] = i;
+  for (int half = kLanes<acc_t> / 2; half > 0; half /= 2) v += __builtin_shuffle(v, lane ^ half);
+  return v[0];
 }
 
 // A unit is a block of rows of logits with the pixels between.
@@ -172,7 +172,8 @@ struct CrossEntropy : CrossEntropyBase<T, UpsampleCrossEntropyArgs> {
       __builtin_memcpy(&left[k], &side, sizeof side);
       __builtin_memcpy(&step[k], &difference, sizeof difference);
     }
-    const auto between = [&](const std::vector<acc_t>& top, const std::vector<acc_t>& bottom, acc_t lambda) {
+    const auto between = [&](const std::vector<acc_t>& top, const std::vector<acc_t>& bottom, acc_t lambda)
+                             __attribute__((always_inline)) {
       const acc_t side = mix(top[j], bottom[j], mu);
       return side + lambda * (mix(top[next], bottom[next], mu) - side);
     };

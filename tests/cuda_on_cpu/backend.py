@@ -33,6 +33,8 @@ OPERATORS = [
     "pyramid_upsample_concat_",
     "pyramid_upsample_concat_backward",
     "upsample_argmax",
+    "upsample_cross_entropy",
+    "upsample_cross_entropy_backward",
     "upsample_softmax_accumulate_",
     "confusion_matrix_",
 ]
