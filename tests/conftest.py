@@ -6,12 +6,25 @@ import pytest
 import torch
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device that has kernels; a machine without a GPU skips that part, saying so."""
+@pytest.fixture(params=["cpu", "cuda_on_cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Every device that has kernels, and the CPU with the CUDA kernels' sources in place of its own.
+
+    What a machine lacks for a part is skipped, saying so.
+    """
+    if request.param == "cuda_on_cpu":
+        from cuda_on_cpu import backend
+
+        try:
+            backend.build_operators()
+        except backend.NotAvailable as error:
+            pytest.skip(f"the CUDA sources cannot be built for the CPU: {error}")
+        with backend.instead_of_cpu_kernels():
+            yield torch.device("cpu")
+        return
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA GPU on this machine")
-    return torch.device(request.param)
+    yield torch.device(request.param)
 
 
 @pytest.fixture(scope="module")

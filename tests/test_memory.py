@@ -8,7 +8,10 @@ from forward_memory import forward_memory
 
 SHAPE = (2, 2048, 60, 60)
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident set from /proc")
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident set from /proc"),
+    pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True),  # a process of its own measures
+]
 
 
 def extra_megabytes(implementation, dtype, memory_format, device, training) -> float:

@@ -5,6 +5,7 @@ Results are kept in build/cuda_on_cpu/ under a name that depends on everything t
 
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -12,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -25,19 +27,6 @@ SANITIZERS = {
     "thread": ["-fsanitize=thread"],
 }
 NAMESPACE = "pspnet_fast_cuda_on_cpu"
-OPERATORS = [
-    "pyramid_pool",
-    "pyramid_pool_backward",
-    "pyramid_reduce",
-    "pyramid_reduce_backward",
-    "pyramid_upsample_concat_",
-    "pyramid_upsample_concat_backward",
-    "upsample_argmax",
-    "upsample_cross_entropy",
-    "upsample_cross_entropy_backward",
-    "upsample_softmax_accumulate_",
-    "confusion_matrix_",
-]
 # No strict aliasing: 16-byte accesses read elements as uint4, as nvcc allows. -Wno-unknown-pragmas: #pragma unroll.
 FLAGS = [
     "-std=c++20",
@@ -58,6 +47,8 @@ class NotAvailable(Exception):
 
 def cuda_include() -> Path:
     """The CUDA toolkit's headers; nothing else of the toolkit is needed."""
+    if platform.machine() != "x86_64":
+        raise NotAvailable("the runtime is written for x86-64")
     for root in filter(None, (os.environ.get("CUDA_HOME"), "/usr/local/cuda")):
         if (Path(root) / "include" / "cuda_runtime.h").exists():
             return Path(root) / "include"
@@ -75,6 +66,7 @@ def preload(sanitizer: str) -> str:
     )
 
 
+@cache
 def build_operators(sanitizer: str = "none") -> Path:
     """The library that registers every operator under torch.ops.pspnet_fast_cuda_on_cpu, for CPU tensors."""
     torch_flags = ["-DPSPNET_FAST_CUDA_ON_CPU", f"-DPSPNET_FAST_NAMESPACE={NAMESPACE}"]
@@ -87,15 +79,24 @@ def build_operators(sanitizer: str = "none") -> Path:
     return _build("operators.so", units, sanitizer, libraries)
 
 
+def operators() -> list[str]:
+    """Those that the library of build_operators, once loaded, has kernels for."""
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+    return sorted(name.split("::")[1] for name in registered if name.startswith(f"{NAMESPACE}::"))
+
+
 @contextmanager
 def instead_of_cpu_kernels() -> Iterator[None]:
-    """Within it, pspnet_fast's operators on CPU tensors run the CUDA sources."""
+    """Within it, pspnet_fast's operators on CPU tensors run the CUDA sources.
+
+    CUDA_ON_CPU_SANITIZER=none|address|thread is what they are compiled with; the last two need `preload`.
+    """
     torch.ops.load_library(build_operators(os.environ.get("CUDA_ON_CPU_SANITIZER", "none")))
     substitutes = getattr(torch.ops, NAMESPACE)
     library = torch.library.Library("pspnet_fast", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, that kernels are replaced: they are meant to be
-        for name in OPERATORS:
+        for name in operators():
             library.impl(name, getattr(substitutes, name).default, "CPU", allow_override=True)
     try:
         yield
