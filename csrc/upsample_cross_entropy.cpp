@@ -42,8 +42,7 @@ std::tuple<Tensor, Tensor, Tensor> upsample_cross_entropy(const Tensor& logits, 
                                                           int64_t ignore_index, double label_smoothing,
                                                           int64_t reduction) {
   UpsampleCrossEntropyArgs args{};
-  const auto held =
-      set_inputs(args, logits, target, weight, align_corners, ignore_index, label_smoothing, reduction);
+  const auto held = set_inputs(args, logits, target, weight, align_corners, ignore_index, label_smoothing, reduction);
   const std::vector<int64_t> sizes{args.N, args.H, args.W};
   const Tensor loss = new_accumulators(logits, reduction == 0 ? sizes : std::vector<int64_t>{});
   const Tensor lse = new_accumulators(logits, sizes), total_weight = new_accumulators(logits, {});
@@ -56,8 +55,8 @@ std::tuple<Tensor, Tensor, Tensor> upsample_cross_entropy(const Tensor& logits, 
     const int64_t value = dispatch_int(args.target_type, [&](auto zero) {
       return static_cast<int64_t>(static_cast<const decltype(zero)*>(args.target)[bad_pixel]);
     });
-    STD_TORCH_CHECK(false, "target must be from 0 to ", args.K - 1, " or ignore_index ", ignore_index, ", but is ", value,
-                    " at pixel (", bad_pixel / args.W / args.H, ", ", bad_pixel / args.W % args.H, ", ",
+    STD_TORCH_CHECK(false, "target must be from 0 to ", args.K - 1, " or ignore_index ", ignore_index, ", but is ",
+                    value, " at pixel (", bad_pixel / args.W / args.H, ", ", bad_pixel / args.W % args.H, ", ",
                     bad_pixel % args.W, ")");
   }
   return {loss, lse, total_weight};
@@ -68,8 +67,7 @@ Tensor upsample_cross_entropy_backward(const Tensor& grad_loss, const Tensor& lo
                                        bool align_corners, int64_t ignore_index, double label_smoothing,
                                        int64_t reduction) {
   UpsampleCrossEntropyBackwardArgs args{};
-  const auto held =
-      set_inputs(args, logits, target, weight, align_corners, ignore_index, label_smoothing, reduction);
+  const auto held = set_inputs(args, logits, target, weight, align_corners, ignore_index, label_smoothing, reduction);
   const std::vector<int64_t> sizes{args.N, args.H, args.W};
   check_like("lse", lse, sizes, new_accumulators(logits, {}));
   check_like("grad_loss", grad_loss, reduction == 0 ? sizes : std::vector<int64_t>{}, lse);

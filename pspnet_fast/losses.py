@@ -85,5 +85,7 @@ class UpsampleCrossEntropyLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments that matter."""
-        text = f"align_corners={self.align_corners}, label_smoothing={self.label_smoothing}, reduction={self.reduction!r}"
+        text = (
+            f"align_corners={self.align_corners}, label_smoothing={self.label_smoothing}, reduction={self.reduction!r}"
+        )
         return f"{text}, ohem=({self.threshold}, {self.min_kept})" if self.ohem else text

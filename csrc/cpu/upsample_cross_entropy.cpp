@@ -131,8 +131,8 @@ PSP_INLINE acc_t sum_of_lanes(Vector<acc_t> v) {
 template <class T>
 struct CrossEntropy : CrossEntropyBase<T, UpsampleCrossEntropyArgs> {
   using Base = CrossEntropyBase<T, UpsampleCrossEntropyArgs>;
-  using typename Base::acc_t, typename Base::V;
   using Base::Base, Base::kStep, Base::a, Base::padded;
+  using typename Base::acc_t, typename Base::V;
   double* sums = nullptr;  // [units, 2]: losses and weights
   std::atomic<int64_t>* bad_pixel = nullptr;
 
@@ -174,9 +174,9 @@ struct CrossEntropy : CrossEntropyBase<T, UpsampleCrossEntropyArgs> {
     }
     const auto between = [&](const std::vector<acc_t>& top, const std::vector<acc_t>& bottom, acc_t lambda)
                              __attribute__((always_inline)) {
-      const acc_t side = mix(top[j], bottom[j], mu);
-      return side + lambda * (mix(top[next], bottom[next], mu) - side);
-    };
+                               const acc_t side = mix(top[j], bottom[j], mu);
+                               return side + lambda * (mix(top[next], bottom[next], mu) - side);
+                             };
     acc_t *losses = static_cast<acc_t*>(a.loss), *lses = static_cast<acc_t*>(a.lse);
     for (int64_t x = first; x < end; ++x) {
       const int64_t pixel = (n * a.H + y) * a.W + x, target = targets[x];
@@ -230,8 +230,8 @@ struct CrossEntropy : CrossEntropyBase<T, UpsampleCrossEntropyArgs> {
 template <class T>
 struct CrossEntropyBackward : CrossEntropyBase<T, UpsampleCrossEntropyBackwardArgs> {
   using Base = CrossEntropyBase<T, UpsampleCrossEntropyBackwardArgs>;
-  using typename Base::acc_t, typename Base::V;
   using Base::Base, Base::kStep, Base::a, Base::padded;
+  using typename Base::acc_t, typename Base::V;
   using Classes = IntVector<acc_t>;
   acc_t* shared = nullptr;  // [N, blocks, 2, w, padded]: of a block's first row, from this block and the one before
 
@@ -426,7 +426,8 @@ void upsample_cross_entropy_backward(const UpsampleCrossEntropyBackwardArgs& a) 
     constexpr int64_t kBlocks = 32, kSharedBytes = int64_t{4} << 20;
     CrossEntropyBackward<T> task(a, 1);
     const int64_t unit_elements = 2 * a.w * task.padded;
-    const int64_t most = std::max<int64_t>(4, kSharedBytes / (unit_elements * static_cast<int64_t>(sizeof(acc_type<T>))));
+    const int64_t most =
+        std::max<int64_t>(4, kSharedBytes / (unit_elements * static_cast<int64_t>(sizeof(acc_type<T>))));
     task.blocks = std::clamp<int64_t>(std::min(kBlocks, most) / a.N, 1, a.h);
     const int64_t units = a.N * task.blocks;
     std::vector<acc_type<T>> shared(task.blocks > 1 ? units * unit_elements : 0);

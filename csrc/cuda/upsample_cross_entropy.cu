@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kMost)
 #pragma unroll
   for (int q = 0; q < kRows + 2; ++q) begin[q] = rows.start(min(max(first_row - 1 + q, 0), h));
 
-  A left[kRows] = {}, right[kRows] = {};      // gradients of a column and the next one
+  A left[kRows] = {}, right[kRows] = {};         // gradients of a column and the next one
   A here[kRows + 2] = {}, next[kRows + 2] = {};  // logits of a column and the next one, from row first_row - 1 on
   const auto read = [&](int column, A(&values)[kRows + 2]) {
 #pragma unroll
@@ -278,8 +278,7 @@ int upsample_cross_entropy_backward(const UpsampleCrossEntropyBackwardArgs& args
   return dispatch(args.dtype, [&](auto zero) {
     using T = decltype(zero);
     const int threads = static_cast<int>(args.K < kMost ? divide_up(args.K, kWarp) * kWarp : kMost);
-    const int64_t blocks =
-        args.N * divide_up(args.h, kRows) * divide_up(args.w, kColumns) * divide_up(args.K, threads);
+    const int64_t blocks = args.N * divide_up(args.h, kRows) * divide_up(args.w, kColumns) * divide_up(args.K, threads);
     return launch(cross_entropy_backward<T>, blocks, threads, 0, stream, args);
   });
 }

@@ -48,7 +48,8 @@ def upsample_cross_entropy(
 
     Returns:
         A number, for "none" (N, H, W) with 0 at ignored pixels; in float32 for logits of 16 or 32 bits, else float64,
-        as is all arithmetic. The same bits on every run, forward and backward: no atomics.
+        as is all arithmetic; the log-sum-exp is kept so, too, which leaves softmax off by that number's rounding. The
+        same bits on every run, forward and backward: no atomics. No second derivative.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
@@ -117,7 +118,12 @@ def _gradient(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
     return grad_logits, *(None,) * 6
 
 
+def _refuse(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError("upsample_cross_entropy has no second derivative")
+
+
 torch.library.register_autograd("pspnet_fast::upsample_cross_entropy", _gradient, setup_context=_setup_context)
+torch.library.register_autograd("pspnet_fast::upsample_cross_entropy_backward", _refuse)
 
 
 @torch.library.register_fake("pspnet_fast::upsample_cross_entropy")

@@ -215,7 +215,10 @@ def _train_epoch(
         report.iterations(begin, [lr for lr, _ in pending], losses)
         for step, loss in enumerate(losses, begin):
             if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} at iteration {step} of {steps}; try a smaller train.lr")
+                raise FloatingPointError(
+                    f"the loss is {loss} at iteration {step} of {steps}; try a smaller train.lr (on a GPU, a label that "
+                    "is no class has this effect as well)"
+                )
         epoch_losses.extend(losses)
         pending.clear()
 
