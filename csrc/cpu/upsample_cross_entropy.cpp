@@ -14,6 +14,7 @@ namespace pspnet_fast::cpu {
 namespace {
 
 constexpr int kIgnored = -1, kBad = -2;  // in place of a class
+constexpr float kNever = -1e30f;         // in place of -infinity, whose differences are no numbers
 constexpr int64_t kTileRows = 8;         // pixel rows whose tables are in hand at once
 
 // One axis: `size` pixels between `count` logits; the pixels of cell i are [begin[i], begin[i + 1]).
@@ -33,11 +34,12 @@ struct Axis {
   }
 };
 
-// A row of logits: classes of pixel j at values[j * padded], then lanes that no exponential notices.
+// A row of logits, each less the greatest of its pixel, which leaves loss and softmax as they are: no upsampled logit
+// is above 0 then. Classes of pixel j stand at values[j * padded], then lanes that no exponential notices.
 template <class acc_t>
 struct Row {
   int64_t index = -1;
-  std::vector<acc_t> values, greatest, smooth;  // greatest[j], smooth[j]: over the classes of pixel j
+  std::vector<acc_t> values, smooth;  // smooth[j]: the weighted sum over the classes of pixel j
 };
 
 template <class T, class Args>
@@ -78,7 +80,6 @@ struct CrossEntropyBase {
     if (row.index == i) return;
     row.index = i;
     row.values.resize(a.w * padded);
-    row.greatest.resize(a.w);
     row.smooth.resize(a.w);
     if (a.channels_last) {
       for (int64_t j = 0; j < a.w; ++j) {
@@ -93,12 +94,16 @@ struct CrossEntropyBase {
       }
     }
     for (int64_t j = 0; j < a.w; ++j) {
-      acc_t* classes = &row.values[j * padded];
-      std::fill(classes + a.K, classes + padded, acc_t(-1e30));
+      acc_t* __restrict__ classes = &row.values[j * padded];
       acc_t greatest = classes[0], sum = 0;
       for (int64_t k = 1; k < a.K; ++k) greatest = std::max(greatest, classes[k]);
+      for (int64_t k = 0; k < a.K; ++k) {
+        const acc_t value = classes[k] - greatest;
+        classes[k] = value < kNever ? acc_t(kNever) : value;
+      }
       for (int64_t k = 0; smoothing && k < a.K; ++k) sum += smooth[k] * classes[k];
-      row.greatest[j] = greatest, row.smooth[j] = sum;
+      std::fill(classes + a.K, classes + padded, acc_t(kNever));
+      row.smooth[j] = sum;
     }
   }
 
@@ -172,27 +177,25 @@ struct CrossEntropy : CrossEntropyBase<T, UpsampleCrossEntropyArgs> {
       __builtin_memcpy(&left[k], &side, sizeof side);
       __builtin_memcpy(&step[k], &difference, sizeof difference);
     }
-    const auto between = [&](const std::vector<acc_t>& top, const std::vector<acc_t>& bottom, acc_t lambda)
-                             __attribute__((always_inline)) {
-                               const acc_t side = mix(top[j], bottom[j], mu);
-                               return side + lambda * (mix(top[next], bottom[next], mu) - side);
-                             };
     acc_t *losses = static_cast<acc_t*>(a.loss), *lses = static_cast<acc_t*>(a.lse);
     for (int64_t x = first; x < end; ++x) {
       const int64_t pixel = (n * a.H + y) * a.W + x, target = targets[x];
       acc_t pixel_loss = 0, lse = 0;
       if (target >= 0) {
         const acc_t lambda = this->columns.pixels[x].lambda;
-        // No class is above `shift`, because none is at a corner. Far below it the exponentials would vanish.
-        acc_t shift = between(low.greatest, high.greatest, lambda), sum = sum_exp(left, step, lambda, shift);
-        if (sum < acc_t(0x1p-60)) {
+        acc_t shift = 0, sum = sum_exp(left, step, lambda, shift);
+        if (sum < acc_t(0x1p-60)) {  // all far below 0: the exponentials would vanish
           shift = greatest(left, step, lambda);
           sum = sum_exp(left, step, lambda, shift);
         }
         const acc_t log_sum = std::log(sum);
         lse = shift + log_sum;
         pixel_loss = this->focus[target] * (log_sum - (left[target] + lambda * step[target] - shift));
-        if (this->smoothing) pixel_loss += this->smooth_total * lse - between(low.smooth, high.smooth, lambda);
+        if (this->smoothing) {
+          const acc_t side = mix(low.smooth[j], high.smooth[j], mu),
+                      other = mix(low.smooth[next], high.smooth[next], mu);
+          pixel_loss += this->smooth_total * lse - mix(side, other, lambda);
+        }
         weight += static_cast<double>(this->weight(target));
         loss += static_cast<double>(pixel_loss);
       } else if (target == kBad) {

@@ -11,10 +11,11 @@
 namespace pspnet_fast::cuda {
 namespace {
 
-constexpr int kRows = 4;     // rows of logits that a block of the backward takes
-constexpr int kColumns = 8;  // and columns, of those of a row
-constexpr int kBatch = 128;  // pixels whose terms are in shared memory at once
-constexpr int kMost = 256;   // classes of a block of the backward
+template <class T>
+constexpr int kRows = sizeof(T) == 8 ? 2 : 4;  // rows of logits that a block of the backward takes, in registers
+constexpr int kColumns = 8;                    // and columns, one after another
+constexpr int kBatch = 128;                    // pixels whose terms are in shared memory at once
+constexpr int kMost = 256;                     // classes of a block of the backward
 
 template <class T, class Args>
 __device__ __forceinline__ acc_t<T> weight_of(const Args& args, int k) {
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(kThreads)
     } else if (target != args.ignore_index) {
       const Corners<T> corners(args, at.n, at.x, at.y);
       const bool smoothing = args.label_smoothing > 0;
-      acc_t<T> greatest = -INFINITY, sum = 0, logit = 0, smooth = 0, smooth_total = 0, values[V];
+      acc_t<T> greatest = -3e38f, sum = 0, logit = 0, smooth = 0, smooth_total = 0, values[V];
       for (int k = 0; k < K; k += V) {
         corners.template at<V>(k, values);
 #pragma unroll
@@ -159,19 +160,20 @@ __device__ __forceinline__ Terms<acc_t<T>> terms_of(const UpsampleCrossEntropyBa
 // A block takes kRows rows and kColumns columns of logits and the cells around them, a thread one class of these.
 // Traffic: each pixel's terms are read by the blocks whose cells hold it (1.4 on average), logits likewise.
 template <class T>
-__global__ void __launch_bounds__(kMost)
+__global__ void __launch_bounds__(kMost, 1)
     cross_entropy_backward(const __grid_constant__ UpsampleCrossEntropyBackwardArgs args) {
   using A = acc_t<T>;
+  constexpr int R = kRows<T>;
   PSP_SHARED(Terms<A>, batch, kBatch);
   const int h = static_cast<int>(args.h), w = static_cast<int>(args.w);
-  const int down = (h + kRows - 1) / kRows, across = (w + kColumns - 1) / kColumns;
+  const int down = (h + R - 1) / R, across = (w + kColumns - 1) / kColumns;
   const int chunks = (static_cast<int>(args.K) + static_cast<int>(blockDim.x) - 1) / static_cast<int>(blockDim.x);
   int64_t block = blockIdx.x;
   const int k = static_cast<int>(block % chunks) * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
   block /= chunks;
   const int first_column = static_cast<int>(block % across) * kColumns;
   block /= across;
-  const int first_row = static_cast<int>(block % down) * kRows;
+  const int first_row = static_cast<int>(block % down) * R;
   const int64_t n = block / down;
   const bool mine = k < args.K;
   const Axis<T> rows(h, args.H, args.align_corners), columns(w, args.W, args.align_corners);
@@ -188,15 +190,15 @@ __global__ void __launch_bounds__(kMost)
   }
   const A weight = mine ? weight_of<T>(args, k) : A(0);
 
-  int begin[kRows + 2];  // lines of the cells below row first_row - 1 + q
+  int begin[R + 2];  // lines of the cells below row first_row - 1 + q
 #pragma unroll
-  for (int q = 0; q < kRows + 2; ++q) begin[q] = rows.start(min(max(first_row - 1 + q, 0), h));
+  for (int q = 0; q < R + 2; ++q) begin[q] = rows.start(min(max(first_row - 1 + q, 0), h));
 
-  A left[kRows] = {}, right[kRows] = {};         // gradients of a column and the next one
-  A here[kRows + 2] = {}, next[kRows + 2] = {};  // logits of a column and the next one, from row first_row - 1 on
-  const auto read = [&](int column, A(&values)[kRows + 2]) {
+  A left[R] = {}, right[R] = {};         // gradients of a column and the next one
+  A here[R + 2] = {}, next[R + 2] = {};  // logits of a column and the next one, from row first_row - 1 on
+  const auto read = [&](int column, A(&values)[R + 2]) {
 #pragma unroll
-    for (int q = 0; q < kRows + 2; ++q) {
+    for (int q = 0; q < R + 2; ++q) {
       const int row = min(max(first_row - 1 + q, 0), h - 1);
       values[q] = mine ? widen(*pixel<const T>(args.logits, n, k, row, column)) : A(0);
     }
@@ -205,13 +207,13 @@ __global__ void __launch_bounds__(kMost)
   read(max(first_column - 1, 0), next);
   for (int column = max(first_column - 1, 0); column < last_column; ++column) {
 #pragma unroll
-    for (int q = 0; q < kRows + 2; ++q) here[q] = next[q];
+    for (int q = 0; q < R + 2; ++q) here[q] = next[q];
     read(min(column + 1, w - 1), next);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) left[r] = right[r], right[r] = 0;
+    for (int r = 0; r < R; ++r) left[r] = right[r], right[r] = 0;
     const int first = columns.start(column), width = columns.start(column + 1) - first;
 #pragma unroll
-    for (int q = 0; q <= kRows; ++q) {
+    for (int q = 0; q <= R; ++q) {
       const int row = first_row - 1 + q;
       if (row < 0 || row >= h) continue;
       const int64_t count = static_cast<int64_t>(begin[q + 1] - begin[q]) * width;
@@ -244,11 +246,11 @@ __global__ void __launch_bounds__(kMost)
       if (row == h - 1) sums[0] += sums[2], sums[1] += sums[3];
       if (column == w - 1) sums[0] += sums[1], sums[2] += sums[3];
       if (q > 0) left[q - 1] += sums[0], right[q - 1] += sums[1];
-      if (q < kRows && row < h - 1) left[q] += sums[2], right[q] += sums[3];
+      if (q < R && row < h - 1) left[q] += sums[2], right[q] += sums[3];
     }
     if (column < first_column || !mine) continue;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < R; ++r) {
       if (first_row + r < h) *pixel<T>(args.grad_logits, n, k, first_row + r, column) = narrow<T>(left[r]);
     }
   }
@@ -264,9 +266,10 @@ int upsample_cross_entropy(const UpsampleCrossEntropyArgs& args, void* stream) {
   if (!fits_int(args)) return cudaErrorInvalidValue;
   return dispatch(args.dtype, [&](auto zero) {
     using T = decltype(zero);
+    constexpr int V = sizeof(T) == 8 ? 1 : kVector<T>;  // two doubles at once spill registers
     const bool vectors = args.logits.stride_c == 1 && vectors_of_channels<T>(args.logits, args.K);
     const int64_t blocks = count_tiles(args.N, args.H, args.W);
-    const cudaError_t error = launch(vectors ? cross_entropy_pixels<T, kVector<T>> : cross_entropy_pixels<T, 1>, blocks,
+    const cudaError_t error = launch(vectors ? cross_entropy_pixels<T, V> : cross_entropy_pixels<T, 1>, blocks,
                                      dim3(kTileX, kTileY), 0, stream, args);
     if (error != cudaSuccess) return error;
     return launch(cross_entropy_total<T>, 1, kThreads, 0, stream, args, blocks);
@@ -278,7 +281,8 @@ int upsample_cross_entropy_backward(const UpsampleCrossEntropyBackwardArgs& args
   return dispatch(args.dtype, [&](auto zero) {
     using T = decltype(zero);
     const int threads = static_cast<int>(args.K < kMost ? divide_up(args.K, kWarp) * kWarp : kMost);
-    const int64_t blocks = args.N * divide_up(args.h, kRows) * divide_up(args.w, kColumns) * divide_up(args.K, threads);
+    const int64_t blocks =
+        args.N * divide_up(args.h, kRows<T>) * divide_up(args.w, kColumns) * divide_up(args.K, threads);
     return launch(cross_entropy_backward<T>, blocks, threads, 0, stream, args);
   });
 }

@@ -216,8 +216,8 @@ def _train_epoch(
         for step, loss in enumerate(losses, begin):
             if not math.isfinite(loss):
                 raise FloatingPointError(
-                    f"the loss is {loss} at iteration {step} of {steps}; try a smaller train.lr (on a GPU, a label that "
-                    "is no class has this effect as well)"
+                    f"the loss is {loss} at iteration {step} of {steps}; try a smaller train.lr "
+                    "(on a GPU a label that is no class does the same)"
                 )
         epoch_losses.extend(losses)
         pending.clear()
