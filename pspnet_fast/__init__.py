@@ -3,8 +3,19 @@
 from . import ops, reference
 from .fusion import PyramidSettings, fuse, unfuse
 from .head import FusedPSPHead
+from .losses import UpsampleCrossEntropyLoss
 from .models import PSPNet
 from .modules import FusedPPM
 
 __version__ = "0.1.0"
-__all__ = ["FusedPPM", "FusedPSPHead", "PSPNet", "PyramidSettings", "fuse", "ops", "reference", "unfuse"]
+__all__ = [
+    "FusedPPM",
+    "FusedPSPHead",
+    "PSPNet",
+    "PyramidSettings",
+    "UpsampleCrossEntropyLoss",
+    "fuse",
+    "ops",
+    "reference",
+    "unfuse",
+]

@@ -1,11 +1,10 @@
-// Bilinear interpolation along one axis of a level, as the kernels ask for it.
+// One axis of a bilinear interpolation: `size` pixels between `bins` cells or logits.
 #pragma once
 
 #include "common.cuh"
 
 namespace pspnet_fast::cuda {
 
-// One axis of a level: `size` pixels interpolate between `bins` cells.
 template <class T>
 struct Axis {
   int bins, size;
