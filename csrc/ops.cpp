@@ -15,6 +15,8 @@ STABLE_TORCH_LIBRARY(PSPNET_FAST_NAMESPACE, m) {
 
   // (N, C, H, W) -> (N, P, C); copies input into concat, if given, in the same pass
   m.def("pyramid_pool(Tensor input, Tensor(a!)? concat, int offset, int[] bins) -> Tensor");
+  // the same without concat: an operator that writes into nothing, as torch's inductor needs it
+  m.def("pyramid_pool_alone(Tensor input, int[] bins) -> Tensor");
   m.def(
       "pyramid_pool_backward(Tensor grad_pooled, Tensor? grad_concat, int offset, int[] bins, SymInt height, "
       "SymInt width, bool channels_last) -> Tensor");

@@ -138,7 +138,11 @@ def psp_head(
         taps = _multiply(reduced.to(dtype), levels, ppm, conv.out_channels)
     else:
         weight, context = _split(ppm, conv.weight)
-        taps = Taps.apply(reduced.to(dtype), context, ppm)
+        if torch.compiler.is_compiling():  # the compiler plans by itself what to keep
+            levels = list(_level_weights(context, len(ppm.levels), dtype))
+            taps = _multiply(reduced.to(dtype), levels, ppm, conv.out_channels)
+        else:
+            taps = Taps.apply(reduced.to(dtype), context, ppm)
     output = F.conv2d(input, weight, conv.bias, padding=conv.padding, dilation=conv.dilation)
     kh, kw = conv.kernel_size
     settings: dict[str, Any] = {"dilation": conv.dilation, "align_corners": ppm.align_corners}
@@ -174,7 +178,7 @@ class Taps(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         reduced, weight = ctx.saved_tensors
         sizes, (o, _, kh, kw) = _cells(ctx.ppm), weight.shape
-        grad_reduced = torch.empty_like(reduced)
+        grad_reduced = torch.empty(reduced.shape, dtype=reduced.dtype, device=reduced.device)
         grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
         given = zip(grad.split(sizes, 1), reduced.split(sizes, 1), strict=True)
         results = zip(grad_reduced.split(sizes, 1), grad_weight.chunk(len(sizes), 1), strict=True)
@@ -209,9 +213,7 @@ def _split(ppm: FusedPPM, weight: Tensor) -> tuple[Tensor, Tensor]:
 def _level_weights(weight: Tensor, levels: int, dtype: torch.dtype) -> Any:
     """Yields each level's (kh * kw * O, R); only one exists at a time."""
     for part in weight.chunk(levels, 1):
-        o, r, kh, kw = part.shape
-        rows = torch.empty((kh, kw, o, r), dtype=dtype, device=weight.device)
-        yield rows.copy_(part.permute(2, 3, 0, 1)).view(-1, r)
+        yield part.permute(2, 3, 0, 1).reshape(-1, part.size(1)).to(dtype)
 
 
 def _split_copies(ppm: FusedPPM, weight: Tensor, dtype: torch.dtype) -> Parts:
@@ -224,9 +226,8 @@ def _split_copies(ppm: FusedPPM, weight: Tensor, dtype: torch.dtype) -> Parts:
 def _conv_dtype(input: Tensor) -> torch.dtype:
     """The dtype of F.conv2d's result."""
     device = input.device.type
-    if input.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return input.dtype
-    return torch.get_autocast_dtype(device)
+    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocasts and input.dtype != torch.float64 else input.dtype
 
 
 def _folded(norm: nn.Module, dtype: torch.dtype) -> Norm | None:

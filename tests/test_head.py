@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pspnet_fast import FusedPPM, FusedPSPHead, PSPNet, head
 from pspnet_fast.models.small import SmallBackbone
+from pspnet_fast.ops.checks import memory_format
 
 pytestmark = pytest.mark.usefixtures("fused")
 
@@ -25,14 +26,17 @@ def fused(monkeypatch):
 
 
 class StockHead(nn.Module):
-    """The concatenated form, on a copy of the parameters; the same keys."""
+    """The concatenated form, on a copy of the parameters; the same keys.
+
+    The convolution gets the memory format of x, which torch.cat may lose: oneDNN's algorithms differ in accuracy.
+    """
 
     def __init__(self, fused: FusedPSPHead) -> None:
         super().__init__()
         self.ppm, self.bottleneck = StockPPM(fused.ppm), copy.deepcopy(fused.bottleneck)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bottleneck(self.ppm(x))
+        return self.bottleneck(self.ppm(x).contiguous(memory_format=memory_format(x)))
 
 
 def make_head(
@@ -49,7 +53,8 @@ def make_head(
     for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
         if tensor.is_floating_point() and tensor.dim() == 1:
             with torch.no_grad():
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) + (0.5 if "bias" not in name else 0))
+                centred = name.endswith(("bias", "running_mean"))  # or else most of a ReLU's outputs are 0
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + (-0.5 if centred else 0.5))
     return module
 
 
@@ -64,12 +69,12 @@ def run(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
 
 
 def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Equal to 1e-10 of the largest element."""
+    """Equal to 1e-10 of the largest element, or of 1: a bias before a norm has no gradient but rounding errors."""
     assert actual.keys() == expected.keys()
     for name, truth in expected.items():
         largest = truth.abs().max().item()
         torch.testing.assert_close(
-            actual[name], truth, rtol=0, atol=1e-10 * max(largest, 1e-3), msg=lambda m, n=name: f"{n}: {m}"
+            actual[name], truth, rtol=0, atol=1e-10 * max(largest, 1), msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
@@ -104,21 +109,22 @@ def test_equals_the_concatenated_form_in_float64(device, arguments, layout, trai
 @pytest.mark.parametrize("mode", ["training", "evaluation", "inference"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_error_is_at_most_a_fifth_above_that_of_the_concatenated_form(device, layout, mode, dtype):
+    """The maps and the convolution's weight each, the other tensors of few numbers each together, against float64."""
     # a smooth activation: where a ReLU flips by one rounding, the gradient jumps, in both modules and by chance
-    module = make_head(64, 16, 64, activation=nn.SiLU).to(device, dtype).train(mode == "training")
+    module = make_head(64, 64, 64, activation=nn.SiLU).to(device, dtype).train(mode == "training")
     stock, exact = StockHead(module), StockHead(module).double()
     stock.train(module.training), exact.train(module.training)
-    x, grad = (make((2, 64, 30, 30), layout, dtype, device, seed) for seed in (0, 1))
+    x, grad = (make((4, 64, 30, 30), layout, dtype, device, seed) for seed in (0, 1))
     if mode == "inference":
         with torch.no_grad():
-            ours, eager, truth = ({"output": m(i)} for m, i in ((module, x), (stock, x), (exact, x.double())))
+            results = [{"output": m(i)} for m, i in ((module, x), (stock, x), (exact, x.double()))]
     else:
-        ours, eager, truth = run(module, x, grad), run(stock, x, grad), run(exact, x.double(), grad.double())
-    for name in truth:
-        if not truth[name].is_floating_point():
-            continue
-        error, baseline = (((t[name].double() - truth[name]).norm() / truth[name].norm()).item() for t in (ours, eager))
-        assert error <= 1.2 * baseline + torch.finfo(dtype).eps / 16, (name, error, baseline)
+        results = [run(module, x, grad), run(stock, x, grad), run(exact, x.double(), grad.double())]
+    *both, truth = [{n: t.double() for n, t in result.items() if t.is_floating_point()} for result in results]
+    large = {"output", "input", "bottleneck.0.weight"} & truth.keys()
+    for names in [*({name} for name in large), truth.keys() - large]:
+        ours, eager = (sum(((t[n] - truth[n]).norm() / truth[n].norm()) ** 2 for n in names) ** 0.5 for t in both)
+        assert ours <= 1.2 * eager, (names, ours, eager)
 
 
 def test_state_dict_has_the_keys_of_the_pair_and_shares_its_parameters():
@@ -128,14 +134,14 @@ def test_state_dict_has_the_keys_of_the_pair_and_shares_its_parameters():
     assert all(a is b for a, b in zip(module.parameters(), pair.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_memory_format_is_kept(device, memory_format):
-    module = make_head().to(device, memory_format=memory_format)
-    x = torch.randn(2, 8, 7, 5, device=device).contiguous(memory_format=memory_format).requires_grad_()
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_memory_format_is_kept(device, layout):
+    module = make_head().to(device, memory_format=layout)
+    x = torch.randn(2, 8, 7, 5, device=device).contiguous(memory_format=layout).requires_grad_()
     output = module(x)
-    assert output.is_contiguous(memory_format=memory_format)
+    assert output.is_contiguous(memory_format=layout)
     output.sum().backward()
-    assert x.grad.is_contiguous(memory_format=memory_format)
+    assert x.grad.is_contiguous(memory_format=layout)
 
 
 class TestSplitWeight:
@@ -207,7 +213,7 @@ def test_conversion_to_synchronised_batch_norm():
 
 
 def test_frozen_norms_still_give_gradients():
-    module = make_head().eval()
+    module = make_head(activation=nn.SiLU).eval()
     module(torch.randn(2, 8, 9, 9)).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
 
