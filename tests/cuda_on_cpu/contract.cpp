@@ -33,4 +33,13 @@ int pyramid_reduce(const PyramidReduceArgs* args) { return cuda::pyramid_reduce(
 int pyramid_reduce_backward(const PyramidReduceBackwardArgs* args) {
   return cuda::pyramid_reduce_backward(*args, nullptr);
 }
+size_t upsample_cross_entropy_workspace(const UpsampleCrossEntropyArgs* args) {
+  return cuda::upsample_cross_entropy_workspace(*args);
+}
+int upsample_cross_entropy(const UpsampleCrossEntropyArgs* args) {
+  return cuda::upsample_cross_entropy(*args, nullptr);
+}
+int upsample_cross_entropy_backward(const UpsampleCrossEntropyBackwardArgs* args) {
+  return cuda::upsample_cross_entropy_backward(*args, nullptr);
+}
 }

@@ -69,6 +69,11 @@ def _longs(names: str) -> list[tuple[str, type]]:
     return [(name, _Long) for name in names]
 
 
+_CROSS_ENTROPY = [
+    ("dtype", _Int), ("channels_last", _Bool), ("align_corners", _Bool), ("target_type", _Int), ("reduction", _Int),
+    *_longs("NKhwHW"), ("ignore_index", _Long), ("label_smoothing", _Double), ("logits", Image), ("target", _Pointer),
+    ("weight", _Pointer),
+]  # fmt: skip
 _Weights, _Norms = _Pointer * MOST_LEVELS, (_Pointer * 4) * MOST_LEVELS
 _MAP = [("dtype", _Int), ("channels_last", _Bool)]
 _LEVELS = ("levels", Levels)
@@ -95,6 +100,13 @@ ARGS = {
     "pyramid_upsample_concat_backward": _structure(
         *_MAP, ("align_corners", _Bool), *_longs("NRHW"), _LEVELS, ("grad_context", Image), ("grad_reduced", _Pointer),
         ("workspace", _Pointer),
+    ),
+    "upsample_cross_entropy": _structure(
+        *_CROSS_ENTROPY, ("loss", _Pointer), ("lse", _Pointer), ("total_weight", _Pointer), ("bad_pixel", _Pointer),
+        ("workspace", _Pointer),
+    ),
+    "upsample_cross_entropy_backward": _structure(
+        *_CROSS_ENTROPY, ("grad_loss", _Pointer), ("lse", _Pointer), ("total_weight", _Pointer), ("grad_logits", Image)
     ),
 }  # fmt: skip
 
@@ -144,7 +156,9 @@ class Case:
         return part.copy_(self.values(*part.shape))
 
     def call(self, op: str, **arguments: object) -> None:
-        args = ARGS[op](dtype=DTYPES.index(self.dtype), levels=Levels(self.bins), N=self.n)
+        args = ARGS[op](dtype=DTYPES.index(self.dtype), N=self.n)
+        if hasattr(args, "levels"):
+            args.levels = Levels(self.bins)
         for name, value in arguments.items():
             is_image = isinstance(getattr(args, name), Image)
             setattr(args, name, Image(value) if is_image else value.data_ptr() if isinstance(value, Tensor) else value)
@@ -319,6 +333,52 @@ def check_upsample_concat_backward(case: Case) -> None:
         case.check("grad_reduced", actual, expected, _coordinates(case))
 
 
+def check_cross_entropy(case: Case) -> None:
+    """Forward and backward; the logits are the case's map, upsampled or down to another size."""
+    logits, size = case.input(case.c), case.random.choice([size for size in SIZES if math.prod(size) <= 200])
+    large, grad_logits = case.map(case.c)
+    wide = torch.float64 if case.dtype == torch.float64 else torch.float32
+    target = torch.randint(0, case.c, (case.n, *size), generator=case.generator)
+    target[torch.rand(target.shape, generator=case.generator) < 0.2] = 255
+    types = [torch.uint8, torch.int16, torch.int32, torch.int64]
+    dtype, number, smoothing = case.random.choice(types), case.random.randrange(3), case.random.choice([0.0, 0.2])
+    given, reduction = target.to(dtype), ("none", "mean", "sum")[number]
+    weight = torch.rand(case.c, generator=case.generator).to(wide) if case.random.random() < 0.5 else None
+    shape = target.shape if reduction == "none" else ()
+    grad_loss = torch.randn(shape, generator=case.generator, dtype=torch.float64).to(wide)
+    common = {
+        "channels_last": case.channels_last, "align_corners": case.align_corners, "target_type": types.index(dtype),
+        "reduction": number, "K": case.c, "h": case.h, "w": case.w, "H": size[0], "W": size[1], "ignore_index": 255,
+        "label_smoothing": smoothing, "logits": logits, "target": given, "weight": weight,
+    }  # fmt: skip
+
+    def run() -> tuple[Tensor, ...]:
+        results = {"lse": target.shape, "total_weight": ()}
+        tensors = {name: torch.full(shape, torch.nan, dtype=wide) for name, shape in results.items()}
+        loss = torch.full(shape, torch.nan, dtype=wide)
+        large.fill_(torch.nan)
+        case.call("upsample_cross_entropy", loss=loss, **tensors, **common)
+        case.call("upsample_cross_entropy_backward", grad_loss=grad_loss, grad_logits=grad_logits, **tensors, **common)
+        return loss, grad_logits
+
+    loss, gradient = twice(run)
+    case.check_surroundings("grad_logits", large, grad_logits)
+    if case.n > 0:
+        exact = logits.double().requires_grad_()
+        expected = reference.upsample_cross_entropy(
+            exact,
+            target,
+            align_corners=case.align_corners,
+            weight=None if weight is None else weight.double(),
+            label_smoothing=smoothing,
+            reduction=reduction,
+        )
+        (expected_gradient,) = torch.autograd.grad(expected, exact, grad_loss.double())
+        scale = _coordinates(case) * (1 if case.dtype == wide else 1e-3)  # the loss is float32 in any case
+        case.check("loss", loss, expected.detach(), scale)
+        case.check("grad_logits", gradient, expected_gradient, _coordinates(case))
+
+
 CHECKS = [
     check_pool,
     check_pool_backward,
@@ -326,6 +386,7 @@ CHECKS = [
     check_reduce_backward,
     check_upsample_concat,
     check_upsample_concat_backward,
+    check_cross_entropy,
 ]
 
 
