@@ -64,7 +64,7 @@ __device__ __forceinline__ void block_sums(double& a, double& b) {
 // A block takes a tile of pixels, a thread one pixel.
 // Traffic: target read and lse written once; logits are read by all pixels around them, from the caches.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     cross_entropy_pixels(const __grid_constant__ UpsampleCrossEntropyArgs args) {
   const int K = static_cast<int>(args.K), H = static_cast<int>(args.H), W = static_cast<int>(args.W);
   const Pixel at = pixel_of_thread(H, W);
