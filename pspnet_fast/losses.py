@@ -10,13 +10,13 @@ from .ops.upsample_cross_entropy import REDUCTIONS, Reduction
 
 
 class UpsampleCrossEntropyLoss(nn.Module):
-    """Cross entropy of logits (N, K, h, w), upsampled on the fly, against targets (N, H, W): ops.upsample_cross_entropy.
+    """Cross entropy of logits (N, K, h, w), upsampled on the fly, against targets (N, H, W).
 
-    With `ohem` only hard pixels count (online hard example mining, as mmsegmentation's OHEMPixelSampler picks them):
-    those whose loss says that the target has a probability below `threshold`, or, where these are fewer than `min_kept`
-    times N, that many of the greatest loss, and whatever equals the last of them. The mean or sum is over the kept
-    pixels; a mean counts each as 1. Loss means what the operator gives for the pixel, class weight and label smoothing
-    included. It takes some numbers a pixel, but no logits.
+    Without `ohem` it is ops.upsample_cross_entropy. With it only hard pixels count (online hard example mining, as
+    mmsegmentation's OHEMPixelSampler picks them): those whose loss says that the target has a probability below
+    `threshold`, or, where these are fewer than `min_kept` times N, that many of the greatest loss, and whatever equals
+    the last of them. The mean or sum is over the kept pixels; a mean counts each as 1. Loss means what the operator
+    gives for the pixel, class weight and label smoothing included. It takes some numbers a pixel, but no logits.
 
     Args:
         align_corners, weight, ignore_index, label_smoothing, reduction: as in ops.upsample_cross_entropy. `weight` is
