@@ -54,8 +54,7 @@ __device__ __forceinline__ void block_sums(double& a, double& b) {
       sums[2 * thread + 1] += sums[2 * (thread + half) + 1];
     }
   }
-  a = sums[0];
-  b = sums[1];
+  if (thread == 0) a = sums[0], b = sums[1];
 }
 
 // The log-sum-exp and the loss of every pixel, by a running maximum over the classes; sums [blocks, 2] of losses and
