@@ -33,4 +33,11 @@ int pyramid_reduce(const PyramidReduceArgs* args) { return cuda::pyramid_reduce(
 int pyramid_reduce_backward(const PyramidReduceBackwardArgs* args) {
   return cuda::pyramid_reduce_backward(*args, nullptr);
 }
+int pyramid_context(const PyramidContextArgs* args) { return cuda::pyramid_context(*args, nullptr); }
+size_t pyramid_context_backward_workspace(const PyramidContextBackwardArgs* args) {
+  return cuda::pyramid_context_backward_workspace(*args);
+}
+int pyramid_context_backward(const PyramidContextBackwardArgs* args) {
+  return cuda::pyramid_context_backward(*args, nullptr);
+}
 }

@@ -69,6 +69,10 @@ def _longs(names: str) -> list[tuple[str, type]]:
     return [(name, _Long) for name in names]
 
 
+class Window(ctypes.Structure):
+    _fields_ = [(name, _Int) for name in ("size_h", "size_w", "dilation_h", "dilation_w")]
+
+
 _Weights, _Norms = _Pointer * MOST_LEVELS, (_Pointer * 4) * MOST_LEVELS
 _MAP = [("dtype", _Int), ("channels_last", _Bool)]
 _LEVELS = ("levels", Levels)
@@ -96,6 +100,14 @@ ARGS = {
         *_MAP, ("align_corners", _Bool), *_longs("NRHW"), _LEVELS, ("grad_context", Image), ("grad_reduced", _Pointer),
         ("workspace", _Pointer),
     ),
+    "pyramid_context": _structure(
+        *_MAP, ("align_corners", _Bool), *_longs("NOHW"), _LEVELS, ("window", Window), ("taps", _Pointer),
+        ("norm", _Pointer * 4), ("norm_dtype", _Int), ("eps", _Double), ("relu", _Bool), ("conv", Image),
+    ),
+    "pyramid_context_backward": _structure(
+        *_MAP, ("align_corners", _Bool), *_longs("NOHW"), _LEVELS, ("window", Window), ("grad_conv", Image),
+        ("grad_taps", _Pointer), ("workspace", _Pointer),
+    ),
 }  # fmt: skip
 
 
@@ -115,11 +127,15 @@ class Case:
         self.bins = self.random.choice(BINS if largest > 1000 else BINS[:5])
         self.cells = sum(h * w for h, w in self.bins)
         self.align_corners = self.random.random() < 0.5
+        self.o, few_taps = self.r, self.cells > 100 or self.h * self.w > 1000
+        self.kernel_size = self.random.choice([(1, 1), (3, 3)] if few_taps else [(1, 1), (3, 3), (5, 3)])
+        self.dilation = self.random.choice([(1, 1), (2, 1), (5, 7)])
 
     def __repr__(self) -> str:
         return (
             f"N={self.n} C={self.c} R={self.r} H={self.h} W={self.w} bins={self.bins} {self.dtype} "
-            f"channels_last={self.channels_last} align_corners={self.align_corners}"
+            f"channels_last={self.channels_last} align_corners={self.align_corners} "
+            f"kernel_size={self.kernel_size} dilation={self.dilation}"
         )
 
     def values(self, *shape: int) -> Tensor:
@@ -319,7 +335,59 @@ def check_upsample_concat_backward(case: Case) -> None:
         case.check("grad_reduced", actual, expected, _coordinates(case))
 
 
+def _context(case: Case, conv: Tensor, taps: Tensor, **more: object) -> Tensor:
+    settings = {"dilation": case.dilation, "align_corners": case.align_corners}
+    return reference.pyramid_context_(conv, taps, case.bins, case.kernel_size, **settings, **more)
+
+
+def check_context(case: Case) -> None:
+    taps = case.values(case.n, case.cells, math.prod(case.kernel_size), case.o)
+    before = case.values(case.n, case.o, case.h, case.w)
+    large, conv = case.map(case.o)
+    normalises, relu = (case.random.random() < 0.5 for _ in range(2))
+    norm_dtype = case.random.choice([case.dtype, torch.float32])
+    norm = [case.values(case.o).abs().add(0.5).to(norm_dtype) for _ in range(4)]
+    pointers = (_Pointer * 4)(*[t.data_ptr() if normalises else None for t in norm])
+
+    def run() -> tuple[Tensor, ...]:
+        large.fill_(torch.nan)
+        conv.copy_(before)
+        case.map_call(
+            "pyramid_context", "O", conv=conv, taps=taps, window=Window(*case.kernel_size, *case.dilation), eps=0.1,
+            norm=pointers, norm_dtype=DTYPES.index(norm_dtype), relu=relu, align_corners=case.align_corners,
+        )  # fmt: skip
+        return (conv,)
+
+    (actual,) = twice(run)
+    case.check_surroundings("conv", large, conv)
+    if case.n > 0:
+        folded = (*(t.double() for t in norm), 0.1) if normalises else None
+        expected = _context(case, before.double(), taps.double(), norm=folded, relu=relu)
+        case.check("conv", actual, expected, 2 * _coordinates(case))
+
+
+def check_context_backward(case: Case) -> None:
+    grad_conv = case.input(case.o)
+
+    def run() -> tuple[Tensor, ...]:
+        grad_taps = case.nan(case.n, case.cells, math.prod(case.kernel_size), case.o)
+        case.map_call(
+            "pyramid_context_backward", "O", grad_conv=grad_conv, window=Window(*case.kernel_size, *case.dilation),
+            grad_taps=grad_taps, align_corners=case.align_corners,
+        )  # fmt: skip
+        return (grad_taps,)
+
+    (actual,) = twice(run)
+    if case.n > 0:
+        taps = torch.zeros(actual.shape, dtype=torch.float64, requires_grad=True)
+        zeros = torch.zeros(grad_conv.shape, dtype=torch.float64)
+        (expected,) = torch.autograd.grad(_context(case, zeros, taps), taps, grad_conv.double())
+        case.check("grad_taps", actual, expected, 2 * _coordinates(case))
+
+
 CHECKS = [
+    check_context,
+    check_context_backward,
     check_pool,
     check_pool_backward,
     check_reduce,
