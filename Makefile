@@ -1,18 +1,22 @@
 # make demo   trains the demo's two models on the embedded scenes; writes runs/demo/
 # make test   formatting, types, CUDA compile check where nvcc exists, all tests
-# Both set themselves up: a virtual environment in .venv with the pinned torch, and the compiled kernels.
+# make test-peers   fuse on segmentation_models_pytorch and transformers, in an environment of their own, .venv-peers
+# They set themselves up: a virtual environment in .venv with the pinned torch, and the compiled kernels.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test lint types check-cuda bench test-abi format clean
+.PHONY: demo test test-peers lint types check-cuda bench test-abi format clean
 
 demo: .venv/installed
 	$(BIN)/python -m pspnet_fast.demo --out runs/demo
 
 test: lint types check-cuda
 	$(BIN)/python -m pytest
+
+test-peers: .venv-peers/installed
+	PYTHONPATH=$(CURDIR) .venv-peers/bin/python -m pytest tests/peers
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -47,4 +51,12 @@ clean:
 	$(BIN)/pip install "$(TORCH)"
 	@echo "Compiling the kernels: a few minutes"
 	$(BIN)/pip install --editable ".[dev]"
+	touch $@
+
+# the kernels are those that .venv built in place: their ABI is the same for every torch
+.venv-peers/installed: tests/peers/requirements.txt tests/peers/no_deps.txt pyproject.toml .venv/installed
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install "$(TORCH)"
+	.venv-peers/bin/pip install --no-deps --requirement tests/peers/no_deps.txt
+	.venv-peers/bin/pip install --requirement tests/peers/requirements.txt
 	touch $@

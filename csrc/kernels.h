@@ -102,6 +102,34 @@ struct PyramidUpsampleConcatBackwardArgs {
   void* workspace;
 };
 
+struct PyramidContextArgs {
+  DType dtype;
+  bool channels_last;
+  bool align_corners;
+  int64_t N, O, H, W;
+  Levels levels;
+  Window window;
+  const void* taps;  // [N, P, size_h * size_w, O]
+  // Folded normalisation: weight, bias, running mean, running variance, [O] each; nullptr: none.
+  const void* norm[4];
+  DType norm_dtype;
+  double eps;
+  bool relu;
+  Image conv;  // [N, O, H, W]
+};
+
+struct PyramidContextBackwardArgs {
+  DType dtype;
+  bool channels_last;
+  bool align_corners;
+  int64_t N, O, H, W;
+  Levels levels;
+  Window window;
+  Image grad_conv;  // [N, O, H, W]
+  void* grad_taps;  // [N, P, size_h * size_w, O]
+  void* workspace;
+};
+
 // ---- prediction: logits [N, K, h, w], interpolated bilinearly at the pixels of H x W maps
 // -----------------------------
 
@@ -179,6 +207,8 @@ void pyramid_reduce(const PyramidReduceArgs&);
 void pyramid_reduce_backward(const PyramidReduceBackwardArgs&);
 void pyramid_upsample_concat(const PyramidUpsampleConcatArgs&);
 void pyramid_upsample_concat_backward(const PyramidUpsampleConcatBackwardArgs&);
+void pyramid_context(const PyramidContextArgs&);
+void pyramid_context_backward(const PyramidContextBackwardArgs&);
 
 void upsample_argmax(const UpsampleArgmaxArgs&);
 void upsample_softmax_accumulate(const UpsampleSoftmaxAccumulateArgs&);
@@ -199,6 +229,9 @@ int pyramid_reduce_backward(const PyramidReduceBackwardArgs&, void* stream);
 int pyramid_upsample_concat(const PyramidUpsampleConcatArgs&, void* stream);
 size_t pyramid_upsample_concat_backward_workspace(const PyramidUpsampleConcatBackwardArgs&);
 int pyramid_upsample_concat_backward(const PyramidUpsampleConcatBackwardArgs&, void* stream);
+int pyramid_context(const PyramidContextArgs&, void* stream);
+size_t pyramid_context_backward_workspace(const PyramidContextBackwardArgs&);
+int pyramid_context_backward(const PyramidContextBackwardArgs&, void* stream);
 
 int upsample_argmax(const UpsampleArgmaxArgs&, void* stream);
 int upsample_softmax_accumulate(const UpsampleSoftmaxAccumulateArgs&, void* stream);

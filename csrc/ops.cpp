@@ -15,6 +15,8 @@ STABLE_TORCH_LIBRARY(PSPNET_FAST_NAMESPACE, m) {
 
   // (N, C, H, W) -> (N, P, C); copies input into concat, if given, in the same pass
   m.def("pyramid_pool(Tensor input, Tensor(a!)? concat, int offset, int[] bins) -> Tensor");
+  // the same without concat: an operator that writes into nothing, as torch's inductor needs it
+  m.def("pyramid_pool_alone(Tensor input, int[] bins) -> Tensor");
   m.def(
       "pyramid_pool_backward(Tensor grad_pooled, Tensor? grad_concat, int offset, int[] bins, SymInt height, "
       "SymInt width, bool channels_last) -> Tensor");
@@ -30,6 +32,15 @@ STABLE_TORCH_LIBRARY(PSPNET_FAST_NAMESPACE, m) {
   m.def(
       "pyramid_upsample_concat_backward(Tensor grad_concat, int offset, SymInt channels, int[] bins, "
       "bool align_corners) -> Tensor");
+
+  // adds to conv (N, O, H, W) what the upsampled levels give to a convolution of it; taps (N, P, taps of the window, O)
+  // are the cells seen through its weights. norm: weight, bias, running mean, running variance, or empty; then ReLU
+  m.def(
+      "pyramid_context_(Tensor(a!) conv, Tensor taps, Tensor[] norm, float eps, bool relu, int[] bins, "
+      "int[] kernel_size, int[] dilation, bool align_corners) -> ()");
+  m.def(
+      "pyramid_context_backward(Tensor grad_conv, int[] bins, int[] kernel_size, int[] dilation, bool align_corners) "
+      "-> Tensor");
 
   // prediction: logits (N, K, h, w), interpolated at the pixels of an H x W map. classes uint8, int32 from K = 257 on;
   // confidence (0,) unless asked for

@@ -72,4 +72,23 @@ PSP_HOST_DEVICE SourceIndex<acc_t> source_index(int64_t at, acc_t scale, int bin
   return {low, low + (low < bins - 1 ? 1 : 0), lambda};
 }
 
+// The window of a convolution that keeps the size of its input: odd sizes, padded by (size / 2) * dilation zeros.
+struct Window {
+  int size_h, size_w;
+  int dilation_h, dilation_w;
+};
+
+// The pixel that tap `tap` of `taps` reads for output `at`; outside the map it reads a zero of the padding.
+template <class index_t = int64_t>
+PSP_HOST_DEVICE index_t tap_pixel(Index<index_t> at, int tap, int taps, int dilation) {
+  return at + static_cast<index_t>(tap - taps / 2) * dilation;
+}
+
+// Cells seen through every tap of one axis are numbered level by level, tap by tap: the number before those of a level.
+PSP_HOST_DEVICE int first_seen(const int* bins, int level, int taps) {
+  int sum = 0;
+  for (int l = 0; l < level; ++l) sum += bins[l];
+  return sum * taps;
+}
+
 }  // namespace pspnet_fast

@@ -27,6 +27,10 @@ Tensor pyramid_pool(const Tensor& input, std::optional<Tensor> concat, int64_t o
   return pooled;
 }
 
+Tensor pyramid_pool_alone(const Tensor& input, std::vector<int64_t> bins) {
+  return pyramid_pool(input, std::nullopt, 0, std::move(bins));
+}
+
 Tensor pyramid_pool_backward(const Tensor& grad_pooled, std::optional<Tensor> grad_concat, int64_t offset,
                              std::vector<int64_t> bins, int64_t H, int64_t W, bool channels_last) {
   const Levels levels = levels_of(bins);
@@ -62,6 +66,7 @@ Tensor new_concat(const Tensor& input, int64_t channels) {
 PSP_KERNELS(m) {
   m.impl("new_concat", TORCH_BOX(&new_concat));
   m.impl("pyramid_pool", TORCH_BOX(&pyramid_pool));
+  m.impl("pyramid_pool_alone", TORCH_BOX(&pyramid_pool_alone));
   m.impl("pyramid_pool_backward", TORCH_BOX(&pyramid_pool_backward));
 }
 

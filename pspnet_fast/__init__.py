@@ -1,9 +1,21 @@
 """Fused CPU and CUDA kernels for PSPNet (Zhao et al., CVPR 2017): pyramid pooling, the model and its trainer."""
 
 from . import ops, reference
+from .fusion import PyramidSettings, fuse, unfuse
+from .head import FusedPSPHead
 from .losses import UpsampleCrossEntropyLoss
 from .models import PSPNet
 from .modules import FusedPPM
 
 __version__ = "0.1.0"
-__all__ = ["FusedPPM", "PSPNet", "UpsampleCrossEntropyLoss", "ops", "reference"]
+__all__ = [
+    "FusedPPM",
+    "FusedPSPHead",
+    "PSPNet",
+    "PyramidSettings",
+    "UpsampleCrossEntropyLoss",
+    "fuse",
+    "ops",
+    "reference",
+    "unfuse",
+]

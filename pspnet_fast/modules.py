@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -12,8 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import ops
 from .ops.checks import Bins, as_levels, check_map, count_cells
+from .ops.pyramid_reduce import Norm
 
 Concat = Literal["input_first", "input_last"]
+Branch = tuple[nn.Conv2d, nn.Module, nn.Module]  # 1x1 convolution, norm, activation
 
 
 class FusedPPM(nn.Module):
@@ -86,6 +88,33 @@ class FusedPPM(nn.Module):
             for _ in self.levels
         )
 
+    @classmethod
+    def from_branches(
+        cls, branches: Sequence[Branch], bins: Bins, align_corners: bool = True, concat: Concat = "input_first"
+    ) -> "FusedPPM":
+        """A pyramid of existing modules, which it shares: their parameters, buffers and modes stay theirs.
+
+        Args:
+            branches: for each level its 1x1 convolution (C to R channels, with or without bias), norm and activation,
+                nn.Identity where there is none.
+            bins, align_corners, concat: as above.
+
+        Raises:
+            ValueError: a convolution is not 1x1, or the levels differ in number or channels.
+        """
+        if len(branches) != len(as_levels(bins)):
+            raise ValueError(f"branches must hold one a level, {len(bins)} for bins {bins!r}, but hold {len(branches)}")
+        first = branches[0][0]
+        for convolution, _, _ in branches:
+            c, r = convolution.in_channels, convolution.out_channels
+            plain = convolution.stride == (1, 1) and convolution.groups == 1 and convolution.padding in ((0, 0), "same")
+            if convolution.kernel_size != (1, 1) or not plain or (c, r) != (first.in_channels, first.out_channels):
+                raise ValueError(f"branches must be 1x1 convolutions of the same channels, but hold {convolution}")
+        with torch.device("meta"):  # weights to be thrown away: no memory and no random numbers for them
+            ppm = cls(c, r, bins, align_corners, concat, norm_layer=lambda _: nn.Identity(), activation=nn.Identity)
+        ppm.features = nn.ModuleList(nn.Sequential(nn.Identity(), *branch) for branch in branches)
+        return ppm
+
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C + len(bins) * R, H, W)."""
         check_map("input", input)
@@ -105,16 +134,26 @@ class FusedPPM(nn.Module):
 
     def _reduce(self, pooled: Tensor) -> Tensor:
         """1x1 convolution, norm and activation of all levels: (N, P, C) -> (N, P, R)."""
-        _, convolutions, norms, activations = zip(*(level.children() for level in self.features), strict=True)
+        _, convolutions, norms, activations = zip(*self.features, strict=True)
         weights = [convolution.weight.to(pooled.dtype) for convolution in convolutions]
+        biases = [convolution.bias for convolution in convolutions]
         inference = not (torch.is_grad_enabled() and any(t.requires_grad for t in (pooled, *self.parameters())))
-        if inference and all(_has_running_statistics(norm) for norm in norms):
-            statistics = [(m.weight, m.bias, m.running_mean, m.running_var, m.eps) for m in norms]
+        statistics = [_affine(norm, bias) for norm, bias in zip(norms, biases, strict=True)] if inference else [None]
+        folded = [level for level in statistics if level is not None]
+        if len(folded) == len(norms):
+            dtype = folded[0][0].dtype  # the operator takes one for all
+            folded = [(*(t.to(dtype) for t in level[:4]), level[4]) for level in folded]  # type: ignore[misc]
             relu = all(type(a) is nn.ReLU for a in activations)
-            reduced = ops.pyramid_reduce(pooled, weights, self.bins, norm=statistics, relu=relu)
+            reduced = ops.pyramid_reduce(pooled, weights, self.bins, norm=folded, relu=relu)
             return reduced if relu else self._each_level(reduced, lambda i, z: activations[i](z))
         reduced = ops.pyramid_reduce(pooled, weights, self.bins)
-        return self._each_level(reduced, lambda i, z: activations[i](_normalize(norms[i], z)))
+
+        def rest(i: int, z: Tensor) -> Tensor:
+            bias = biases[i]
+            z = z if bias is None else z + bias.to(z.dtype)[:, None, None]
+            return activations[i](_normalize(norms[i], z))
+
+        return self._each_level(reduced, rest)
 
     def _each_level(self, reduced: Tensor, function: Callable[[int, Tensor], Tensor]) -> Tensor:
         """Applies function(i, (N, R, bins_h, bins_w)) to every level of (N, P, R)."""
@@ -131,9 +170,15 @@ class FusedPPM(nn.Module):
         )
 
 
-def _has_running_statistics(norm: nn.Module) -> bool:
-    """Whether the norm is a batch norm in evaluation mode, an affine map by its buffers."""
-    return isinstance(norm, _BatchNorm) and not norm.training and norm.affine and norm.running_mean is not None
+def _affine(norm: nn.Module, bias: Tensor | None) -> Norm | None:
+    """A norm that is an affine map by its buffers, the convolution's bias in it, as ops.pyramid_reduce takes it."""
+    if isinstance(norm, _BatchNorm) and not norm.training and norm.affine and norm.running_mean is not None:
+        mean = norm.running_mean if bias is None else norm.running_mean - bias
+        return norm.weight, norm.bias, mean, norm.running_var, norm.eps  # type: ignore[return-value]
+    if type(norm) is nn.Identity and bias is not None:
+        one = torch.ones_like(bias)
+        return one, bias, torch.zeros_like(bias), one, 0.0
+    return None
 
 
 def _normalize(norm: nn.Module, z: Tensor) -> Tensor:

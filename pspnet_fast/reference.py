@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops.checks import Bins, as_levels
+from .ops.checks import Bins, as_levels, as_window
 from .ops.pyramid_reduce import Norm
 from .ops.upsample_cross_entropy import Reduction
 
@@ -50,6 +50,34 @@ def pyramid_upsample_concat_(
         size = (concat.size(2), concat.size(3))
         concat[:, first : first + r] = F.interpolate(z, size, mode="bilinear", align_corners=align_corners)
     return concat
+
+
+def pyramid_context_(
+    conv: Tensor,
+    taps: Tensor,
+    bins: Bins,
+    kernel_size: int | tuple[int, int],
+    *,
+    dilation: int | tuple[int, int] = 1,
+    align_corners: bool = True,
+    norm: Norm | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """Reference of ops.pyramid_context_: adds (N, P, kh * kw, O), upsampled and shifted tap by tap, to (N, O, H, W)."""
+    levels = as_levels(bins)
+    (kh, kw), (dh, dw) = as_window(kernel_size, dilation, levels)
+    n, o, h, w = conv.shape
+    for cells, level in zip(taps.split([h * w for h, w in levels], 1), levels, strict=True):
+        seen = cells.permute(0, 2, 3, 1).reshape(n, kh * kw * o, *level)
+        seen = F.interpolate(seen, (h, w), mode="bilinear", align_corners=align_corners)
+        seen = F.pad(seen, (kw // 2 * dw, kw // 2 * dw, kh // 2 * dh, kh // 2 * dh)).unflatten(1, (kh * kw, o))
+        for tap in range(kh * kw):
+            top, left = tap // kw * dh, tap % kw * dw
+            conv += seen[:, tap, :, top : top + h, left : left + w]
+    if norm is not None:
+        weight, bias, mean, var, eps = norm
+        conv.copy_(F.batch_norm(conv, mean, var, weight, bias, training=False, eps=eps))
+    return conv.relu_() if relu else conv
 
 
 def upsample_argmax(

@@ -16,6 +16,11 @@ from pathlib import Path
 # Which kernels load ("L") and store ("S") device memory in 16-byte vectors by design: those for planes in every
 # instance, the others in the instances whose vectors hold more than one element.
 WIDE = {
+    "context_backward_planes": "L",
+    "context_backward_rows": "LS",
+    "context_backward_taps": "",
+    "context_planes": "LS",
+    "context_rows": "LS",
     "argmax_pixels": "L",
     "count_pixels": "",
     "pool_backward_cells": "LS",

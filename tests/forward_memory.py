@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 from stock import StockPPM
+from torch import nn
 
-from pspnet_fast import FusedPPM
+from pspnet_fast import FusedPPM, FusedPSPHead
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,7 +31,8 @@ def forward_memory(
     """Bytes, those of the output included.
 
     Args:
-        implementation: "fused" or "stock".
+        implementation: of the pyramid, "fused" or "stock"; of the pyramid with its bottleneck, "fused head" or "stock
+            head"; "convolution": that of x alone in the bottleneck.
     """
     names = [str(value).removeprefix("torch.") for value in (dtype, memory_format)]
     arguments = json.dumps([implementation, list(shape), *names, str(device), training])
@@ -43,16 +45,30 @@ def forward_memory(
     return int(result.stdout)
 
 
+def make_module(implementation: str, channels: int) -> nn.Module:
+    ppm, o = FusedPPM(channels), channels // 4
+    conv = nn.Conv2d(channels if implementation == "convolution" else ppm.out_channels, o, 3, padding=1, bias=False)
+    match implementation:
+        case "fused":
+            return ppm
+        case "stock":
+            return StockPPM(ppm)
+        case "fused head":
+            return FusedPSPHead(ppm, conv, nn.BatchNorm2d(o), nn.ReLU())
+        case "stock head":
+            return nn.Sequential(StockPPM(ppm), conv, nn.BatchNorm2d(o), nn.ReLU())
+    return nn.Sequential(conv, nn.BatchNorm2d(o), nn.ReLU())
+
+
 def _measure(implementation: str, shape: Sequence[int], dtype: str, layout: str, device: str, training: bool) -> int:
     torch.set_default_dtype(getattr(torch, dtype))
     torch.set_grad_enabled(training)
     n, c, h, w = shape
-    module = FusedPPM(c) if implementation == "fused" else StockPPM(FusedPPM(c))
-    module.to(device).train(training)
+    module = make_module(implementation, c).to(device).train(training)
     if n == 1:
         module.features[0][2].eval()  # one value a channel has no batch statistics
     x = torch.empty(n, c, h, w, device=device, memory_format=getattr(torch, layout)).normal_()
-    module(x[:, :, :6, :6])  # loads code and starts threads
+    module(x[:, :, :8, :8])  # loads code and starts threads
     if device == "cpu":
         before = _status("VmRSS")
         output = module(x)

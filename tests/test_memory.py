@@ -1,4 +1,4 @@
-"""Memory of the forward pass: the output, and 5 MB at most for everything else."""
+"""Memory of the forward pass: the output, and 5 MB at most for everything else; of the head, that of a convolution."""
 
 import sys
 
@@ -31,3 +31,15 @@ def test_forward_needs_the_output_and_little_more(device, dtype, memory_format, 
 def test_the_measure_sees_intermediate_maps(device):
     """The stock module holds the upsampled maps besides the output: half of it, 59 MB."""
     assert extra_megabytes("stock", torch.float32, torch.contiguous_format, device, training=False) > 50
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_head_needs_what_its_convolution_of_x_needs(device, memory_format, training):
+    """At most 10 MB more, where the concatenated head needs the concatenation and its copies, 210 MB."""
+    names = ("convolution", "fused head", "stock head")
+    convolution, head, stock = (
+        forward_memory(name, SHAPE, torch.float32, memory_format, device, training) / 1e6 for name in names
+    )
+    assert head <= convolution + 10
+    assert stock > head + 100, "the measure does not see the concatenation"

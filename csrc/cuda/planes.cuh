@@ -58,6 +58,18 @@ __device__ __forceinline__ void for_each_vector(const T* data, int64_t stride_h,
   }
 }
 
+// As above, but a piece never leaves its row: calls visit(y, x, count).
+template <class T, class F>
+__device__ __forceinline__ void for_each_vector_of_rows(const T* data, int64_t stride_h, int rows, int W, F visit) {
+  constexpr int V = kVector<T>;
+  const int pieces = W / V + 2;
+  for (int at = static_cast<int>(threadIdx.x); at < rows * pieces; at += static_cast<int>(blockDim.x)) {
+    const int y = at / pieces, first = (at - y * pieces) * V - misalignment(data + y * stride_h);
+    const int begin = max(first, 0), end = min(first + V, W);
+    if (begin < end) visit(y, begin, end - begin);
+  }
+}
+
 // Reads rows of a plane into shared memory and, where `copy` is given, stores them there too. Returns the first
 // element in shared memory, which must have room for kVector more; a barrier must follow.
 template <class T>

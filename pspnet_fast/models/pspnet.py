@@ -1,12 +1,15 @@
 """Pyramid Scene Parsing Network (Zhao et al., CVPR 2017)."""
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 
+from pspnet_fast.head import KeepsSplitWeight, psp_head
 from pspnet_fast.models.resnet import NormLayer, initialise_convolutions, resnet
 from pspnet_fast.modules import FusedPPM
 
+Head = Literal["fused", "concat"]
 LAYERS = ("layer0", "layer1", "layer2", "layer3", "layer4")
 
 
@@ -20,7 +23,7 @@ def _head(in_channels: int, channels: int, classes: int, dropout: float, norm_la
     )
 
 
-class PSPNet(nn.Module):
+class PSPNet(KeepsSplitWeight):
     """PSPNet whose pyramid pooling module is :class:`pspnet_fast.FusedPPM`.
 
     Names and shapes of the weights with ``stem="deep64"`` are those of semseg (``layer0`` .. ``layer4``, ``ppm``,
@@ -37,6 +40,8 @@ class PSPNet(nn.Module):
         dropout: probability of dropping a whole channel before the classifiers, 0 <= dropout < 1.
         align_corners: convention of the pyramid's upsampling; logits should be upsampled with the same.
         norm_layer: makes the norm of ``n`` channels.
+        head: how the pyramid and the convolution after it run: "fused" without the concatenation, as
+            :class:`pspnet_fast.FusedPSPHead` does it, "concat" one after the other. The weights are the same.
         head_channels: channels before the classifier; None means those of layer4 // 4. The auxiliary head has those
             of layer3 // 4.
 
@@ -63,6 +68,7 @@ class PSPNet(nn.Module):
         dropout: float = 0.1,
         align_corners: bool = True,
         norm_layer: NormLayer = nn.BatchNorm2d,
+        head: Head = "fused",
         head_channels: int | None = None,
     ) -> None:
         super().__init__()
@@ -70,6 +76,8 @@ class PSPNet(nn.Module):
             raise ValueError(f"classes must be at least 1, got {classes}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must satisfy 0 <= dropout < 1, got {dropout}")
+        if head not in get_args(Head):
+            raise ValueError(f"head must be one of {', '.join(map(repr, get_args(Head)))}, got {head!r}")
         if head_channels is not None and head_channels < 1:
             raise ValueError(f"head_channels must be None or at least 1, got {head_channels}")
         if isinstance(backbone, str):
@@ -78,6 +86,7 @@ class PSPNet(nn.Module):
             )
         self.classes = classes
         self.align_corners = align_corners
+        self.head: Head = head
         missing = [name for name in (*LAYERS, "out_channels") if not hasattr(backbone, name)]
         if missing:
             raise ValueError(f"backbone must have {', '.join(LAYERS)} and out_channels, lacks {', '.join(missing)}")
@@ -92,9 +101,9 @@ class PSPNet(nn.Module):
             features += len(bins) * (channels4 // len(bins))
         self.cls = _head(features, head_channels or channels4 // 4, classes, dropout, norm_layer)
         self.aux = _head(channels3, channels3 // 4, classes, dropout, norm_layer) if aux else None
-        for head in (self.ppm, self.cls, self.aux):
-            if head is not None:
-                initialise_convolutions(head)
+        for part in (self.ppm, self.cls, self.aux):
+            if part is not None:
+                initialise_convolutions(part)
 
     def forward(self, input: Tensor) -> dict[str, Tensor]:
         """Compute logits at feature resolution.
@@ -107,7 +116,17 @@ class PSPNet(nn.Module):
             only and only if the model has the auxiliary head: nothing but a loss needs it.
         """
         layer3 = self.layer3(self.layer2(self.layer1(self.layer0(input))))
-        logits = {"out": self.cls(self.ppm(self.layer4(layer3)))}
+        logits = {"out": self._classify(self.layer4(layer3))}
         if self.aux is not None and self.training:
             logits["aux"] = self.aux(layer3)
         return logits
+
+    def _classify(self, features: Tensor) -> Tensor:
+        """Pyramid and classifier."""
+        if self.head == "concat" or not isinstance(self.ppm, FusedPPM):
+            return self.cls(self.ppm(features))
+        conv, norm, activation, *rest = self.cls
+        features = psp_head(features, self.ppm, conv, norm, activation, self._split)  # type: ignore[arg-type]
+        for layer in rest:
+            features = layer(features)
+        return features

@@ -1,6 +1,7 @@
 """The operators: CPU and CUDA kernels with gradients; pspnet_fast.reference holds the same in plain PyTorch."""
 
 from .confusion_matrix import confusion_matrix
+from .pyramid_context import pyramid_context_
 from .pyramid_pool import new_concat, pyramid_pool
 from .pyramid_reduce import pyramid_reduce
 from .pyramid_upsample_concat import pyramid_upsample_concat_
@@ -11,6 +12,7 @@ from .upsample_softmax_accumulate import upsample_softmax_accumulate_
 __all__ = [
     "confusion_matrix",
     "new_concat",
+    "pyramid_context_",
     "pyramid_pool",
     "pyramid_reduce",
     "pyramid_upsample_concat_",

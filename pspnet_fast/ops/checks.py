@@ -9,6 +9,7 @@ Bins = Sequence[int | tuple[int, int]]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MAX_LEVELS, MAX_BINS, MAX_CELLS = 16, 4096, 1 << 24  # csrc/pyramid_math.h, csrc/tensors.h
+MAX_SEEN, MAX_DILATION = 4096, 1 << 16  # csrc/pyramid_context.cpp
 
 
 def as_levels(bins: Bins) -> tuple[tuple[int, int], ...]:
@@ -36,6 +37,34 @@ def as_levels(bins: Bins) -> tuple[tuple[int, int], ...]:
     if sum(h * w for h, w in levels) > MAX_CELLS:
         raise ValueError(f"bins must make at most {MAX_CELLS} cells together, but are {bins!r}")
     return tuple(levels)
+
+
+def as_window(
+    kernel_size: int | tuple[int, int], dilation: int | tuple[int, int], levels: tuple[tuple[int, int], ...]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """kernel_size and dilation of a convolution that keeps the size of its input, each as (height, width).
+
+    Raises:
+        TypeError: one is neither an int nor a pair of ints.
+        ValueError: an even kernel size, one that makes more than 4096 with the sum of the bins, or a dilation outside
+            1 to 65536.
+    """
+    pairs = []
+    for name, value in (("kernel_size", kernel_size), ("dilation", dilation)):
+        pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
+        if len(pair) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in pair):
+            raise TypeError(f"{name} must be an int or a pair of ints, but is {value!r}")
+        pairs.append(pair)
+    size, step = pairs
+    if not all(k >= 1 and k % 2 == 1 for k in size):
+        raise ValueError(f"kernel_size must be odd and at least 1, but is {kernel_size!r}")
+    if any(k * sum(level[axis] for level in levels) > MAX_SEEN for axis, k in enumerate(size)):
+        raise ValueError(
+            f"kernel_size times the sum of the bins must be at most {MAX_SEEN}, but they are {kernel_size!r}, {levels}"
+        )
+    if not all(1 <= d <= MAX_DILATION for d in step):
+        raise ValueError(f"dilation must be from 1 to {MAX_DILATION}, but is {dilation!r}")
+    return size, step
 
 
 def flatten(levels: tuple[tuple[int, int], ...]) -> list[int]:

@@ -21,6 +21,7 @@ from .checks import (
 )
 
 _forward = torch.ops.pspnet_fast.pyramid_pool.default
+_alone = torch.ops.pspnet_fast.pyramid_pool_alone.default
 _backward = torch.ops.pspnet_fast.pyramid_pool_backward.default
 _new_concat = torch.ops.pspnet_fast.new_concat.default
 
@@ -47,11 +48,12 @@ def pyramid_pool(input: Tensor, bins: Bins, *, concat: Tensor | None = None, off
     """
     check_map("input", input)
     levels = as_levels(bins)
-    if concat is not None:
-        check_map("concat", concat, input)
-        check_channels("concat", concat, offset, input.size(1))
-        n, _, h, w = input.shape
-        check_shape("concat", concat, (n, concat.size(1), h, w), "(N, K, H, W)")
+    if concat is None:
+        return _alone(input, flatten(levels))
+    check_map("concat", concat, input)
+    check_channels("concat", concat, offset, input.size(1))
+    n, _, h, w = input.shape
+    check_shape("concat", concat, (n, concat.size(1), h, w), "(N, K, H, W)")
     return _forward(input, concat, offset, flatten(levels))
 
 
@@ -109,6 +111,24 @@ def _autograd(input: Tensor, concat: Tensor | None, offset: int, bins: list[int]
 
 
 register_inplace_autograd("pyramid_pool", _autograd, mutated=1)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, ctx.bins = inputs
+    ctx.size, ctx.channels_last = input.shape[2:], is_channels_last(input)
+
+
+@once_differentiable
+def _gradient(ctx: Any, grad_pooled: Tensor) -> Any:
+    return _backward(grad_pooled, None, 0, ctx.bins, *ctx.size, ctx.channels_last), None
+
+
+torch.library.register_autograd("pspnet_fast::pyramid_pool_alone", _gradient, setup_context=_setup_context)
+
+
+@torch.library.register_fake("pspnet_fast::pyramid_pool_alone")
+def _(input: Tensor, bins: list[int]) -> Tensor:
+    return input.new_empty(input.size(0), count_cells(unflatten(bins)), input.size(1))
 
 
 @torch.library.register_fake("pspnet_fast::new_concat")

@@ -33,6 +33,7 @@ class ModelConfig:
     aux: bool = True
     dropout: float = 0.1
     align_corners: bool = True
+    head: str = "fused"
     head_channels: int | None = None
 
 

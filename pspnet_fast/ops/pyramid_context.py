@@ -1,0 +1,128 @@
+"""pyramid_context_: the upsampled levels' part of a convolution, added to that of the map without upsampling them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._library import needs_grad, register_inplace_autograd
+from .checks import Bins, as_levels, as_window, check_map, check_shape, check_tensor, count_cells, flatten, unflatten
+from .pyramid_reduce import Norm
+
+_forward = torch.ops.pspnet_fast.pyramid_context_.default
+_backward = torch.ops.pspnet_fast.pyramid_context_backward.default
+
+
+def pyramid_context_(
+    conv: Tensor,
+    taps: Tensor,
+    bins: Bins,
+    kernel_size: int | tuple[int, int],
+    *,
+    dilation: int | tuple[int, int] = 1,
+    align_corners: bool = True,
+    norm: Norm | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """Adds to a convolution of x what it gives for the pyramid's levels, in place, in one read and write.
+
+    A k x k convolution of [x, U_1 ... U_L] is the sum of one of x and one of each upsampled level U_l = upsample(z_l).
+    A level has few cells, so each is multiplied with the weights of every tap first, and the products are interpolated:
+
+        taps[n, cell (i, j) of l, u * kw + v, o] = sum over c of weight_l[o, c, u, v] * z_l[n, c, i, j]
+        conv[n, o] += sum over l, u, v of upsample(taps[n, cells of l, u * kw + v, o]), shifted by tap (u, v)
+
+    with zeros shifted in: the padding (k // 2) * dilation of a convolution that keeps the size of its input. Then batch
+    normalisation with running statistics where `norm` is given and ReLU where `relu`; these serve inference only.
+
+    Args:
+        conv: (N, O, H, W), the convolution of x (its bias included), contiguous or channels-last, float32, float64,
+            bfloat16 or float16.
+        taps: (N, P, kh * kw, O) in the dtype of conv; P the cells of all levels, as pyramid_pool numbers them.
+        bins: as given to pyramid_pool.
+        kernel_size: odd, one int or (kh, kw); at most 4096 together with the sum of the bins, multiplied.
+        dilation: of the convolution, one int or (height, width), from 1 to 65536.
+        align_corners: of the upsampling, as in F.interpolate.
+        norm: (weight, bias, running_mean, running_var, eps), tensors (O,) in float32 or the dtype of conv.
+        relu: whether to clamp the result at 0.
+
+    Returns:
+        conv. Sums are taken in float32 (float64 for float64). The same bits on every run, forward and backward. Its
+        gradient is handed on as it is; backward reads it once for the gradient of taps.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device; norm or relu where a gradient is
+            needed.
+    """
+    levels = as_levels(bins)
+    size, step = as_window(kernel_size, dilation, levels)
+    check_map("conv", conv)
+    check_tensor("taps", taps, "(N, P, kh * kw, O)", conv)
+    n, o, _, _ = conv.shape
+    check_shape("taps", taps, (n, count_cells(levels), size[0] * size[1], o), "(N, cells of bins, kh * kw, O)")
+    tensors, eps = list(norm[:4]) if norm is not None else [], float(norm[4]) if norm is not None else 0.0
+    for t in tensors:
+        check_tensor("norm", t, "(O)")
+        check_shape("norm", t, (o,), "(O,)")
+        if t.dtype != tensors[0].dtype or t.dtype not in (torch.float32, conv.dtype):
+            raise TypeError(f"norm must be float32 or {conv.dtype} throughout, but holds {t.dtype}")
+        if t.device != conv.device:
+            raise ValueError(f"norm must be on the device of conv, {conv.device}, but holds a tensor on {t.device}")
+    if (norm is not None or relu) and needs_grad(conv, taps, *tensors):
+        raise ValueError(
+            "norm and relu are for inference: leave them out where a gradient is needed, or use torch.no_grad()"
+        )
+    _forward(conv, taps, tensors, eps, relu, flatten(levels), list(size), list(step), align_corners)
+    return conv
+
+
+class PyramidContextFunction(torch.autograd.Function):
+    """Gradient of pyramid_context_ without norm and ReLU."""
+
+    @staticmethod
+    def forward(ctx: Any, conv: Tensor, taps: Tensor, *settings: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            _forward(conv, taps, [], 0.0, False, *settings)
+        ctx.mark_dirty(conv)
+        ctx.settings = settings
+        return conv
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_conv: Tensor) -> Any:
+        grad_taps = _backward(grad_conv, *ctx.settings) if ctx.needs_input_grad[1] else None
+        return grad_conv, grad_taps, *(None for _ in ctx.settings)
+
+
+def _autograd(conv: Tensor, taps: Tensor, norm: list[Tensor], eps: float, relu: bool, *settings: Any) -> None:
+    if not needs_grad(conv, taps, *norm):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _forward(conv, taps, norm, eps, relu, *settings)
+    if norm or relu:
+        raise RuntimeError("pyramid_context_ has no gradient with norm or relu: they are for inference")
+    PyramidContextFunction.apply(conv, taps, *settings)
+
+
+register_inplace_autograd("pyramid_context_", _autograd, mutated=0)
+
+
+@torch.library.register_fake("pspnet_fast::pyramid_context_")
+def _(
+    conv: Tensor,
+    taps: Tensor,
+    norm: list[Tensor],
+    eps: float,
+    relu: bool,
+    bins: list[int],
+    kernel_size: list[int],
+    dilation: list[int],
+    align_corners: bool,
+) -> None:
+    return None
+
+
+@torch.library.register_fake("pspnet_fast::pyramid_context_backward")
+def _(grad_conv: Tensor, bins: list[int], kernel_size: list[int], dilation: list[int], align_corners: bool) -> Tensor:
+    n, o, _, _ = grad_conv.shape
+    return grad_conv.new_empty(n, count_cells(unflatten(bins)), kernel_size[0] * kernel_size[1], o)

@@ -1,0 +1,210 @@
+"""pyramid_context_: values, gradient, layouts, registration, bad input."""
+
+import itertools
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import BINS, DTYPES, LAYOUTS, LAYOUTS_AND_CHANNELS, SIZES, assert_accurate, count, make, with_gradients
+from torch import Tensor
+
+from pspnet_fast import ops, reference
+from pspnet_fast.ops.checks import as_levels
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+WINDOWS = [(3, 1), (1, 1), ((5, 3), (2, 7))]  # (kernel_size, dilation); the last reaches beyond small maps
+RAW = ([1, 1, 2, 3], [3, 5], [1, 2], True)  # bins, kernel_size, dilation, align_corners of the raw operators
+
+
+def taps_shape(n: int, bins, kernel_size, channels: int) -> tuple[int, int, int, int]:
+    kh, kw = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+    return (n, count(bins), kh * kw, channels)
+
+
+def context(module, bins, kernel_size, **settings):
+    """(conv, taps) -> the sum, leaving conv as it is."""
+    return lambda conv, taps: module.pyramid_context_(conv.clone(), taps, bins, kernel_size, **settings)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("bins", BINS)
+def test_values_and_gradients(device, bins, size, dtype):
+    cases = list(itertools.product(LAYOUTS_AND_CHANNELS, (False, True), WINDOWS))
+    if size[0] * size[1] > 1000:  # the reference takes seconds
+        cases = [
+            (case, align_corners, WINDOWS[0])
+            for case, align_corners in zip(LAYOUTS_AND_CHANNELS[::2], (False, True), strict=True)
+        ]
+    for (layout, channels), align_corners, (kernel_size, dilation) in cases:
+        conv = make((2, channels, *size), layout, dtype, device)
+        taps = torch.randn(taps_shape(2, bins, kernel_size, channels), dtype=torch.float64).to(device, dtype)
+        grad = make((2, channels, *size), layout, dtype, device, seed=1)
+        settings = {"dilation": dilation, "align_corners": align_corners}
+        run = [with_gradients(context(m, bins, kernel_size, **settings), 2) for m in (ops, reference)]
+        assert_accurate(*run, conv, taps, grad)
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(("kernel_size", "dilation"), WINDOWS)
+@pytest.mark.parametrize("size", [(13, 9), (3, 2)])
+def test_is_the_convolution_of_the_upsampled_levels(device, size, kernel_size, dilation, align_corners):
+    """The identity that the operator is made for, by F.interpolate and F.conv2d."""
+    bins, r, o = ((1, 2), 3, (2, 4)), 4, 6
+    kh, kw = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+    expected, taps = torch.zeros(2, o, *size, dtype=torch.float64, device=device), []
+    step = (dilation, dilation) if isinstance(dilation, int) else dilation
+    for level in as_levels(bins):
+        z = torch.randn(2, r, *level, dtype=torch.float64, device=device)
+        weight = torch.randn(o, r, kh, kw, dtype=torch.float64, device=device)
+        upsampled = F.interpolate(z, size, mode="bilinear", align_corners=align_corners)
+        expected += F.conv2d(upsampled, weight, padding=(kh // 2 * step[0], kw // 2 * step[1]), dilation=step)
+        taps.append(torch.einsum("ocuv,ncij->nijuvo", weight, z).reshape(2, -1, kh * kw, o))
+    settings = {"dilation": dilation, "align_corners": align_corners}
+    actual = ops.pyramid_context_(torch.zeros_like(expected), torch.cat(taps, 1), bins, kernel_size, **settings)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm_dtype", ["own", torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(("layout", "channels"), LAYOUTS_AND_CHANNELS)
+def test_norm_and_relu(device, layout, channels, relu, dtype, norm_dtype):
+    conv = make((2, channels, 13, 9), layout, dtype, device)
+    taps = torch.randn(taps_shape(2, (1, 3), 3, channels), dtype=torch.float64).to(device, dtype)
+    stored = dtype if norm_dtype == "own" else norm_dtype
+    norm = [(torch.rand(channels, dtype=torch.float64) + 0.5).to(device, stored) for _ in range(4)]
+
+    def run(module):
+        def function(conv: Tensor, taps: Tensor) -> list[Tensor]:
+            # eager in float64 takes the norm in float64
+            values = [t.to(conv.dtype if conv.dtype == torch.float64 or module is reference else stored) for t in norm]
+            folded = (*values, 0.1)
+            return [context(module, (1, 3), 3, norm=folded, relu=relu)(conv, taps)]
+
+        return function
+
+    assert_accurate(run(ops), run(reference), conv, taps)
+
+
+def test_relu_hands_on_what_is_not_a_number(device):
+    conv = torch.full((1, 2, 3, 3), torch.nan, device=device)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        conv = conv.contiguous(memory_format=layout)
+        assert ops.pyramid_context_(conv, torch.zeros(1, 1, 9, 2, device=device), (1,), 3, relu=True).isnan().all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_of_every_layout(device, layout):
+    grad = make((2, 19, 13, 9), layout, torch.float64, device)
+    raw = torch.ops.pspnet_fast.pyramid_context_backward
+    torch.testing.assert_close(raw(grad, *RAW), raw(grad.contiguous(), *RAW), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice", "channels_last_slice"])
+def test_writes_into_slices(device, layout):
+    conv = make((2, 19, 13, 9), layout, torch.float64, device)
+    taps = torch.randn(2, 5, 9, 19, dtype=torch.float64, device=device)
+    expected = reference.pyramid_context_(conv.clone(), taps, (1, 2), 3)
+    assert ops.pyramid_context_(conv, taps, (1, 2), 3) is conv
+    torch.testing.assert_close(conv, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gradcheck(device, layout):
+    conv = make((2, 3, 4, 5), layout, torch.float64, device).requires_grad_()
+    taps = torch.randn(2, 5, 15, 3, dtype=torch.float64, device=device, requires_grad=True)
+    function = context(ops, (1, 2), (3, 5), dilation=(2, 1), align_corners=False)
+    assert torch.autograd.gradcheck(function, (conv, taps))
+
+
+def test_the_gradient_of_conv_is_handed_on_without_a_copy():
+    conv = torch.randn(1, 2, 4, 4, requires_grad=True)
+    taps = torch.randn(1, 1, 9, 2, requires_grad=True)
+    output = context(ops, (1,), 3)(conv, taps)
+    seen = []
+    output.grad_fn.register_hook(lambda inputs, outputs: seen.append((inputs[0], outputs[0])))
+    output.sum().backward()
+    assert seen[0][0].data_ptr() == seen[0][1].data_ptr()
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_opcheck(device, layout, requires_grad):
+    conv = make((2, 8, 4, 5), layout, torch.float32, device)
+    taps = torch.randn(2, 7, 15, 8, device=device, requires_grad=requires_grad)
+    norm = [] if requires_grad else [torch.ones(8, device=device) for _ in range(4)]
+    raw = torch.ops.pspnet_fast
+    torch.library.opcheck(raw.pyramid_context_.default, (conv, taps, norm, 0.1, not requires_grad, *RAW))
+    torch.library.opcheck(raw.pyramid_context_backward.default, (conv, *RAW))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_same_bits_every_run_and_with_one_thread(device, layout):
+    conv, grad = (make((2, 19, 61, 97), layout, torch.float32, device, seed) for seed in (0, 1))
+    taps = torch.randn(2, 50, 9, 19, device=device)
+    run = partial(with_gradients(context(ops, (1, 2, 3, 6), 3), 2), conv, taps, grad)
+    threads, first = torch.get_num_threads(), run()
+    assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+    torch.set_num_threads(3 if threads == 1 else 1)
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_version_counter_sees_the_writing():
+    """Autograd must notice that a tensor saved for backward has been overwritten."""
+    conv = torch.randn(1, 3, 4, 4)
+    saved = conv * torch.ones(1, requires_grad=True)
+    ops.pyramid_context_(conv, torch.zeros(1, 1, 9, 3), (1,), 3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.sum().backward()
+
+
+def test_empty_batch(device):
+    conv = torch.empty(0, 8, 4, 5, device=device, requires_grad=True)
+    taps = torch.empty(0, 5, 9, 8, device=device, requires_grad=True)
+    context(ops, (1, 2), 3)(conv, taps).sum().backward()
+    assert taps.grad.shape == (0, 5, 9, 8)
+
+
+CONV, TAPS, ONES = torch.zeros(2, 8, 4, 5), torch.zeros(2, 5, 9, 8), torch.ones(8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"conv": CONV[0]}, ValueError, r"conv must have shape \(N, C, H, W\)"),
+        ({"conv": CONV[:, :, :0]}, ValueError, "conv must have C >= 1, H >= 1 and W >= 1"),
+        ({"taps": TAPS[:1]}, ValueError, r"taps must have shape .* = \(2, 5, 9, 8\), but has \(1, 5, 9, 8\)"),
+        ({"kernel_size": 5}, ValueError, r"taps must have shape .* = \(2, 5, 25, 8\)"),
+        ({"taps": TAPS.half()}, TypeError, "taps must have the dtype of the first argument, float32"),
+        ({"taps": TAPS.to("meta")}, ValueError, "taps must be on the device"),
+        ({"kernel_size": 2}, ValueError, "kernel_size must be odd and at least 1, but is 2"),
+        ({"kernel_size": (3, 3, 3)}, TypeError, "kernel_size must be an int or a pair of ints"),
+        ({"kernel_size": 1367}, ValueError, "kernel_size times the sum of the bins must be at most 4096"),
+        ({"dilation": 0}, ValueError, "dilation must be from 1 to 65536, but is 0"),
+        ({"bins": ()}, ValueError, "bins must have 1 to 16 levels"),
+        ({"norm": (ONES, ONES, ONES, ONES[:1], 0.1)}, ValueError, r"norm must have shape \(O,\) = \(8,\)"),
+        ({"norm": (ONES, ONES, ONES, ONES.half(), 0.1)}, TypeError, "norm must be float32 or torch.float32 throughout"),
+        ({"taps": TAPS.clone().requires_grad_(), "relu": True}, ValueError, "norm and relu are for inference"),
+    ],
+)
+def test_bad_input(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ops.pyramid_context_(**{"conv": CONV, "taps": TAPS, "bins": (1, 2), "kernel_size": 3, **arguments})
+
+
+def test_the_raw_operator_checks_too():
+    raw = torch.ops.pspnet_fast.pyramid_context_
+    with pytest.raises(RuntimeError, match="taps has the wrong shape"):
+        raw(CONV, TAPS, [], 0.0, False, [1, 1, 2, 2], [3, 5], [1, 1], True)
+    with pytest.raises(RuntimeError, match="kernel_size must be odd"):
+        raw(CONV, TAPS, [], 0.0, False, [1, 1, 2, 2], [3, 2], [1, 1], True)
+    with pytest.raises(RuntimeError, match="conv must be contiguous or channels-last"):
+        raw(torch.zeros(2, 8, 5, 4).mT, TAPS, [], 0.0, False, [1, 1, 2, 2], [3, 3], [1, 1], True)
+    with pytest.raises(RuntimeError, match="no gradient with norm or relu"):
+        raw(CONV, TAPS.clone().requires_grad_(), [], 0.0, True, [1, 1, 2, 2], [3, 3], [1, 1], True)
