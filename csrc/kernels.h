@@ -132,6 +132,46 @@ struct ConfusionMatrixArgs {
   int64_t* counts;         // [K, K]: row target, column prediction
 };
 
+enum class Reduction : int { kNone, kMean, kSum };  // numbered as in torch
+
+// Logits [N, K, h, w], upsampled to H x W; "acc" is float, for float64 double.
+struct UpsampleCrossEntropyArgs {
+  DType dtype;
+  bool channels_last;
+  bool align_corners;
+  IntType target_type;
+  Reduction reduction;
+  int64_t N, K, h, w, H, W;
+  int64_t ignore_index;
+  double label_smoothing;
+  Image logits;
+  const void* target;  // [N, H, W]
+  const void* weight;  // [K] in acc; nullptr: all 1
+  void* loss;          // acc: [N, H, W], or one number
+  void* lse;           // [N, H, W] in acc: the log-sum-exp of a pixel's logits, up to what both directions add to them
+  void* total_weight;  // acc, one number: the sum of the targets' weights
+  int64_t* bad_pixel;  // the first pixel whose target is no class, else -1; the CPU's alone: CUDA makes its loss NaN
+  void* workspace;
+};
+
+struct UpsampleCrossEntropyBackwardArgs {
+  DType dtype;
+  bool channels_last;  // of logits
+  bool align_corners;
+  IntType target_type;
+  Reduction reduction;
+  int64_t N, K, h, w, H, W;
+  int64_t ignore_index;
+  double label_smoothing;
+  Image logits;
+  const void* target;
+  const void* weight;
+  const void* grad_loss;  // as loss
+  const void* lse;
+  const void* total_weight;
+  Image grad_logits;  // in the layout of logits
+};
+
 namespace cpu {
 void pyramid_pool(const PyramidPoolArgs&);
 void pyramid_pool_backward(const PyramidPoolBackwardArgs&);
@@ -143,6 +183,8 @@ void pyramid_upsample_concat_backward(const PyramidUpsampleConcatBackwardArgs&);
 void upsample_argmax(const UpsampleArgmaxArgs&);
 void upsample_softmax_accumulate(const UpsampleSoftmaxAccumulateArgs&);
 void confusion_matrix(const ConfusionMatrixArgs&);
+void upsample_cross_entropy(const UpsampleCrossEntropyArgs&);
+void upsample_cross_entropy_backward(const UpsampleCrossEntropyBackwardArgs&);
 }  // namespace cpu
 
 // Each returns a cudaError_t (0: launched) and queues its kernels on `stream`, a cudaStream_t of the current device.
@@ -161,6 +203,9 @@ int pyramid_upsample_concat_backward(const PyramidUpsampleConcatBackwardArgs&, v
 int upsample_argmax(const UpsampleArgmaxArgs&, void* stream);
 int upsample_softmax_accumulate(const UpsampleSoftmaxAccumulateArgs&, void* stream);
 int confusion_matrix(const ConfusionMatrixArgs&, void* stream);
+size_t upsample_cross_entropy_workspace(const UpsampleCrossEntropyArgs&);
+int upsample_cross_entropy(const UpsampleCrossEntropyArgs&, void* stream);
+int upsample_cross_entropy_backward(const UpsampleCrossEntropyBackwardArgs&, void* stream);
 }  // namespace cuda
 
 }  // namespace pspnet_fast

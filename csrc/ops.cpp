@@ -43,6 +43,15 @@ STABLE_TORCH_LIBRARY(PSPNET_FAST_NAMESPACE, m) {
   // adds to counts (K, K)
   m.def("confusion_matrix_(Tensor(a!) counts, Tensor prediction, Tensor target, int ignore_index) -> ()");
 
+  // logits (N, K, h, w), target (N, H, W) -> loss, log-sum-exp (N, H, W), the sum of the targets' weights; reduction: 0
+  // none, 1 mean, 2 sum
+  m.def(
+      "upsample_cross_entropy(Tensor logits, Tensor target, Tensor? weight, bool align_corners, int ignore_index, "
+      "float label_smoothing, int reduction) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "upsample_cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, Tensor lse, "
+      "Tensor total_weight, bool align_corners, int ignore_index, float label_smoothing, int reduction) -> Tensor");
+
   // what the library was compiled with and for, as JSON
   m.def("build_info() -> str");
   // the instruction set that the CPU kernels run with

@@ -1,4 +1,4 @@
-// Index mathematics of the pyramid pooling module, for host and device alike; includes no torch header.
+// Index mathematics of pyramid pooling and bilinear interpolation, for host and device alike; includes no torch header.
 #pragma once
 
 #include <cstdint>

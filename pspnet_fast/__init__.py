@@ -1,8 +1,9 @@
 """Fused CPU and CUDA kernels for PSPNet (Zhao et al., CVPR 2017): pyramid pooling, the model and its trainer."""
 
 from . import ops, reference
+from .losses import UpsampleCrossEntropyLoss
 from .models import PSPNet
 from .modules import FusedPPM
 
 __version__ = "0.1.0"
-__all__ = ["FusedPPM", "PSPNet", "ops", "reference"]
+__all__ = ["FusedPPM", "PSPNet", "UpsampleCrossEntropyLoss", "ops", "reference"]

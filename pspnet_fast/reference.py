@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .ops.checks import Bins, as_levels
 from .ops.pyramid_reduce import Norm
+from .ops.upsample_cross_entropy import Reduction
 
 
 def pyramid_pool(input: Tensor, bins: Bins, *, concat: Tensor | None = None, offset: int = 0) -> Tensor:
@@ -88,7 +89,36 @@ def confusion_matrix(
     return counts if out is None else out.add_(counts)
 
 
-def _upsample(logits: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+def upsample_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    size: Sequence[int] | None = None,
+    align_corners: bool = True,
+    weight: Tensor | None = None,
+    ignore_index: int = 255,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Reference of ops.upsample_cross_entropy: logits (N, K, h, w), target (N, H, W) -> a number, or (N, H, W)."""
+    upsampled = _upsample(logits, size or target.shape[1:], align_corners)
+    weight = None if weight is None else weight.to(upsampled.dtype)
+    loss = F.cross_entropy(
+        upsampled,
+        target.long(),
+        weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction="sum" if reduction == "mean" else reduction,
+    )
+    if reduction != "mean":
+        return loss
+    counts = target != ignore_index
+    classes = target.long() * counts
+    total = (counts if weight is None else weight[classes] * counts).sum()
+    return loss / torch.where(total == 0, 1, total)
+
+
+def _upsample(logits: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     """Bilinear, in float32 at least."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return F.interpolate(wide, size, mode="bilinear", align_corners=align_corners)

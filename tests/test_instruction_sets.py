@@ -15,7 +15,7 @@ NAMES = {"baseline": "baseline", "avx2": "AVX2", "avx512": "AVX-512"}  # as aske
 # every kernel, dtype and layout, at sizes with and without a remainder behind whole vectors
 SELECTION = (
     "cpu and ((values and bins0 and (size3 or size5 or channels1 or channels3)) or layout or copy or folded or counts "
-    "or (values and shape1))"
+    "or (values and shape1) or weights)"
 )
 
 

@@ -9,6 +9,8 @@ constexpr int kTileX = 32, kTileY = kThreads / kTileX;  // pixels of a block
 
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
+__device__ __forceinline__ float logarithm(float x) { return logf(x); }
+__device__ __forceinline__ double logarithm(double x) { return log(x); }
 
 // The pixel of this thread, image by image, tile by tile.
 struct Pixel {
@@ -24,6 +26,12 @@ __device__ __forceinline__ Pixel pixel_of_thread(int H, int W) {
 }
 
 inline int64_t count_tiles(int64_t N, int64_t H, int64_t W) { return N * divide_up(H, kTileY) * divide_up(W, kTileX); }
+
+template <class A>
+__device__ __forceinline__ A bilinear(A top_left, A top_right, A bottom_left, A bottom_right, A right, A bottom) {
+  return (1 - bottom) * ((1 - right) * top_left + right * top_right) +
+         bottom * ((1 - right) * bottom_left + right * bottom_right);
+}
 
 // The four pixels of the logits around one of the map, with their weights.
 template <class T>
@@ -56,9 +64,7 @@ struct Corners {
     load_wide(bottom_left + offset, c);
     load_wide(bottom_right + offset, d);
 #pragma unroll
-    for (int v = 0; v < V; ++v) {
-      values[v] = (1 - bottom) * ((1 - right) * a[v] + right * b[v]) + bottom * ((1 - right) * c[v] + right * d[v]);
-    }
+    for (int v = 0; v < V; ++v) values[v] = bilinear(a[v], b[v], c[v], d[v], right, bottom);
   }
 };
 

@@ -2,6 +2,7 @@
 // reads the gradient once. Both are separable: along one axis first, then along the other.
 #include <algorithm>
 
+#include "axis.cuh"
 #include "cells.cuh"
 #include "planes.cuh"
 
@@ -9,42 +10,6 @@ namespace pspnet_fast::cuda {
 namespace {
 
 constexpr int kLongest = 16;  // pixels of an axis that a block of the backward takes, if bins are larger than that
-
-// One axis of a level: `size` pixels interpolate between `bins` cells.
-template <class T>
-struct Axis {
-  int bins, size;
-  bool align_corners;
-  acc_t<T> scale;
-
-  __device__ __forceinline__ Axis(int bins, int64_t size, bool align_corners)
-      : bins(bins),
-        size(static_cast<int>(size)),
-        align_corners(align_corners),
-        scale(source_scale<acc_t<T>>(bins, size, align_corners)) {}
-
-  __device__ __forceinline__ SourceIndex<acc_t<T>> at(int pixel) const {
-    return source_index<acc_t<T>>(pixel, scale, bins, align_corners);
-  }
-  // The weight of the next cell after `low`; the last cell has none and takes the whole.
-  __device__ __forceinline__ acc_t<T> weight_of_next(int pixel) const {
-    const SourceIndex<acc_t<T>> source = at(pixel);
-    return source.high > source.low ? source.lambda : acc_t<T>(0);
-  }
-  // The first pixel whose `low` is at least `cell`; `size` if there is none.
-  __device__ __forceinline__ int start(int cell) const {
-    int begin = 0, end = size;
-    while (begin < end) {
-      const int middle = (begin + end) / 2;
-      if (at(middle).low >= cell) {
-        end = middle;
-      } else {
-        begin = middle + 1;
-      }
-    }
-    return begin;
-  }
-};
 
 // Channels-last upsampling: the pixels between two columns of cells share their vertical interpolation.
 // Layout: channels-last in 16-byte vectors (V > 1), or any strides (V == 1).

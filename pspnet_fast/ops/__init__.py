@@ -5,6 +5,7 @@ from .pyramid_pool import new_concat, pyramid_pool
 from .pyramid_reduce import pyramid_reduce
 from .pyramid_upsample_concat import pyramid_upsample_concat_
 from .upsample_argmax import upsample_argmax
+from .upsample_cross_entropy import upsample_cross_entropy
 from .upsample_softmax_accumulate import upsample_softmax_accumulate_
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "pyramid_reduce",
     "pyramid_upsample_concat_",
     "upsample_argmax",
+    "upsample_cross_entropy",
     "upsample_softmax_accumulate_",
 ]

@@ -87,6 +87,15 @@ class TrainConfig:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     aux_weight: float = 0.4
+    label_smoothing: float = 0.0
+    class_weights: list[float] | None = None
+    """A factor a class, for both losses."""
+    ohem: bool = False
+    """Only hard pixels count (online hard example mining), for both losses."""
+    ohem_threshold: float = 0.7
+    """Pixels whose label has a lower probability are hard."""
+    ohem_min_kept: int = 100000
+    """Pixels an image that count at least."""
     seed: int = 0
     bf16: bool = False
     """Run the model under bfloat16 autocast; weights, losses and metrics stay float32."""
@@ -103,8 +112,12 @@ class TrainConfig:
             _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         for name in ("lr", "head_lr_factor", "power"):
             _check(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "above 0")
-        for name in ("weight_decay", "aux_weight", "seed", "workers"):
+        for name in ("weight_decay", "aux_weight", "seed", "workers", "ohem_min_kept"):
             _check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "at least 0")
+        _check(0 <= self.label_smoothing <= 1, "train.label_smoothing", self.label_smoothing, "from 0 to 1")
+        _check(0 < self.ohem_threshold <= 1, "train.ohem_threshold", self.ohem_threshold, "above 0 and at most 1")
+        if self.class_weights is not None:
+            _check(min(self.class_weights, default=-1) >= 0, "train.class_weights", self.class_weights, "at least 0")
         _check(0 <= self.momentum < 1, "train.momentum", self.momentum, "at least 0 and below 1")
 
 

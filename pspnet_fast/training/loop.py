@@ -19,7 +19,7 @@ from pspnet_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from pspnet_fast.training.config import TrainConfig
 from pspnet_fast.training.loading import Item, train_loader, val_loader
 from pspnet_fast.training.metrics import Metrics
-from pspnet_fast.training.optimizer import make_optimizer, pspnet_loss, set_poly_lr
+from pspnet_fast.training.optimizer import make_loss, make_optimizer, pspnet_loss, set_poly_lr
 from pspnet_fast.training.report import Report
 
 CHECKPOINT = "checkpoint.pt"
@@ -205,7 +205,7 @@ def _train_epoch(
 ) -> float:
     """Train on every batch; return the mean loss. ``first_step`` is the iteration of the first batch, from 0."""
     device = next(model.parameters()).device
-    align_corners = bool(model.align_corners)
+    criterion = make_loss(config, bool(model.align_corners)).to(device)
     epoch_losses: list[float] = []
     pending: list[tuple[float, Tensor]] = []  # learning rate and loss of the iterations not yet looked at
 
@@ -215,7 +215,10 @@ def _train_epoch(
         report.iterations(begin, [lr for lr, _ in pending], losses)
         for step, loss in enumerate(losses, begin):
             if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} at iteration {step} of {steps}; try a smaller train.lr")
+                raise FloatingPointError(
+                    f"the loss is {loss} at iteration {step} of {steps}; try a smaller train.lr "
+                    "(on a GPU a label that is no class does the same)"
+                )
         epoch_losses.extend(losses)
         pending.clear()
 
@@ -226,7 +229,7 @@ def _train_epoch(
         images = images.to(device, non_blocking=True, memory_format=_memory_format(config))
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
             outputs = model(images)
-        loss = pspnet_loss(outputs, labels.to(device, non_blocking=True), config.aux_weight, align_corners)
+        loss = pspnet_loss(criterion, outputs, labels.to(device, non_blocking=True), config.aux_weight)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pspnet_fast.data import IGNORE_INDEX
+from pspnet_fast.losses import UpsampleCrossEntropyLoss
 from pspnet_fast.training.config import TrainConfig
 
 HEAD = ("ppm", "cls", "aux")
@@ -37,21 +37,22 @@ def set_poly_lr(optimizer: torch.optim.Optimizer, step: int, steps: int, power: 
     return optimizer.param_groups[0]["lr"]
 
 
-def cross_entropy(logits: Tensor, label: Tensor, align_corners: bool) -> Tensor:
-    """Mean cross entropy over the pixels whose label is not 255, in float32; 0 where all are ignored.
+def make_loss(config: TrainConfig, align_corners: bool) -> UpsampleCrossEntropyLoss:
+    """Cross entropy over the pixels whose label is not 255, at the label's size, as ``config`` asks for it."""
+    return UpsampleCrossEntropyLoss(
+        align_corners=align_corners,
+        weight=None if config.class_weights is None else torch.tensor(config.class_weights),
+        ignore_index=IGNORE_INDEX,
+        label_smoothing=config.label_smoothing,
+        ohem=config.ohem,
+        threshold=config.ohem_threshold,
+        min_kept=config.ohem_min_kept,
+    )
 
-    Args:
-        logits: (N, K, h, w), upsampled here to the label's size.
-        label: (N, H, W) int64.
-    """
-    logits = F.interpolate(logits.float(), label.shape[-2:], mode="bilinear", align_corners=align_corners)
-    total = F.cross_entropy(logits, label, ignore_index=IGNORE_INDEX, reduction="sum")
-    return total / (label != IGNORE_INDEX).sum().clamp(min=1)
 
-
-def pspnet_loss(outputs: Mapping[str, Tensor], label: Tensor, aux_weight: float, align_corners: bool) -> Tensor:
-    """Cross entropy of "out" plus ``aux_weight`` times that of "aux" where there is one."""
-    loss = cross_entropy(outputs["out"], label, align_corners)
+def pspnet_loss(loss: nn.Module, outputs: Mapping[str, Tensor], label: Tensor, aux_weight: float) -> Tensor:
+    """``loss`` of "out" plus ``aux_weight`` times that of "aux" where there is one."""
+    total = loss(outputs["out"], label)
     if "aux" in outputs:
-        loss = loss + aux_weight * cross_entropy(outputs["aux"], label, align_corners)
-    return loss
+        total = total + aux_weight * loss(outputs["aux"], label)
+    return total
