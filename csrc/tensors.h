@@ -140,8 +140,8 @@ inline void check_like(const char* name, const Tensor& tensor, const std::vector
 // by the tensor that it returns. Tests build with PSPNET_FAST_CUDA_ON_CPU: the CUDA sources, executed on the CPU.
 
 #if defined(PSPNET_FAST_CUDA_ON_CPU)
-void check_cuda(int error);
-#define PSP_LAUNCH(op, tensor, args) ::pspnet_fast::check_cuda(::pspnet_fast::cuda::op(args, nullptr))
+#define PSP_LAUNCH(op, tensor, args) \
+  STD_TORCH_CHECK(::pspnet_fast::cuda::op(args, nullptr) == 0, "a kernel was not launched")
 #elif defined(PSPNET_FAST_WITH_CUDA)
 inline void* current_stream(const Tensor& tensor) {
   void* stream = nullptr;

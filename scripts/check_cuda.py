@@ -98,14 +98,21 @@ def wide_accesses(cuobjdump: Path, file: Path) -> dict[tuple[str, int], dict[str
 
 def missing_wide(kernel: str, loads: int, stores: int) -> str:
     """What a kernel lacks of WIDE, in words; empty if nothing."""
-    width = re.search(r", (\d+)>$", kernel)
-    expected = "" if width is not None and int(width.group(1)) == 1 else WIDE[kernel.split("<")[0]]
+    name, width = kernel.split("<")[0], re.search(r", (\d+)>$", kernel)
+    if name not in WIDE:
+        return "entry in WIDE of scripts/check_cuda.py"
+    expected = "" if width is not None and int(width.group(1)) == 1 else WIDE[name]
     lacks = [
-        name
-        for letter, name, count in (("L", "loads", loads), ("S", "stores", stores))
+        f"16-byte {access}"
+        for letter, access, count in (("L", "loads", loads), ("S", "stores", stores))
         if letter in expected and not count
     ]
     return " and ".join(lacks)
+
+
+def cell(row: dict[str, int]) -> str:
+    text = "/".join(str(row[field]) for field in ("registers", "shared", "stack", "spills"))
+    return text + (f" {row['wide_loads']}+{row['wide_stores']}" if "wide_loads" in row else "")
 
 
 def main() -> None:
@@ -127,22 +134,17 @@ def main() -> None:
     architectures = sorted({arch for _, arch in table})
 
     width = max(map(len, names.values()))
-    head = " ".join(f"{f'sm_{arch}':>6}" for arch in architectures)
-    print(f"{'registers of a thread':{width}} {head} {'shared':>7} {'stack':>6} {'spills':>7} {'16-byte ld/st':>14}")
+    print("registers of a thread / static shared memory / stack / spills, in bytes, and 16-byte loads + stores")
+    print(f"{'':{width}}", *(f"{f'sm_{arch}':>20}" for arch in architectures))
     failures = []
     for kernel in sorted(mangled, key=names.__getitem__):
         rows = [table[kernel, arch] for arch in architectures]
-        registers = " ".join(f"{row['registers']:6d}" for row in rows)
-        wide = [min(row.get(field, -1) for row in rows) for field in ("wide_loads", "wide_stores")]
-        most = {field: max(row[field] for row in rows) for field in ("shared", "stack", "spills")}
-        print(
-            f"{names[kernel]:{width}} {registers} {most['shared']:7d} {most['stack']:6d} {most['spills']:7d} "
-            f"{'-' if cuobjdump is None else f'{wide[0]}/{wide[1]}':>14}"
-        )
-        if most["stack"] or most["spills"]:
+        print(f"{names[kernel]:{width}}", *(f"{cell(row):>20}" for row in rows))
+        if any(row["stack"] or row["spills"] for row in rows):
             failures.append(f"{names[kernel]} uses local memory")
+        wide = [min(row.get(field, -1) for row in rows) for field in ("wide_loads", "wide_stores")]
         if cuobjdump is not None and (lacks := missing_wide(names[kernel], *wide)):
-            failures.append(f"{names[kernel]} has no 16-byte {lacks}")
+            failures.append(f"{names[kernel]} has no {lacks}")
     if cuobjdump is None:
         print("check_cuda: no cuobjdump: 16-byte accesses were not checked")
     if args.json is not None:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Compiles every CUDA source and binding without a GPU: warnings, stack frames and register spills are errors.
-# usage: scripts/check_cuda.sh [REPORT.json]   (CUDA_HOME, PYTHON; exit code 3: there is no nvcc)
+# Prints what each kernel uses on each architecture and, with cuobjdump, whether it has the 16-byte accesses it should.
+# usage: scripts/check_cuda.sh [REPORT.json, else build/cuda_static.json]   (CUDA_HOME, PYTHON; exit 3: there is no nvcc)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -34,4 +35,4 @@ for source in csrc/*.cpp; do
   "${CXX:-g++}" -std=c++20 -fsyntax-only -Wall -Wextra -Wno-missing-field-initializers -Werror \
     -DPSPNET_FAST_WITH_CUDA -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000 $torch_include -isystem "$cuda/include" "$source"
 done
-"$python" scripts/check_cuda.py "$out" ${1:+--json "$1"}
+"$python" scripts/check_cuda.py "$out" --json "${1:-build/cuda_static.json}"

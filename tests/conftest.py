@@ -1,9 +1,40 @@
 """Where the operators' tests run, and what they share."""
 
+import random
 from collections.abc import Iterator
 
+import cases
 import pytest
 import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help = "few cases of each test: each value of each parameter with each dtype"
+    parser.addoption("--sample", type=int, metavar="SEED", help=help)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--sample") is not None:
+        cases.make_smaller()
+
+
+@pytest.hookimpl(trylast=True)  # of what -k has left
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """--sample: enough to run every instance of every kernel in every mode of tests/cuda_on_cpu, in little time."""
+    if (seed := config.getoption("--sample")) is None:
+        return
+    seen: set[tuple[str, ...]] = set()
+    kept: set[pytest.Item] = set()
+    for item in random.Random(seed).sample(items, len(items)):
+        test = item.nodeid.split("[")[0]
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        dtype = str(parameters.get("dtype"))
+        values = {(test, dtype), *((test, dtype, name, repr(value)) for name, value in parameters.items())}
+        if not values <= seen:
+            seen |= values
+            kept.add(item)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(params=["cpu", "cuda_on_cpu", "cuda"])

@@ -14,18 +14,19 @@ pytestmark = pytest.mark.usefixtures("poison")
 R = 19  # channels of a level: no multiple of any vector
 
 
+BEFORE = 8  # channels before the levels': whole vectors of 16 bytes, as the channels of x are in a network
+
+
 def upsample(module, size, bins, align_corners: bool, channels_last: bool = False):
-    """reduced -> the upsampled levels alone, from a concatenation that holds 2 other channels before them."""
+    """reduced -> a concatenation of BEFORE channels of 0 and the upsampled levels."""
 
     def function(reduced: Tensor) -> Tensor:
         n, _, r = reduced.shape
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        shape = (n, 2 + len(bins) * r, *size)
+        shape = (n, BEFORE + len(bins) * r, *size)
         concat = torch.empty(shape, dtype=reduced.dtype, device=reduced.device, memory_format=memory_format)
-        if module is reference:
-            concat.zero_()
-        concat = module.pyramid_upsample_concat_(concat, reduced, bins, offset=2, align_corners=align_corners)
-        return concat[:, 2:]
+        (concat if module is reference else concat[:, :BEFORE]).zero_()
+        return module.pyramid_upsample_concat_(concat, reduced, bins, offset=BEFORE, align_corners=align_corners)
 
     return function
 
@@ -36,7 +37,7 @@ def upsample(module, size, bins, align_corners: bool, channels_last: bool = Fals
 def test_values_and_gradient(device, bins, size, dtype):
     for align_corners, (layout, channels) in itertools.product((False, True), LAYOUTS_AND_CHANNELS):
         reduced = torch.randn(2, count(bins), channels, dtype=torch.float64).to(device, dtype)
-        grad = make((2, len(bins) * channels, *size), layout, dtype, device)
+        grad = make((2, BEFORE + len(bins) * channels, *size), layout, dtype, device)
         run = [
             with_gradients(upsample(m, size, bins, align_corners, layout == "channels_last"), 1)
             for m in (ops, reference)
@@ -102,7 +103,7 @@ def test_opcheck(device, layout, requires_grad):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_same_bits_every_run(device, layout):
     reduced = torch.randn(2, 50, R, device=device)
-    grad = make((2, 4 * R, 61, 97), layout, torch.float32, device)
+    grad = make((2, BEFORE + 4 * R, 61, 97), layout, torch.float32, device)
     run = with_gradients(upsample(ops, (61, 97), (1, 2, 3, 6), True, layout == "channels_last"), 1)
     first = run(reduced, grad)
     assert all(torch.equal(a, b) for _ in range(3) for a, b in zip(first, run(reduced, grad), strict=True))

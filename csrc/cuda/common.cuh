@@ -74,24 +74,10 @@ __device__ __forceinline__ void load(const T* from, T (&values)[V]) {
   }
 }
 
-// To shared memory.
-template <class T, int V>
-__device__ __forceinline__ void store_shared(T* to, const T (&values)[V]) {
-  if constexpr (V == 1) {
-    *to = values[0];
-  } else {
-    static_assert(V % kVector<T> == 0);
-#pragma unroll
-    for (int i = 0; i < V; i += kVector<T>) {
-      uint4 bytes;
-      memcpy(&bytes, static_cast<const void*>(values + i), 16);
-      *reinterpret_cast<uint4*>(to + i) = bytes;
-    }
-  }
-}
+enum class Memory { kDevice, kShared };
 
-// To device memory, by an intrinsic: nvcc takes plain 16-byte stores of computed values apart.
-template <class T, int V>
+// To device memory by an intrinsic: nvcc takes plain 16-byte stores of computed values apart.
+template <Memory memory = Memory::kDevice, class T, int V>
 __device__ __forceinline__ void store(T* to, const T (&values)[V]) {
   if constexpr (V == 1) {
     *to = values[0];
@@ -101,9 +87,19 @@ __device__ __forceinline__ void store(T* to, const T (&values)[V]) {
     for (int i = 0; i < V; i += kVector<T>) {
       uint4 bytes;
       memcpy(&bytes, static_cast<const void*>(values + i), 16);
-      __stwb(reinterpret_cast<uint4*>(to + i), bytes);
+      uint4* const target = reinterpret_cast<uint4*>(to + i);
+      if constexpr (memory == Memory::kShared) {
+        *target = bytes;
+      } else {
+        __stwb(target, bytes);
+      }
     }
   }
+}
+
+template <class T, int V>
+__device__ __forceinline__ void store_shared(T* to, const T (&values)[V]) {
+  store<Memory::kShared>(to, values);
 }
 
 // As above with conversion: memory holds T, registers hold the accumulator type.

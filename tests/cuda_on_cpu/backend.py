@@ -45,6 +45,11 @@ class NotAvailable(Exception):
     """Why the CUDA sources cannot be built here."""
 
 
+def sources() -> list[Path]:
+    """The kernels, a file an operator."""
+    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
 def cuda_include() -> Path:
     """The CUDA toolkit's headers; nothing else of the toolkit is needed."""
     if platform.machine() != "x86_64":
@@ -72,9 +77,9 @@ def build_operators(sanitizer: str = "none") -> Path:
     torch_flags = ["-DPSPNET_FAST_CUDA_ON_CPU", f"-DPSPNET_FAST_NAMESPACE={NAMESPACE}"]
     torch_flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-Wno-missing-field-initializers"]
     torch_flags += [f"-isystem{path}" for path in include_paths()]
-    units = {source: [] for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))}
+    units = {source: [] for source in sources()}
     bindings = [*sorted((ROOT / "csrc").glob("*.cpp")), ROOT / "csrc" / "cpu" / "isa.cpp"]
-    units |= {source: torch_flags for source in bindings} | {HERE / "contract.cpp": []}
+    units |= {source: torch_flags for source in bindings}
     libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-lc10", "-shared"]
     return _build("operators.so", units, sanitizer, libraries)
 
@@ -123,8 +128,8 @@ def _build(name: str, units: dict[Path, list[str]], sanitizer: str, libraries: l
         language = ["-x", "c++", "-include", str(HERE / "device.h")] if source.suffix == ".cu" else []
         commands[source] = [_compiler(), *flags, *SANITIZERS[sanitizer], *extra, *language, "-c", str(source)]
     define = {"none": [], "address": ["-DCUDA_ON_CPU_ADDRESS"], "thread": ["-DCUDA_ON_CPU_THREAD"]}[sanitizer]
-    runtime = HERE / "runtime.cpp"
-    commands[runtime] = [_compiler(), *flags, *define, "-O2", "-c", str(runtime)]
+    for runtime in (HERE / "fibers.cpp", HERE / "launch.cpp"):
+        commands[runtime] = [_compiler(), *flags, *define, "-O2", "-c", str(runtime)]
     link = [_compiler(), *SANITIZERS[sanitizer]]
 
     inputs = sorted({*(ROOT / "csrc").rglob("*.*"), *HERE.glob("*.*")} - {Path(__file__)})

@@ -1,5 +1,5 @@
 // What a CUDA source needs in order to compile with g++ and run on a CPU; force-included before each csrc/cuda/*.cu.
-// runtime.cpp runs the threads of a block as fibers; README.md says what that can prove. Only what the kernels use is
+// launch.cpp runs the threads of a block as fibers; README.md says what that can prove. Only what the kernels use is
 // here: a kernel that needs more fails to compile, and is added to.
 #pragma once
 
