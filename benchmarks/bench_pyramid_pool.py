@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from comparison import Case, Comparison, cases, nbytes
+from comparison import IMPLEMENTATIONS, Case, Comparison, cases, nbytes
 from torch import Tensor
 
 from pspnet_fast import ops, reference
@@ -12,7 +12,7 @@ from pspnet_fast import ops, reference
 BINS = (1, 2, 3, 6)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "fused"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("case", cases((1, 2048, 60, 60)), ids=str)
 def test_pyramid_pool(
@@ -26,7 +26,7 @@ def test_pyramid_pool(
     def eager() -> tuple[Tensor, Tensor]:
         return reference.pyramid_pool(x, BINS), x.clone()
 
-    function = fused if implementation == "fused" else eager
+    function = {"eager": eager, "compile": torch.compile(eager), "fused": fused}[implementation]
     against = Comparison("pyramid_pool", f"{case} {direction}", device, floor_bytes=2 * nbytes(x))
     if direction == "forward":
         with torch.no_grad():

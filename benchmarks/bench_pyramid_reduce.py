@@ -4,14 +4,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from comparison import Comparison, nbytes
+from comparison import IMPLEMENTATIONS, Comparison, nbytes
 
 from pspnet_fast import ops, reference
 
 BINS, CHANNELS, REDUCED = (1, 2, 3, 6), 2048, 512
 
 
-@pytest.mark.parametrize("implementation", ["eager", "fused"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("batch", [1, 2])
@@ -23,18 +23,21 @@ def test_pyramid_reduce(
     direction: str,
     implementation: str,
 ) -> None:
-    op = (ops if implementation == "fused" else reference).pyramid_reduce
+    eager = reference.pyramid_reduce
+    op = {"eager": eager, "compile": torch.compile(eager), "fused": ops.pyramid_reduce}[implementation]
     factory = {"dtype": dtype, "device": device}
     pooled = torch.randn(batch, 50, CHANNELS, **factory)
     weights = [torch.randn(REDUCED, CHANNELS, **factory) for _ in BINS]
     case = f"batch {batch} {str(dtype).removeprefix('torch.')} {direction}"
+    # forward one matrix product, backward two
+    bytes, operations = nbytes(*weights), 2 * pooled.numel() * REDUCED * (dtype == torch.bfloat16)
     if direction == "forward":
-        against = Comparison("pyramid_reduce", case, device, floor_bytes=nbytes(*weights))
+        against = Comparison("pyramid_reduce", case, device, bytes, bfloat16_operations=operations)
         norm = [(*torch.rand(4, REDUCED, **factory), 1e-5) for _ in BINS]
         with torch.no_grad():
             measure(against, implementation, lambda: op(pooled, weights, BINS, norm=norm, relu=True))
         return
-    against = Comparison("pyramid_reduce", case, device, floor_bytes=2 * nbytes(*weights))
+    against = Comparison("pyramid_reduce", case, device, 2 * bytes, bfloat16_operations=2 * operations)
     inputs = [t.requires_grad_() for t in (pooled, *weights)]
     reduced = op(pooled, weights, BINS)
     grad = torch.randn_like(reduced)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import Case, Comparison, cases, nbytes
+from comparison import IMPLEMENTATIONS, Case, Comparison, cases, nbytes
 from torch import Tensor
 
 from pspnet_fast import ops
@@ -13,7 +13,7 @@ from pspnet_fast import ops
 BINS = (1, 2, 3, 6)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "fused"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("case", cases((1, 2048, 60, 60)), ids=str)
 def test_pyramid_upsample_concat(
@@ -32,7 +32,8 @@ def test_pyramid_upsample_concat(
     def eager() -> Tensor:
         return torch.cat([F.interpolate(z, (h, w), mode="bilinear", align_corners=True) for z in maps], 1)
 
-    function, inputs = (fused, [reduced]) if implementation == "fused" else (eager, maps)
+    function = {"eager": eager, "compile": torch.compile(eager), "fused": fused}[implementation]
+    inputs = [reduced] if implementation == "fused" else maps
     against = Comparison("pyramid_upsample_concat_", f"{case} {direction}", device, floor_bytes=nbytes(concat) // 2)
     if direction == "forward":
         with torch.no_grad():

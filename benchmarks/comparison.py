@@ -3,19 +3,22 @@
 import math
 import mmap
 import os
-import time
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import cpuinfo
 import torch
+from timing import bfloat16_rate, host_seconds, synchronized
 from torch import Tensor
 
 import pspnet_fast  # noqa: F401  (loads the operators)
 
 LAYOUTS = {torch.contiguous_format: "contiguous", torch.channels_last: "channels_last"}
 TIMES = ["case", "eager ms", "compile ms", "fused ms", "eager / fused", "floor ms", "fused / floor", "target"]
+# torch.compile of each operator's reference takes minutes: on a GPU only, where it is the usual way to fuse them
+IMPLEMENTATIONS = ["eager", "compile", "fused"] if torch.cuda.is_available() else ["eager", "fused"]
 COPY_BYTES = {"cpu": 59 << 20, "cuda": 1 << 30}  # beyond the caches; on the CPU as much as FusedPPM writes at 60 x 60
 
 
@@ -49,19 +52,6 @@ def nbytes(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def synchronized(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """The function, returning when the device is done."""
-    if device.type == "cpu":
-        return function
-
-    def run() -> object:
-        result = function()
-        torch.cuda.synchronize(device)
-        return result
-
-    return run
-
-
 class CopyBandwidth:
     """Bytes a second, read and written together, of torch's copy_ on one device: the best seen, by kind of memory.
 
@@ -81,9 +71,7 @@ class CopyBandwidth:
         for kind, (source, target) in self.buffers.items():
             copy = synchronized(partial(target.copy_, source), self.device)
             for _ in range(5):
-                start = time.perf_counter()
-                copy()
-                self.best[kind] = max(self.best[kind], 2 * nbytes(source) / (time.perf_counter() - start))
+                self.best[kind] = max(self.best[kind], 2 * nbytes(source) / host_seconds(copy))
 
     def ceiling(self) -> float:
         """The greatest, of which the floors are made."""
@@ -105,6 +93,7 @@ class Comparison:
         case: its row.
         floor_bytes: what has to be read and written once, at least.
         target: how many times faster than eager the fused implementation is meant to be.
+        bfloat16_operations: additions and multiplications of its matrix products, if they are in bfloat16.
     """
 
     table: str
@@ -112,15 +101,17 @@ class Comparison:
     device: torch.device
     floor_bytes: int
     target: float | None = None
+    bfloat16_operations: float = 0
 
 
 @dataclass
 class Results:
     """Everything measured in one run."""
 
-    seconds: dict[Comparison, dict[str, float]] = field(default_factory=dict)  # medians; NaN: it fails
+    times: dict[Comparison, dict[str, list[float]]] = field(default_factory=dict)  # seconds of each run; NaN: it fails
     memory: dict[str, dict[str, float]] = field(default_factory=dict)  # bytes, by case and implementation
     bandwidths: dict[torch.device, CopyBandwidth] = field(default_factory=dict)
+    rates: dict[torch.device, float] = field(default_factory=dict)  # of matrix products, see timing.bfloat16_rate
 
     def bandwidth(self, device: torch.device) -> CopyBandwidth:
         """The copies of a device, made at their first use."""
@@ -128,11 +119,23 @@ class Results:
             self.bandwidths[device] = CopyBandwidth(device)
         return self.bandwidths[device]
 
+    def add(self, comparison: Comparison, implementation: str, times: list[float]) -> None:
+        self.times.setdefault(comparison, {})[implementation] = times
+
+    def floor(self, comparison: Comparison) -> float:
+        """The seconds that this device's copies and matrix products would take for what has to be done."""
+        seconds = comparison.floor_bytes / self.bandwidth(comparison.device).ceiling()
+        if comparison.bfloat16_operations == 0:
+            return seconds
+        if comparison.device not in self.rates:
+            self.rates[comparison.device] = bfloat16_rate(comparison.device)
+        return max(seconds, comparison.bfloat16_operations / self.rates[comparison.device])
+
     def report(self) -> str:
         """All tables, in Markdown."""
         parts = [self._machine()]
-        for table in dict.fromkeys(comparison.table for comparison in self.seconds):
-            rows = [self._row(*item) for item in self.seconds.items() if item[0].table == table]
+        for table in dict.fromkeys(comparison.table for comparison in self.times):
+            rows = [self._row(comparison) for comparison in self.times if comparison.table == table]
             header = [
                 "case",
                 "eager ms",
@@ -169,8 +172,9 @@ class Results:
             )
         return "\n".join(lines)
 
-    def _row(self, comparison: Comparison, seconds: dict[str, float]) -> list[str]:
-        floor = comparison.floor_bytes / self.bandwidths[comparison.device].ceiling()
+    def _row(self, comparison: Comparison) -> list[str]:
+        seconds = {name: statistics.median(times) for name, times in self.times[comparison].items()}
+        floor = self.floor(comparison)
         eager, fused = seconds.get("eager"), seconds.get("fused")
         times = [_milliseconds(seconds.get(name)) for name in ("eager", "compile", "fused")]
         ratio = eager / fused if eager and fused else None

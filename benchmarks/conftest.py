@@ -7,20 +7,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from comparison import Comparison, Results, synchronized
+from comparison import Comparison, Results
+from record import as_json
+from timing import gpu_seconds, host_seconds, synchronized
 from torch._inductor.exc import InductorError
 
-SECONDS, ROUNDS = 1.0, (9, 100)  # of measuring one implementation; at least and at most
+SECONDS = {"cpu": 1.0, "cuda": 0.3}  # of measuring one implementation
+ROUNDS = (9, 100)  # at least and at most
 
 _RESULTS = pytest.StashKey[Results]()
+_START = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--markdown", type=Path, metavar="FILE", help="also write the summary to FILE")
+    group = parser.getgroup("benchmarks of pspnet_fast")
+    group.addoption("--markdown", type=Path, metavar="FILE", help="also write the summary to FILE")
+    group.addoption("--json", type=Path, metavar="FILE", help="also write all medians and quantiles to FILE")
+    group.addoption("--compile-until", type=float, metavar="SECONDS", help="skip torch.compile after that time")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_RESULTS] = Results()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest, and may be left out, comes last."""
+    items.sort(key=lambda item: item.callspec.params.get("implementation") == "compile")
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict) -> None:
@@ -30,13 +42,15 @@ def pytest_benchmark_update_machine_info(machine_info: dict) -> None:
 @pytest.hookimpl(trylast=True)  # below the table of pytest-benchmark
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     results = config.stash[_RESULTS]
-    if not (results.seconds or results.memory):
+    if not (results.times or results.memory):
         return
     report = results.report()
     terminalreporter.section("summary: medians, against eager PyTorch and against the memory's floor")
     terminalreporter.write_line(report)
     if path := config.getoption("--markdown"):
         path.write_text(report + "\n", encoding="utf-8")
+    if path := config.getoption("--json"):
+        path.write_text(as_json(results) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
@@ -50,8 +64,8 @@ def results(request: pytest.FixtureRequest) -> Results:
 
 
 @pytest.fixture
-def measure(benchmark, results: Results) -> Callable[..., None]:
-    """measure(comparison, implementation, function, setup=None): the median time of function()."""
+def measure(request: pytest.FixtureRequest, results: Results) -> Callable[..., None]:
+    """measure(comparison, implementation, function, setup=None): the times of function()."""
 
     def run(
         comparison: Comparison,
@@ -59,25 +73,26 @@ def measure(benchmark, results: Results) -> Callable[..., None]:
         function: Callable[[], object],
         setup: Callable[[], None] = lambda: None,
     ) -> None:
-        function = synchronized(function, comparison.device)
+        until = request.config.getoption("--compile-until")
+        if implementation == "compile" and until is not None and time.monotonic() - _START > until:
+            pytest.skip(f"{until:g} s are over")
+        device = comparison.device
+        returning_when_done = synchronized(function, device)
         try:
-            once = min(_seconds(function, setup) for _ in range(3))  # the first compiles
+            once = min(host_seconds(returning_when_done, setup) for _ in range(3))  # the first compiles
         except InductorError as error:
-            results.seconds.setdefault(comparison, {})[implementation] = math.nan
+            results.add(comparison, implementation, [math.nan])
             pytest.skip(f"torch.compile fails: {error!r}")
-        rounds = int(min(max(SECONDS / once, ROUNDS[0]), ROUNDS[1]))
-        results.bandwidth(comparison.device).measure()
+        rounds = int(min(max(SECONDS[device.type] / once, ROUNDS[0]), ROUNDS[1]))
+        results.bandwidth(device).measure()
+        if device.type == "cuda":
+            results.add(comparison, implementation, gpu_seconds(function, setup, device, rounds))
+            return
+        benchmark = request.getfixturevalue("benchmark")
         benchmark.group, benchmark.name = f"{comparison.table}: {comparison.case}", implementation
         benchmark.pedantic(function, setup=setup, rounds=rounds)
         if benchmark.stats:  # not with --benchmark-disable
-            results.seconds.setdefault(comparison, {})[implementation] = benchmark.stats.stats.median
+            results.add(comparison, implementation, benchmark.stats.stats.data)
             benchmark.extra_info["floor_bytes"] = comparison.floor_bytes
 
     return run
-
-
-def _seconds(function: Callable[[], object], setup: Callable[[], None]) -> float:
-    setup()
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start

@@ -1,16 +1,24 @@
 """Where the operators' tests run, and what they share."""
 
+import contextlib
 import random
 from collections.abc import Iterator
 
 import cases
 import pytest
 import torch
+from twice import Twice
+
+DEVICES = ["cpu", "cuda_on_cpu", "cuda"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("operators")
+    group.addoption("--device", choices=DEVICES, help="only the tests that run on this one")
     help = "few cases of each test: each value of each parameter with each dtype"
-    parser.addoption("--sample", type=int, metavar="SEED", help=help)
+    group.addoption("--sample", type=int, metavar="SEED", help=help)
+    group.addoption("--twice", action="store_true", help="call each operator twice and compare the bits")
+    group.addoption("--no-poison", action="store_true", help="leave fresh memory as it is, for tools that watch it")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -20,42 +28,51 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)  # of what -k has left
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """--sample: enough to run every instance of every kernel in every mode of tests/cuda_on_cpu, in little time."""
-    if (seed := config.getoption("--sample")) is None:
-        return
+    """--device and --sample, which leaves enough to run every instance of every kernel."""
+    chosen = items
+    if device := config.getoption("--device"):
+        chosen = [item for item in chosen if parameters(item).get("device") == device]
+    if (seed := config.getoption("--sample")) is not None:
+        chosen = sample(chosen, seed)
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    items[:] = chosen
+
+
+def parameters(item: pytest.Item) -> dict[str, object]:
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def sample(items: list[pytest.Item], seed: int) -> list[pytest.Item]:
     seen: set[tuple[str, ...]] = set()
     kept: set[pytest.Item] = set()
     for item in random.Random(seed).sample(items, len(items)):
-        test = item.nodeid.split("[")[0]
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        dtype = str(parameters.get("dtype"))
-        values = {(test, dtype), *((test, dtype, name, repr(value)) for name, value in parameters.items())}
+        test, dtype = item.nodeid.split("[")[0], str(parameters(item).get("dtype"))
+        values = {(test, dtype), *((test, dtype, name, repr(value)) for name, value in parameters(item).items())}
         if not values <= seen:
             seen |= values
             kept.add(item)
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = [item for item in items if item in kept]
+    return [item for item in items if item in kept]
 
 
-@pytest.fixture(params=["cpu", "cuda_on_cpu", "cuda"])
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Every device that has kernels, and the CPU with the CUDA kernels' sources in place of its own.
 
     What a machine lacks for a part is skipped, saying so.
     """
-    if request.param == "cuda_on_cpu":
-        from cuda_on_cpu import backend
+    with contextlib.ExitStack() as stack:
+        if request.param == "cuda_on_cpu":
+            from cuda_on_cpu import backend
 
-        try:
-            backend.build_operators()
-        except backend.NotAvailable as error:
-            pytest.skip(f"the CUDA sources cannot be built for the CPU: {error}")
-        with backend.instead_of_cpu_kernels():
-            yield torch.device("cpu")
-        return
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU on this machine")
-    yield torch.device(request.param)
+            try:
+                stack.enter_context(backend.instead_of_cpu_kernels())
+            except backend.NotAvailable as error:
+                pytest.skip(f"the CUDA sources cannot be built for the CPU: {error}")
+        elif request.param == "cuda" and not torch.cuda.is_available():
+            pytest.skip("no CUDA GPU on this machine")
+        if request.config.getoption("--twice"):
+            stack.enter_context(Twice())
+        yield torch.device("cuda" if request.param == "cuda" else "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +91,12 @@ def seed() -> None:
 
 
 @pytest.fixture
-def poison() -> Iterator[None]:
+def poison(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fills every fresh tensor with NaN, those that the kernels write included: an element left unwritten shows.
 
     torch does so in its deterministic mode, which the operators must work in anyway.
     """
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = not request.config.getoption("--no-poison")
     yield
     torch.use_deterministic_algorithms(False)

@@ -67,11 +67,11 @@ def test_planted_bug_is_found(number):
 def run_sample(mode: str, files: list[str]) -> subprocess.CompletedProcess[str]:
     """A sample of some operators' tests that runs every instance of every kernel; another one in each mode."""
     sanitizer = MODES[mode][0]
-    # the others call the kernels no differently, only more often
-    chosen = "cuda_on_cpu and not opcheck and not gradcheck and not compile and not same_bits"
+    options = ["--device=cuda_on_cpu", f"--sample={list(MODES).index(mode)}"]
+    options += ["-k", "not opcheck and not gradcheck and not compile and not same_bits"]  # no other calls, only more
     return run(
         mode,
-        [sys.executable, "-m", "pytest", "-sqx", *files, "-k", chosen, f"--sample={list(MODES).index(mode)}"],
+        [sys.executable, "-m", "pytest", "-sqx", *files, *options],
         CUDA_ON_CPU_SANITIZER=sanitizer,
         LD_PRELOAD=backend.preload(sanitizer),
         OMP_NUM_THREADS="1",

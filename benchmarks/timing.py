@@ -1,0 +1,61 @@
+"""Times of a function on a device, and the rate of its matrix products."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+FLUSHED_BYTES = 256 << 20  # more than any GPU's L2 cache holds
+MATMUL_SIZE = {"cpu": 512, "cuda": 8192}
+
+
+def synchronized(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """The function, returning when the device is done."""
+    if device.type == "cpu":
+        return function
+
+    def run() -> object:
+        result = function()
+        torch.cuda.synchronize(device)
+        return result
+
+    return run
+
+
+def host_seconds(function: Callable[[], object], setup: Callable[[], None] = lambda: None) -> float:
+    """The time of one call by the host's clock."""
+    setup()
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def gpu_seconds(
+    function: Callable[[], object], setup: Callable[[], None], device: torch.device, rounds: int
+) -> list[float]:
+    """The times of calls by the GPU's clock, each with an L2 cache that holds none of its memory.
+
+    The writing that empties the cache keeps the GPU busy while the host queues the call, so that launches are not
+    waited for.
+    """
+    flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device)
+    marks = []
+    for _ in range(rounds):
+        setup()
+        flushed.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        marks.append((start, end))
+    torch.cuda.synchronize(device)
+    return [start.elapsed_time(end) / 1e3 for start, end in marks]  # of milliseconds
+
+
+def bfloat16_rate(device: torch.device) -> float:
+    """Operations a second of a large bfloat16 matrix product, additions and multiplications counted: the best of ten."""
+    size = MATMUL_SIZE[device.type]
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    product = synchronized(lambda: a @ b, device)
+    product()
+    return 2 * size**3 / min(host_seconds(product) for _ in range(10))
