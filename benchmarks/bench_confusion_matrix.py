@@ -24,7 +24,5 @@ def test_confusion_matrix(
     prediction = prediction.to(torch.uint8)
     counts = torch.zeros(classes, classes, dtype=torch.int64, device=device)
     module = reference if implementation == "eager" else ops
-    against = Comparison(
-        "confusion_matrix", f"2x473x473, {classes} classes", device, floor_bytes=nbytes(prediction, target)
-    )
+    against = Comparison("confusion_matrix", f"2x473x473, {classes} classes", floor_bytes=nbytes(prediction, target))
     measure(against, implementation, lambda: module.confusion_matrix(prediction, target, classes, out=counts))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import Case, Comparison, cases, nbytes
+from comparison import DEVICE, IMPLEMENTATIONS, Case, Comparison, cases, nbytes
 from stock import StockPPM
 from torch import nn
 
@@ -17,38 +17,47 @@ SHAPES = [(1, 2048, 60, 60), (1, 2048, 90, 90)]
 EVALUATION, TRAINING = "FusedPSPHead, evaluation: forward", "FusedPSPHead, training: forward + backward"
 CONVOLUTION, NETWORK = "FusedPSPHead beside the convolution of x", "PSPNet-50, 473x473: forward"
 TARGETS = {torch.float32: {EVALUATION: 2.0, TRAINING: 1.95}, torch.bfloat16: {EVALUATION: 1.9, TRAINING: 1.9}}
+if DEVICE.type == "cuda":
+    TARGETS = {dtype: {EVALUATION: 1.85, TRAINING: 1.7} for dtype in TARGETS}
 
 
 def make_head(implementation: str, case: Case, device: torch.device) -> nn.Module:
-    """ "eager": the stock pyramid and bottleneck; "ppm": FusedPPM and the bottleneck; "fused": FusedPSPHead."""
+    """FusedPSPHead, or the stock pyramid and bottleneck."""
     ppm = FusedPPM(case.shape[1])
     bottleneck = [nn.Conv2d(ppm.out_channels, 512, 3, padding=1, bias=False), nn.BatchNorm2d(512), nn.ReLU()]
     if implementation == "fused":
         head: nn.Module = FusedPSPHead(ppm, *bottleneck)
     else:
-        head = nn.Sequential(StockPPM(ppm) if implementation == "eager" else ppm, *bottleneck)
-    if case.shape[0] == 1:
-        ppm.features[0][2].eval()
+        head = nn.Sequential(StockPPM(ppm), *bottleneck)
+    if implementation == "compile":
+        head.compile(dynamic=False)
     return head.to(device, case.dtype, memory_format=case.memory_format)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "fused"])
+def comparison(table: str, case: Case, floor_bytes: int, convolutions: int) -> Comparison:
+    """With the operations of so many convolutions of x, forward or backward."""
+    n, c, h, w = case.shape
+    operations = convolutions * 2 * n * h * w * c * 512 * 9 * (case.dtype == torch.bfloat16)
+    return Comparison(table, str(case), floor_bytes, TARGETS[case.dtype][table], operations)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", cases(*SHAPES), ids=str)
 def test_evaluation(measure: Callable[..., None], device: torch.device, case: Case, implementation: str) -> None:
     head, x = make_head(implementation, case, device).eval(), case.random_map(device)
     floor = nbytes(x, *head.parameters()) + nbytes(x) // 4
-    against = Comparison(EVALUATION, str(case), device, floor, TARGETS[case.dtype][EVALUATION])
+    against = comparison(EVALUATION, case, floor, convolutions=1)
     with torch.no_grad():
         measure(against, implementation, lambda: head(x))
 
 
-@pytest.mark.parametrize("implementation", ["eager", "fused"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", cases(*SHAPES), ids=str)
 def test_training(measure: Callable[..., None], device: torch.device, case: Case, implementation: str) -> None:
     """At batch 1 the norm of bin 1, without batch statistics there, is in evaluation mode, in all implementations."""
     head, x = make_head(implementation, case, device), case.random_map(device).requires_grad_()
-    level = (head.ppm if implementation == "fused" else head[0]).features[0][2]
-    level.eval()
+    if case.shape[0] == 1:
+        (head.ppm if implementation == "fused" else head[0]).features[0][2].eval()
     grad = case.random_map(device, 512)
 
     def forget_gradients() -> None:
@@ -56,7 +65,7 @@ def test_training(measure: Callable[..., None], device: torch.device, case: Case
         head.zero_grad(set_to_none=True)
 
     floor = 3 * nbytes(x, *head.parameters(), grad)
-    against = Comparison(TRAINING, str(case), device, floor, TARGETS[case.dtype][TRAINING])
+    against = comparison(TRAINING, case, floor, convolutions=3)
     measure(against, implementation, lambda: head(x).backward(grad), forget_gradients)
 
 
@@ -68,7 +77,7 @@ def test_beside_the_convolution(
     """ "eager" is the convolution of x alone: the ratio is its share of the head's time, 0.94 or more is meant."""
     head, x = make_head("fused", case, device).eval(), case.random_map(device)
     weight = head.bottleneck[0].weight[:, : case.shape[1]].contiguous(memory_format=case.memory_format)
-    against = Comparison(CONVOLUTION, str(case), device, nbytes(x, weight), 1 / 1.06)
+    against = Comparison(CONVOLUTION, str(case), nbytes(x, weight), 1 / 1.06)
     function = (lambda: head(x)) if implementation == "fused" else (lambda: F.conv2d(x, weight, padding=1))
     with torch.no_grad():
         measure(against, implementation, function)
@@ -87,6 +96,6 @@ def test_network(
         model.ppm = StockPPM(model.ppm)
     image = torch.randn(1, 3, 473, 473, dtype=dtype, device=device)
     name = f"against {baseline}, {str(dtype).removeprefix('torch.')}"
-    against = Comparison(NETWORK, name, device, nbytes(image, *model.parameters()), 1.25)
+    against = Comparison(NETWORK, name, nbytes(image, *model.parameters()), 1.25)
     with torch.no_grad():
         measure(against, implementation, lambda: model(image))

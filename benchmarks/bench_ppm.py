@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from comparison import Case, Comparison, Results, cases, nbytes
+from comparison import DEVICE, Case, Comparison, Results, cases, nbytes
 from forward_memory import forward_memory
 from stock import StockPPM
 from torch import nn
@@ -13,7 +13,8 @@ from pspnet_fast import FusedPPM
 
 SHAPES = [(1, 2048, 60, 60), (2, 2048, 60, 60), (1, 2048, 90, 90)]
 EVALUATION, TRAINING = "FusedPPM, evaluation: forward", "FusedPPM, training: forward + backward"
-TARGETS = {EVALUATION: 10.0, TRAINING: 8.0}  # times faster than eager, on a CPU with AVX-512
+# times faster than eager, on a CPU with AVX-512 and on an H200
+TARGETS = {EVALUATION: 10.0, TRAINING: 8.0} if DEVICE.type == "cpu" else {EVALUATION: 3.0, TRAINING: 3.0}
 
 
 def compared(compiled_shapes: Sequence[tuple[int, int, int, int]]) -> pytest.MarkDecorator:
@@ -33,7 +34,7 @@ def test_evaluation(measure: Callable[..., None], device: torch.device, case: Ca
     output = case.random_map(device, 2 * x.size(1))
     floor = nbytes(x, *module.parameters(), output)
     with torch.no_grad():
-        measure(comparison(EVALUATION, case, device, floor), implementation, lambda: module(x))
+        measure(comparison(EVALUATION, case, floor), implementation, lambda: module(x))
 
 
 @compared(SHAPES[:1])
@@ -50,9 +51,7 @@ def test_training(measure: Callable[..., None], device: torch.device, case: Case
 
     # x and the output are read or written forward, their gradients backward; weights are read twice, written once
     floor = 2 * nbytes(x, grad) + 3 * nbytes(*module.parameters())
-    measure(
-        comparison(TRAINING, case, device, floor), implementation, lambda: module(x).backward(grad), forget_gradients
-    )
+    measure(comparison(TRAINING, case, floor), implementation, lambda: module(x).backward(grad), forget_gradients)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
@@ -77,5 +76,5 @@ def make_module(implementation: str, case: Case, device: torch.device) -> nn.Mod
     return stock
 
 
-def comparison(table: str, case: Case, device: torch.device, floor_bytes: int) -> Comparison:
-    return Comparison(table, str(case), device, floor_bytes, TARGETS[table] if device.type == "cpu" else None)
+def comparison(table: str, case: Case, floor_bytes: int) -> Comparison:
+    return Comparison(table, str(case), floor_bytes, TARGETS[table])

@@ -20,12 +20,12 @@ def test_pyramid_context(
     op = (ops if implementation == "fused" else reference).pyramid_context_
     conv, taps = case.random_map(device), torch.randn(1, 50, 9, 512, dtype=case.dtype, device=device)
     if direction == "forward":
-        against = Comparison("pyramid_context_", f"{case} forward", device, floor_bytes=2 * nbytes(conv))
+        against = Comparison("pyramid_context_", f"{case} forward", floor_bytes=2 * nbytes(conv))
         norm = (*torch.rand(4, 512, dtype=case.dtype, device=device), 1e-5)
         with torch.no_grad():
             measure(against, implementation, lambda: op(conv, taps, BINS, 3, norm=norm, relu=True))
         return
-    against = Comparison("pyramid_context_", f"{case} backward", device, floor_bytes=nbytes(conv))
+    against = Comparison("pyramid_context_", f"{case} backward", floor_bytes=nbytes(conv))
     taps.requires_grad_()
     output, grad = op(conv, taps, BINS, 3), case.random_map(device)
     measure(against, implementation, lambda: torch.autograd.grad(output, taps, grad, retain_graph=True))

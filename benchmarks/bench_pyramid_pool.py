@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from comparison import IMPLEMENTATIONS, Case, Comparison, cases, nbytes
+from comparison import IMPLEMENTATIONS, Case, Comparison, cases, chosen, nbytes
 from torch import Tensor
 
 from pspnet_fast import ops, reference
@@ -26,8 +26,8 @@ def test_pyramid_pool(
     def eager() -> tuple[Tensor, Tensor]:
         return reference.pyramid_pool(x, BINS), x.clone()
 
-    function = {"eager": eager, "compile": torch.compile(eager), "fused": fused}[implementation]
-    against = Comparison("pyramid_pool", f"{case} {direction}", device, floor_bytes=2 * nbytes(x))
+    function = chosen(implementation, eager, fused)
+    against = Comparison("pyramid_pool", f"{case} {direction}", floor_bytes=2 * nbytes(x))
     if direction == "forward":
         with torch.no_grad():
             measure(against, implementation, function)

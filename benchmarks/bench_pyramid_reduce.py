@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from comparison import IMPLEMENTATIONS, Comparison, nbytes
+from comparison import IMPLEMENTATIONS, Comparison, chosen, nbytes
 
 from pspnet_fast import ops, reference
 
@@ -24,7 +24,7 @@ def test_pyramid_reduce(
     implementation: str,
 ) -> None:
     eager = reference.pyramid_reduce
-    op = {"eager": eager, "compile": torch.compile(eager), "fused": ops.pyramid_reduce}[implementation]
+    op = chosen(implementation, eager, ops.pyramid_reduce)
     factory = {"dtype": dtype, "device": device}
     pooled = torch.randn(batch, 50, CHANNELS, **factory)
     weights = [torch.randn(REDUCED, CHANNELS, **factory) for _ in BINS]
@@ -32,12 +32,12 @@ def test_pyramid_reduce(
     # forward one matrix product, backward two
     bytes, operations = nbytes(*weights), 2 * pooled.numel() * REDUCED * (dtype == torch.bfloat16)
     if direction == "forward":
-        against = Comparison("pyramid_reduce", case, device, bytes, bfloat16_operations=operations)
+        against = Comparison("pyramid_reduce", case, bytes, bfloat16_operations=operations)
         norm = [(*torch.rand(4, REDUCED, **factory), 1e-5) for _ in BINS]
         with torch.no_grad():
             measure(against, implementation, lambda: op(pooled, weights, BINS, norm=norm, relu=True))
         return
-    against = Comparison("pyramid_reduce", case, device, 2 * bytes, bfloat16_operations=2 * operations)
+    against = Comparison("pyramid_reduce", case, 2 * bytes, bfloat16_operations=2 * operations)
     inputs = [t.requires_grad_() for t in (pooled, *weights)]
     reduced = op(pooled, weights, BINS)
     grad = torch.randn_like(reduced)

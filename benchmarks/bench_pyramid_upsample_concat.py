@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import IMPLEMENTATIONS, Case, Comparison, cases, nbytes
+from comparison import IMPLEMENTATIONS, Case, Comparison, cases, chosen, nbytes
 from torch import Tensor
 
 from pspnet_fast import ops
@@ -32,9 +32,9 @@ def test_pyramid_upsample_concat(
     def eager() -> Tensor:
         return torch.cat([F.interpolate(z, (h, w), mode="bilinear", align_corners=True) for z in maps], 1)
 
-    function = {"eager": eager, "compile": torch.compile(eager), "fused": fused}[implementation]
+    function = chosen(implementation, eager, fused)
     inputs = [reduced] if implementation == "fused" else maps
-    against = Comparison("pyramid_upsample_concat_", f"{case} {direction}", device, floor_bytes=nbytes(concat) // 2)
+    against = Comparison("pyramid_upsample_concat_", f"{case} {direction}", floor_bytes=nbytes(concat) // 2)
     if direction == "forward":
         with torch.no_grad():
             measure(against, implementation, function)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import Case, Comparison, cases, nbytes
+from comparison import Case, Comparison, cases, chosen, nbytes
 
 from pspnet_fast import ops
 
@@ -29,7 +29,7 @@ def test_upsample_argmax(
 
     written = case.shape[0] * SIZE[0] * SIZE[1] * (5 if confidence else 1)
     name = "with confidence" if confidence else "classes"
-    against = Comparison("upsample_argmax to 473x473", f"{case} {name}", device, nbytes(logits) + written, target=10)
-    function = {"eager": eager, "compile": torch.compile(eager), "fused": fused}[implementation]
+    against = Comparison("upsample_argmax to 473x473", f"{case} {name}", nbytes(logits) + written, target=10)
+    function = chosen(implementation, eager, fused)
     with torch.no_grad():
         measure(against, implementation, function)

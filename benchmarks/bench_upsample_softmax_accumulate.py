@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import Case, Comparison, cases, nbytes
+from comparison import Case, Comparison, cases, chosen, nbytes
 
 from pspnet_fast import ops
 
@@ -29,7 +29,7 @@ def test_upsample_softmax_accumulate(
         return ops.upsample_softmax_accumulate_(probabilities, logits, align_corners=True, mirrored=True, weight=0.5)
 
     floor = nbytes(logits) + 2 * nbytes(probabilities)
-    against = Comparison("upsample_softmax_accumulate_ to 473x473, mirrored", str(case), device, floor)
-    function = {"eager": eager, "compile": torch.compile(eager), "fused": fused}[implementation]
+    against = Comparison("upsample_softmax_accumulate_ to 473x473, mirrored", str(case), floor)
+    function = chosen(implementation, eager, fused)
     with torch.no_grad():
         measure(against, implementation, function)

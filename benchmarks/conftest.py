@@ -1,5 +1,6 @@
 """How the benchmarks measure, and the summary after them."""
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -7,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from comparison import Comparison, Results
-from record import as_json
+from comparison import DEVICE, Comparison, Results
+from record import record
+from tables import report
 from timing import gpu_seconds, host_seconds, synchronized
 from torch._inductor.exc import InductorError
 
-SECONDS = {"cpu": 1.0, "cuda": 0.3}  # of measuring one implementation
+SECONDS = {"cpu": 1.0, "cuda": 0.3}[DEVICE.type]  # of measuring one implementation
 ROUNDS = (9, 100)  # at least and at most
 
 _RESULTS = pytest.StashKey[Results]()
@@ -22,7 +24,7 @@ _START = time.monotonic()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("benchmarks of pspnet_fast")
     group.addoption("--markdown", type=Path, metavar="FILE", help="also write the summary to FILE")
-    group.addoption("--json", type=Path, metavar="FILE", help="also write all medians and quantiles to FILE")
+    group.addoption("--json", type=Path, metavar="FILE", help="also write medians and quantiles to FILE, for tables.py")
     group.addoption("--compile-until", type=float, metavar="SECONDS", help="skip torch.compile after that time")
 
 
@@ -35,6 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.callspec.params.get("implementation") == "compile")
 
 
+@pytest.hookimpl(optionalhook=True)  # on a GPU, times are taken without that plugin
 def pytest_benchmark_update_machine_info(machine_info: dict) -> None:
     machine_info.pop("node")  # the name of the host is nobody's concern
 
@@ -44,18 +47,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     results = config.stash[_RESULTS]
     if not (results.times or results.memory):
         return
-    report = results.report()
+    run = record(results)
     terminalreporter.section("summary: medians, against eager PyTorch and against the memory's floor")
-    terminalreporter.write_line(report)
+    terminalreporter.write_line(report(run))
     if path := config.getoption("--markdown"):
-        path.write_text(report + "\n", encoding="utf-8")
+        path.write_text(report(run) + "\n", encoding="utf-8")
     if path := config.getoption("--json"):
-        path.write_text(as_json(results) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
 
 
-@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.param)
+@pytest.fixture
+def device() -> torch.device:
+    return DEVICE
 
 
 @pytest.fixture
@@ -76,17 +79,17 @@ def measure(request: pytest.FixtureRequest, results: Results) -> Callable[..., N
         until = request.config.getoption("--compile-until")
         if implementation == "compile" and until is not None and time.monotonic() - _START > until:
             pytest.skip(f"{until:g} s are over")
-        device = comparison.device
-        returning_when_done = synchronized(function, device)
+        torch.compiler.reset()  # or one function compiled for many cases is no longer compiled in the ninth
+        returning_when_done = synchronized(function, DEVICE)
         try:
             once = min(host_seconds(returning_when_done, setup) for _ in range(3))  # the first compiles
         except InductorError as error:
             results.add(comparison, implementation, [math.nan])
             pytest.skip(f"torch.compile fails: {error!r}")
-        rounds = int(min(max(SECONDS[device.type] / once, ROUNDS[0]), ROUNDS[1]))
-        results.bandwidth(device).measure()
-        if device.type == "cuda":
-            results.add(comparison, implementation, gpu_seconds(function, setup, device, rounds))
+        rounds = int(min(max(SECONDS / once, ROUNDS[0]), ROUNDS[1]))
+        results.bandwidth.measure()
+        if DEVICE.type == "cuda":
+            results.add(comparison, implementation, gpu_seconds(function, setup, DEVICE, rounds))
             return
         benchmark = request.getfixturevalue("benchmark")
         benchmark.group, benchmark.name = f"{comparison.table}: {comparison.case}", implementation

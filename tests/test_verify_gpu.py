@@ -1,0 +1,98 @@
+"""scripts/verify_gpu.sh where there is no GPU, how it reads its tests' results, and the tables of what it measured."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+RECORD = {
+    "machine": {"gpu": "GPU X", "driver": "1", "cuda": "13.0", "torch": "2.11.0", "date": "2026-01-02", "commit": None},
+    "copy_bytes_per_second": {"ordinary pages": 4e12},
+    "bfloat16_operations_per_second": 7.5e14,
+    "tables": {
+        "an operator": [
+            {
+                "case": "1x2x3x4 bfloat16",
+                "target": 3.0,
+                "floor": 1e-4,
+                "seconds": {"eager": {"median": 1e-3}, "compile": None, "fused": {"median": 2e-4}},
+            },
+            {
+                "case": "large",
+                "target": 9.0,
+                "floor": 1e-4,
+                "seconds": {"eager": {"median": 1e-3}, "fused": {"median": 4e-5}},
+            },
+        ]
+    },
+    "memory": {},
+}
+
+
+def load(path: str) -> ModuleType:
+    """A file that is no part of a package."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def verify(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / "verify_gpu.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_says_what_it_skips(tmp_path):
+    done = verify(str(tmp_path / "out"), "sanitize", "bench")
+    assert done.returncode == 0, done.stderr
+    assert "no GPU" in done.stdout
+    parts = json.loads((tmp_path / "out" / "summary.json").read_text())["parts"]
+    assert {name: part["result"] for name, part in parts.items()} == {"sanitize": "skipped", "bench": "skipped"}
+    assert all("no GPU" in part["why"] for part in parts.values())
+
+
+def test_an_unknown_part_is_named(tmp_path):
+    done = verify(str(tmp_path / "out"), "benchmark")
+    assert done.returncode == 2
+    assert "no such part: benchmark (of build, test, twice, sanitize, bench)" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_failures_are_read_from_junit(tmp_path):
+    path = tmp_path / "test.xml"
+    path.write_text(
+        '<testsuites><testsuite><testcase name="a"/><testcase name="b"><failure message="wrong&#10;more"/></testcase>'
+        '<testcase name="c"><skipped/></testcase><testcase name="d"><error message="gone"/></testcase>'
+        "</testsuite></testsuites>"
+    )
+    counts, failures = load("scripts/verify_gpu.py").read_junit(path)
+    assert counts == {"passed": 1, "failed": 2, "skipped": 1}
+    assert failures == ["b: wrong", "d: gone"]
+
+
+def test_tables_of_a_record():
+    text = load("benchmarks/tables.py").report(RECORD)
+    assert "GPU X, driver 1, CUDA 13.0, torch 2.11.0, 2026-01-02, commit unknown." in text
+    assert "4000.0 GB/s" in text
+    assert "750 TFLOP/s" in text
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
+    ]
+    assert cells[2] == ["1x2x3x4 bfloat16", "1.00", "fails", "0.20", "5.0", "0.10", "2.0", "3x met"]
+    assert cells[3] == ["large", "1.00", "", "0.0400", "25.0", "0.10", "0.4", "9x met"]
+
+
+def test_the_readme_shows_the_results_that_are_kept():
+    """`python benchmarks/tables.py --readme` writes it."""
+    tables = load("benchmarks/tables.py")
+    part = tables.README_PART.search((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert part is not None
+    assert part.group() == tables.readme_part(tables.kept_records())
