@@ -37,8 +37,8 @@ def make_head(implementation: str, case: Case, device: torch.device) -> nn.Modul
 def comparison(table: str, case: Case, floor_bytes: int, convolutions: int) -> Comparison:
     """With the operations of so many convolutions of x, forward or backward."""
     n, c, h, w = case.shape
-    operations = convolutions * 2 * n * h * w * c * 512 * 9 * (case.dtype == torch.bfloat16)
-    return Comparison(table, str(case), floor_bytes, TARGETS[case.dtype][table], operations)
+    operations = convolutions * 2 * n * h * w * c * 512 * 9
+    return Comparison(table, str(case), floor_bytes, TARGETS[case.dtype][table], operations, case.dtype)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -30,14 +30,14 @@ def test_pyramid_reduce(
     weights = [torch.randn(REDUCED, CHANNELS, **factory) for _ in BINS]
     case = f"batch {batch} {str(dtype).removeprefix('torch.')} {direction}"
     # forward one matrix product, backward two
-    bytes, operations = nbytes(*weights), 2 * pooled.numel() * REDUCED * (dtype == torch.bfloat16)
+    bytes, operations = nbytes(*weights), 2 * pooled.numel() * REDUCED
     if direction == "forward":
-        against = Comparison("pyramid_reduce", case, bytes, bfloat16_operations=operations)
+        against = Comparison("pyramid_reduce", case, bytes, operations=operations, dtype=dtype)
         norm = [(*torch.rand(4, REDUCED, **factory), 1e-5) for _ in BINS]
         with torch.no_grad():
             measure(against, implementation, lambda: op(pooled, weights, BINS, norm=norm, relu=True))
         return
-    against = Comparison("pyramid_reduce", case, 2 * bytes, bfloat16_operations=2 * operations)
+    against = Comparison("pyramid_reduce", case, 2 * bytes, operations=2 * operations, dtype=dtype)
     inputs = [t.requires_grad_() for t in (pooled, *weights)]
     reduced = op(pooled, weights, BINS)
     grad = torch.randn_like(reduced)

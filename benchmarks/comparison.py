@@ -7,7 +7,7 @@ from functools import cached_property, partial
 from typing import ParamSpec, TypeVar
 
 import torch
-from timing import bfloat16_rate, host_seconds, synchronized
+from timing import host_seconds, product_rate, synchronized
 from torch import Tensor
 
 import pspnet_fast  # noqa: F401  (loads the operators)
@@ -98,14 +98,16 @@ class Comparison:
         case: its row.
         floor_bytes: what has to be read and written once, at least.
         target: how many times faster than eager the fused implementation is meant to be.
-        bfloat16_operations: additions and multiplications of its matrix products, if they are in bfloat16.
+        operations: additions and multiplications of its matrix products.
+        dtype: of these products.
     """
 
     table: str
     case: str
     floor_bytes: int
     target: float | None = None
-    bfloat16_operations: float = 0
+    operations: int = 0
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass
@@ -114,14 +116,11 @@ class Results:
 
     times: dict[Comparison, dict[str, list[float]]] = field(default_factory=dict)  # seconds of each run; NaN: it fails
     memory: dict[str, dict[str, float]] = field(default_factory=dict)  # bytes, by case and implementation
+    rates: dict[torch.dtype, float] = field(default_factory=dict)  # operations a second of matrix products
 
     @cached_property
     def bandwidth(self) -> CopyBandwidth:
         return CopyBandwidth(DEVICE)
-
-    @cached_property
-    def bfloat16_rate(self) -> float:
-        return bfloat16_rate(DEVICE)
 
     def add(self, comparison: Comparison, implementation: str, times: list[float]) -> None:
         self.times.setdefault(comparison, {})[implementation] = times
@@ -129,6 +128,8 @@ class Results:
     def floor(self, comparison: Comparison) -> float:
         """The seconds that this machine's copies and matrix products would take for what has to be done."""
         seconds = comparison.floor_bytes / self.bandwidth.ceiling()
-        if comparison.bfloat16_operations:
-            seconds = max(seconds, comparison.bfloat16_operations / self.bfloat16_rate)
-        return seconds
+        if not comparison.operations:
+            return seconds
+        if comparison.dtype not in self.rates:
+            self.rates[comparison.dtype] = product_rate(DEVICE, comparison.dtype)
+        return max(seconds, comparison.operations / self.rates[comparison.dtype])

@@ -21,7 +21,7 @@ def record(results: Results) -> dict[str, Any]:
     return {
         "machine": _machine(),
         "copy_bytes_per_second": results.bandwidth.best if results.times else {},
-        "bfloat16_operations_per_second": results.bfloat16_rate,
+        "operations_per_second": {str(d).removeprefix("torch."): rate for d, rate in results.rates.items()},
         "tables": tables,
         "memory": results.memory,
     }

@@ -65,11 +65,11 @@ def _machine(record: dict[str, Any]) -> str:
             f"glibc's memory settings: {m['glibc']}."
         )
     copies = ", ".join(f"{best / 1e9:.1f} GB/s in {kind}" for kind, best in record["copy_bytes_per_second"].items())
-    rate = record["bfloat16_operations_per_second"] / 1e12
-    return (
-        f"{first}\ncopy_, read + written, best of this run: {copies}; floors use the greatest, and for products in "
-        f"bfloat16 torch's own best rate, {rate:.3g} TFLOP/s."
-    )
+    text = f"{first}\ncopy_, read + written, best of this run: {copies}; floors use the greatest."
+    if rates := record["operations_per_second"]:
+        products = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in rates.items())
+        text += f"\nMatrix products of torch, best of this run: {products}; floors of convolutions use them."
+    return text
 
 
 def _row(row: dict[str, Any]) -> list[str]:

@@ -52,10 +52,14 @@ def gpu_seconds(
     return [start.elapsed_time(end) / 1e3 for start, end in marks]  # of milliseconds
 
 
-def bfloat16_rate(device: torch.device) -> float:
-    """Additions and multiplications a second of a large bfloat16 matrix product: the best of ten."""
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Additions and multiplications a second of a large matrix product: the best of ten.
+
+    In float32 on a GPU with TF32 where cuDNN's convolutions may use it.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     size = MATMUL_SIZE[device.type]
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product = synchronized(lambda: a @ b, device)
     product()
     return 2 * size**3 / min(host_seconds(product) for _ in range(10))

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 RECORD = {
     "machine": {"gpu": "GPU X", "driver": "1", "cuda": "13.0", "torch": "2.11.0", "date": "2026-01-02", "commit": None},
     "copy_bytes_per_second": {"ordinary pages": 4e12},
-    "bfloat16_operations_per_second": 7.5e14,
+    "operations_per_second": {"bfloat16": 7.5e14},
     "tables": {
         "an operator": [
             {
@@ -82,7 +82,7 @@ def test_tables_of_a_record():
     text = load("benchmarks/tables.py").report(RECORD)
     assert "GPU X, driver 1, CUDA 13.0, torch 2.11.0, 2026-01-02, commit unknown." in text
     assert "4000.0 GB/s" in text
-    assert "750 TFLOP/s" in text
+    assert "750 TFLOP/s in bfloat16" in text
     cells = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
     ]
