@@ -11,12 +11,14 @@ from torch.utils._pytree import tree_leaves
 class Twice(TorchDispatchMode):
     """Calls each operator of a namespace a second time on the same memory and compares results and what it wrote."""
 
+    FRESH = ("new_concat",)  # return memory that they leave as it was
+
     def __init__(self, namespace: str = "pspnet_fast") -> None:
         super().__init__()
         self.namespace = namespace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace != self.namespace:
+        if func.namespace != self.namespace or func._opname in self.FRESH:
             return func(*args, **(kwargs or {}))
         schema = func._schema.arguments
         named = dict(zip((argument.name for argument in schema), args, strict=False)) | (kwargs or {})

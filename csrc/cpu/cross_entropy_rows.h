@@ -1,5 +1,5 @@
-// Rows of logits for the cross entropy on the CPU: classes padded to whole vectors, targets, and what both directions
-// know of the axes and the classes.
+// Rows of logits for the cross entropy on the CPU, interpolated along a tile of columns; targets, and what both
+// directions know of the axes and the classes.
 //
 // A pixel's loss is focus[t] * (lse - z_t) + sum over k of smooth[k] * (lse - z_k), t the target,
 // focus[t] = (1 - label_smoothing) * weight[t], smooth[k] = label_smoothing / K * weight[k].
@@ -11,6 +11,17 @@ namespace pspnet_fast::cpu {
 
 constexpr int kIgnored = -1, kBad = -2;  // in place of a class
 constexpr float kNever = -1e30f;         // in place of -infinity, whose differences are no numbers
+
+template <class acc_t>
+PSP_INLINE acc_t mix(acc_t low, acc_t high, acc_t lambda) {
+  return low + lambda * (high - low);
+}
+
+template <class acc_t>
+PSP_INLINE void add_to(acc_t* to, Vector<acc_t> v) {
+  v += load(to);
+  __builtin_memcpy(to, &v, sizeof v);
+}
 
 // One axis: `size` pixels between `count` logits; the pixels of cell i are [begin[i], begin[i + 1]).
 template <class acc_t>
@@ -29,12 +40,34 @@ struct Axis {
   }
 };
 
-// A row of logits, each less the greatest of its pixel, which leaves loss and softmax as they are: no upsampled logit
-// is above 0 then. Classes of pixel j stand at values[j * padded], then lanes that no exponential notices.
+// The pixels [first, first + columns) of a line, and the columns of logits [from, from + count) around them.
+template <class acc_t>
+struct Tile {
+  static constexpr int64_t kColumns = 64;  // at most: two rows of 150 classes then fit into the second-level cache
+  int64_t first = 0, columns = 0, from = 0, count = 0, stride = 0;  // stride: count in whole vectors
+  // of each pixel, those to its left and right, counted from `from`; behind the last pixel, its own again
+  typename ExpConstants<acc_t>::Int low[kColumns], high[kColumns];
+  acc_t lambda[kColumns];
+
+  PSP_INLINE Tile(const Axis<acc_t>& axis, int64_t first)
+      : first(first), columns(std::min<int64_t>(kColumns, static_cast<int64_t>(axis.pixels.size()) - first)) {
+    from = axis.pixels[first].low, count = axis.pixels[first + columns - 1].high - from + 1;
+    stride = (count + kLanes<acc_t> - 1) / kLanes<acc_t> * kLanes<acc_t>;
+    for (int64_t x = 0; x < kColumns; ++x) {
+      const SourceIndex<acc_t>& pixel = axis.pixels[first + std::min(x, columns - 1)];
+      low[x] = static_cast<int>(pixel.low - from), high[x] = static_cast<int>(pixel.high - from),
+      lambda[x] = pixel.lambda;
+    }
+  }
+};
+
+// A row of logits interpolated at the columns of a tile, [K, kColumns]. Each logit is less the greatest of its pixel,
+// which leaves loss and softmax as they are: no upsampled logit is above 0 then.
 template <class acc_t>
 struct Row {
   int64_t index = -1;
-  std::vector<acc_t> values, smooth;  // smooth[j]: the weighted sum over the classes of pixel j
+  std::vector<acc_t> values, smooth;          // smooth[x]: the weighted sum over the classes
+  std::vector<acc_t> logits, greatest, sums;  // before the interpolation: [K, stride], [stride], [stride]
 };
 
 template <class T, class Args>
@@ -44,7 +77,7 @@ struct CrossEntropyBase {
   static constexpr int64_t kStep = kLanes<acc_t>;
   const Args& a;
   Axis<acc_t> rows, columns;
-  int64_t padded, blocks;
+  int64_t blocks;
   bool smoothing;
   acc_t smooth_total = 0;
   std::vector<acc_t> smooth, focus;
@@ -53,10 +86,9 @@ struct CrossEntropyBase {
       : a(args),
         rows(a.h, a.H, a.align_corners),
         columns(a.w, a.W, a.align_corners),
-        padded((a.K + kStep - 1) / kStep * kStep),
         blocks(blocks),
         smoothing(a.label_smoothing > 0),
-        smooth(padded),
+        smooth(a.K),
         focus(a.K) {
     double total = 0;
     for (int64_t k = 0; k < a.K; ++k) {
@@ -71,42 +103,75 @@ struct CrossEntropyBase {
   // The first row of logits of a block: blocks are the units of work, whatever the number of threads.
   PSP_INLINE int64_t first_row(int64_t block) const { return block * a.h / blocks; }
 
-  PSP_INLINE void read(Row<acc_t>& row, int64_t n, int64_t i) const {
+  PSP_INLINE void read(Row<acc_t>& row, const Tile<acc_t>& tile, int64_t n, int64_t i) const {
     if (row.index == i) return;
     row.index = i;
-    row.values.resize(a.w * padded);
-    row.smooth.resize(a.w);
+    const int64_t count = tile.count, stride = tile.stride;
+    row.logits.resize(a.K * stride);
     if (a.channels_last) {
-      for (int64_t j = 0; j < a.w; ++j) {
-        const T* __restrict__ from = at<T>(a.logits, n, 0, i) + j * a.logits.stride_w;
-        acc_t* __restrict__ to = &row.values[j * padded];
-        for (int64_t k = 0; k < a.K; ++k) to[k] = to_acc(from[k]);
+      for (int64_t j = 0; j < count; ++j) {
+        const T* __restrict__ from = at<T>(a.logits, n, 0, i) + (tile.from + j) * a.logits.stride_w;
+        acc_t* __restrict__ to = &row.logits[j];
+        for (int64_t k = 0; k < a.K; ++k) to[k * stride] = to_acc(from[k]);
       }
     } else {
       for (int64_t k = 0; k < a.K; ++k) {
-        const T* from = at<T>(a.logits, n, k, i);
-        for (int64_t j = 0; j < a.w; ++j) row.values[j * padded + k] = to_acc(from[j]);
+        const T* __restrict__ from = at<T>(a.logits, n, k, i) + tile.from;
+        acc_t* __restrict__ to = &row.logits[k * stride];
+        for (int64_t j = 0; j < count; ++j) to[j] = to_acc(from[j]);
       }
     }
-    for (int64_t j = 0; j < a.w; ++j) {
-      acc_t* __restrict__ classes = &row.values[j * padded];
-      acc_t greatest = classes[0], sum = 0;
-      for (int64_t k = 1; k < a.K; ++k) greatest = std::max(greatest, classes[k]);
-      for (int64_t k = 0; k < a.K; ++k) {
-        const acc_t value = classes[k] - greatest;
-        classes[k] = value < kNever ? acc_t(kNever) : value;
+    subtract_greatest(row, stride);
+    interpolate(row, tile);
+  }
+
+  PSP_INLINE void subtract_greatest(Row<acc_t>& row, int64_t stride) const {
+    row.greatest.assign(row.logits.begin(), row.logits.begin() + stride);
+    row.sums.assign(stride, acc_t(0));
+    acc_t* __restrict__ greatest = row.greatest.data(), * __restrict__ sums = row.sums.data();
+    for (int64_t k = 1; k < a.K; ++k) {
+      const acc_t* __restrict__ logits = &row.logits[k * stride];
+      for (int64_t j = 0; j < stride; ++j) greatest[j] = greatest[j] < logits[j] ? logits[j] : greatest[j];
+    }
+    for (int64_t k = 0; k < a.K; ++k) {
+      acc_t* __restrict__ logits = &row.logits[k * stride];
+      for (int64_t j = 0; j < stride; ++j) {
+        const acc_t value = (logits[j] - greatest[j]) * acc_t(1.4426950408889634);
+        logits[j] = value < kNever ? acc_t(kNever) : value;
+        sums[j] += smooth[k] * logits[j];
       }
-      for (int64_t k = 0; smoothing && k < a.K; ++k) sum += smooth[k] * classes[k];
-      std::fill(classes + a.K, classes + padded, acc_t(kNever));
-      row.smooth[j] = sum;
     }
   }
 
-  // The targets of a row of pixels as classes, kIgnored or kBad.
-  PSP_INLINE void read_targets(int* __restrict__ to, int64_t n, int64_t y) const {
+  PSP_INLINE void interpolate(Row<acc_t>& row, const Tile<acc_t>& tile) const {
+    constexpr int64_t kColumns = Tile<acc_t>::kColumns;
+    row.values.resize(a.K * kColumns);
+    row.smooth.resize(kColumns);
+    const auto line = [&](acc_t* __restrict__ to, const acc_t* __restrict__ from) __attribute__((always_inline)) {
+      if (tile.stride == kStep) {
+        const V logits = load(from);
+        for (int64_t x = 0; x < kColumns; x += kStep) {
+          const V left = __builtin_shuffle(logits, load_integers<acc_t>(tile.low + x));
+          const V right = __builtin_shuffle(logits, load_integers<acc_t>(tile.high + x));
+          const V value = left + load(tile.lambda + x) * (right - left);
+          __builtin_memcpy(to + x, &value, sizeof value);
+        }
+      } else {
+        for (int64_t x = 0; x < kColumns; ++x) {
+          const acc_t left = from[tile.low[x]];
+          to[x] = left + tile.lambda[x] * (from[tile.high[x]] - left);
+        }
+      }
+    };
+    for (int64_t k = 0; k < a.K; ++k) line(&row.values[k * kColumns], &row.logits[k * tile.stride]);
+    line(row.smooth.data(), row.sums.data());
+  }
+
+  // The targets of a tile's pixels in a line as classes, kIgnored or kBad.
+  PSP_INLINE void read_targets(int* __restrict__ to, const Tile<acc_t>& tile, int64_t n, int64_t y) const {
     dispatch_int(a.target_type, [&](auto zero) __attribute__((always_inline)) {
-      const auto* from = static_cast<const decltype(zero)*>(a.target) + (n * a.H + y) * a.W;
-      for (int64_t x = 0; x < a.W; ++x) {
+      const auto* from = static_cast<const decltype(zero)*>(a.target) + (n * a.H + y) * a.W + tile.first;
+      for (int64_t x = 0; x < tile.columns; ++x) {
         const int64_t target = from[x];
         to[x] = target == a.ignore_index ? kIgnored : target < 0 || target >= a.K ? kBad : static_cast<int>(target);
       }

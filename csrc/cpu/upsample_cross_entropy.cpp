@@ -1,118 +1,126 @@
-// Cross entropy of bilinearly upsampled logits, on the CPU. Vectors run over classes, which lie padded and densely at
-// each pixel of the rows of logits in hand: what is upsampled stays in registers.
+// Cross entropy of bilinearly upsampled logits, on the CPU, in vectors of pixels: a tile of columns at a time, whose
+// two rows of logits are interpolated horizontally first. What is upsampled stays in registers.
 //
-// A cell is what lies between two columns and two rows of logits, with the pixels whose lower neighbours they are.
+// A cell is what lies between two rows of logits, or two columns, with the pixels whose lower neighbours they are.
 #include <atomic>
-#include <cmath>
 #include <limits>
 
 #include "cross_entropy_rows.h"
+#include "vector_log.h"
 
 namespace pspnet_fast::cpu {
 namespace {
 
-constexpr int64_t kTileRows = 8;  // pixel rows whose tables are in hand at once
-
-template <class acc_t>
-PSP_INLINE acc_t mix(acc_t low, acc_t high, acc_t lambda) {
-  return low + lambda * (high - low);
-}
-
-template <class acc_t>
-PSP_INLINE acc_t sum_of_lanes(Vector<acc_t> v) {
-  IntVector<acc_t> lane;
-  for (int64_t i = 0; i < kLanes<acc_t>; ++i) lane[i] = i;
-  for (int half = kLanes<acc_t> / 2; half > 0; half /= 2) v += __builtin_shuffle(v, lane ^ half);
-  return v[0];
-}
+constexpr int64_t kTileRows = 8;  // lines of pixels whose tables are in hand at once
 
 // A unit is a block of rows of logits with the pixels between.
 template <class T>
 struct CrossEntropy : CrossEntropyBase<T, UpsampleCrossEntropyArgs> {
   using Base = CrossEntropyBase<T, UpsampleCrossEntropyArgs>;
-  using Base::Base, Base::kStep, Base::a, Base::padded;
+  using Base::Base, Base::kStep, Base::a;
   using typename Base::acc_t, typename Base::V;
+  static constexpr int64_t kColumns = Tile<acc_t>::kColumns;
   double* sums = nullptr;  // [units, 2]: losses and weights
   std::atomic<int64_t>* bad_pixel = nullptr;
 
-  PSP_INLINE void operator()(int64_t begin, int64_t end) const {
+  // A line of a tile: its place, the logits around it, and what is found.
+  struct alignas(64) Line {
+    int64_t n, y;
+    acc_t mu;
     Row<acc_t> low, high;
-    std::vector<acc_t> left(padded), step(padded);  // a cell's left side and the way to its right side, on one line
-    std::vector<int> targets(a.W);
+    int targets[kColumns];
+    acc_t shifts[kColumns], log_sums[kColumns];  // the logarithm of the sum of exp(logit - shift)
+    double loss, weight;
+  };
+
+  PSP_INLINE void operator()(int64_t begin, int64_t end) const {
+    Line line;
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t n = unit / this->blocks, block = unit % this->blocks;
-      double loss = 0, weight = 0;
-      low.index = high.index = -1;
-      for (int64_t i = this->first_row(block); i < this->first_row(block + 1); ++i) {
-        if (this->rows.begin[i] == this->rows.begin[i + 1]) continue;
-        std::swap(low, high);
-        this->read(low, n, i);
-        this->read(high, n, std::min(i + 1, a.h - 1));
-        for (int64_t y = this->rows.begin[i]; y < this->rows.begin[i + 1]; ++y) {
-          this->read_targets(targets.data(), n, y);
-          for (int64_t j = 0; j < a.w; ++j) cell(low, high, n, y, j, targets.data(), left, step, loss, weight);
+      const int64_t block = unit % this->blocks;
+      line.n = unit / this->blocks, line.loss = line.weight = 0;
+      for (int64_t first = 0; first < a.W; first += kColumns) {
+        const Tile<acc_t> tile(this->columns, first);
+        line.low.index = line.high.index = -1;
+        for (int64_t i = this->first_row(block); i < this->first_row(block + 1); ++i) {
+          if (this->rows.begin[i] == this->rows.begin[i + 1]) continue;
+          std::swap(line.low, line.high);
+          this->read(line.low, tile, line.n, i);
+          this->read(line.high, tile, line.n, std::min(i + 1, a.h - 1));
+          for (line.y = this->rows.begin[i]; line.y < this->rows.begin[i + 1]; ++line.y) {
+            line.mu = this->rows.pixels[line.y].lambda;
+            this->read_targets(line.targets, tile, line.n, line.y);
+            sum_exponentials(line, tile);
+            take_losses(line, tile);
+          }
         }
       }
-      sums[2 * unit] = loss, sums[2 * unit + 1] = weight;
+      sums[2 * unit] = line.loss, sums[2 * unit + 1] = line.weight;
     }
   }
 
-  // Adds the losses and weights of the pixels of line y in cell j.
-  PSP_INLINE void cell(const Row<acc_t>& low, const Row<acc_t>& high, int64_t n, int64_t y, int64_t j,
-                       const int* targets, std::vector<acc_t>& left, std::vector<acc_t>& step, double& loss,
-                       double& weight) const {
-    const int64_t first = this->columns.begin[j], end = this->columns.begin[j + 1], next = std::min(j + 1, a.w - 1);
-    if (first == end) return;
-    const acc_t mu = this->rows.pixels[y].lambda;
-    for (int64_t k = 0; k < padded; k += kStep) {
-      const V top = load(&low.values[j * padded + k]), top_next = load(&low.values[next * padded + k]);
-      const V side = top + mu * (load(&high.values[j * padded + k]) - top);
-      const V difference = top_next + mu * (load(&high.values[next * padded + k]) - top_next) - side;
-      __builtin_memcpy(&left[k], &side, sizeof side);
-      __builtin_memcpy(&step[k], &difference, sizeof difference);
+  PSP_INLINE void sum_exponentials(Line& line, const Tile<acc_t>& tile) const {
+    constexpr int64_t kVectors = 4;  // at once, in registers
+    for (int64_t x = 0; x < tile.columns; x += kVectors * kStep) {
+      V shifts[kVectors] = {}, totals[kVectors];
+      sum_exp(line, x, shifts, totals);
+      bool vanished = false;  // all far below 0
+      for (const V& total : totals) {
+        for (int64_t lane = 0; lane < kStep; ++lane) vanished |= total[lane] < acc_t(0x1p-60);
+      }
+      if (vanished) {
+        for (int64_t v = 0; v < kVectors; ++v) {
+          shifts[v] = logit(line, 0, x + v * kStep);
+          for (int64_t k = 1; k < a.K; ++k) {
+            const V value = logit(line, k, x + v * kStep);
+            shifts[v] = value > shifts[v] ? value : shifts[v];
+          }
+        }
+        sum_exp(line, x, shifts, totals);
+      }
+      for (V& total : totals) total = log_vector<acc_t>(total) * acc_t(1.4426950408889634);
+      std::memcpy(line.shifts + x, shifts, sizeof shifts);
+      std::memcpy(line.log_sums + x, totals, sizeof totals);
     }
+  }
+
+  template <size_t vectors>
+  PSP_INLINE void sum_exp(const Line& line, int64_t x, const V (&shifts)[vectors], V (&totals)[vectors]) const {
+    for (V& total : totals) total = V{};
+    for (int64_t k = 0; k < a.K; ++k) {
+      for (size_t v = 0; v < vectors; ++v) {
+        totals[v] += exp2_vector<acc_t>(logit(line, k, x + static_cast<int64_t>(v) * kStep) - shifts[v]);
+      }
+    }
+  }
+
+  PSP_INLINE V logit(const Line& line, int64_t k, int64_t x) const {
+    const V low = load(&line.low.values[k * kColumns + x]);
+    return low + line.mu * (load(&line.high.values[k * kColumns + x]) - low);
+  }
+
+  // Writes what is kept of each pixel and adds losses and weights.
+  PSP_INLINE void take_losses(Line& line, const Tile<acc_t>& tile) const {
     acc_t *losses = static_cast<acc_t*>(a.loss), *lses = static_cast<acc_t*>(a.lse);
-    for (int64_t x = first; x < end; ++x) {
-      const int64_t pixel = (n * a.H + y) * a.W + x, target = targets[x];
+    for (int64_t x = 0; x < tile.columns; ++x) {
+      const int64_t pixel = (line.n * a.H + line.y) * a.W + tile.first + x, target = line.targets[x];
       acc_t pixel_loss = 0, lse = 0;
       if (target >= 0) {
-        const acc_t lambda = this->columns.pixels[x].lambda;
-        acc_t shift = 0, sum = sum_exp(left, step, lambda, shift);
-        if (sum < acc_t(0x1p-60)) {  // all far below 0: the exponentials would vanish
-          shift = greatest(left, step, lambda);
-          sum = sum_exp(left, step, lambda, shift);
-        }
-        const acc_t log_sum = std::log(sum);
-        lse = shift + log_sum;
-        pixel_loss = this->focus[target] * (log_sum - (left[target] + lambda * step[target] - shift));
+        const int64_t at = target * kColumns + x;
+        lse = line.shifts[x] + line.log_sums[x];
+        const acc_t picked = mix(line.low.values[at], line.high.values[at], line.mu);
+        pixel_loss = this->focus[target] * (line.log_sums[x] - (picked - line.shifts[x]));
         if (this->smoothing) {
-          const acc_t side = mix(low.smooth[j], high.smooth[j], mu),
-                      other = mix(low.smooth[next], high.smooth[next], mu);
-          pixel_loss += this->smooth_total * lse - mix(side, other, lambda);
+          pixel_loss += this->smooth_total * lse - mix(line.low.smooth[x], line.high.smooth[x], line.mu);
         }
-        weight += static_cast<double>(this->weight(target));
-        loss += static_cast<double>(pixel_loss);
+        pixel_loss *= acc_t(0.69314718055994531);
+        line.weight += static_cast<double>(this->weight(target));
+        line.loss += static_cast<double>(pixel_loss);
       } else if (target == kBad) {
         note_bad(pixel);
       }
       lses[pixel] = lse;
       if (a.reduction == Reduction::kNone) losses[pixel] = pixel_loss;
     }
-  }
-
-  PSP_INLINE acc_t sum_exp(const std::vector<acc_t>& left, const std::vector<acc_t>& step, acc_t lambda,
-                           acc_t shift) const {
-    V sum = {};
-    for (int64_t k = 0; k < padded; k += kStep) {
-      sum += exp_vector<acc_t>(load(&left[k]) + lambda * load(&step[k]) - shift);
-    }
-    return sum_of_lanes<acc_t>(sum);
-  }
-
-  PSP_INLINE acc_t greatest(const std::vector<acc_t>& left, const std::vector<acc_t>& step, acc_t lambda) const {
-    acc_t result = left[0] + lambda * step[0];
-    for (int64_t k = 1; k < a.K; ++k) result = std::max(result, left[k] + lambda * step[k]);
-    return result;
   }
 
   PSP_INLINE void note_bad(int64_t pixel) const {
@@ -127,150 +135,168 @@ struct CrossEntropy : CrossEntropyBase<T, UpsampleCrossEntropyArgs> {
 template <class T>
 struct CrossEntropyBackward : CrossEntropyBase<T, UpsampleCrossEntropyBackwardArgs> {
   using Base = CrossEntropyBase<T, UpsampleCrossEntropyBackwardArgs>;
-  using Base::Base, Base::kStep, Base::a, Base::padded;
+  using Base::Base, Base::kStep, Base::a;
   using typename Base::acc_t, typename Base::V;
-  using Classes = IntVector<acc_t>;
-  acc_t* shared = nullptr;  // [N, blocks, 2, w, padded]: of a block's first row, from this block and the one before
+  static constexpr int64_t kColumns = Tile<acc_t>::kColumns, kTogether = 4;  // classes folded at once
+  acc_t* shared = nullptr;  // [N, blocks, 2, K, w]: of a block's first row, from this block and the one before
 
-  // A tile of lines: what the classes of a pixel have in common.
-  struct Tables {
-    std::vector<acc_t> lse, scale, focus;  // scale: of the softmax; focus: subtracted at the target
-    std::vector<int> targets;
-    acc_t smooth_left[kTileRows], smooth_right[kTileRows];  // of one cell: smoothing's part, at its two sides
+  // Some lines of a tile: what the classes of a pixel have in common.
+  struct alignas(64) Tables {
+    acc_t lse[kTileRows * kColumns], scale[kTileRows * kColumns];   // of the softmax
+    acc_t focus[kTileRows * kColumns], grad[kTileRows * kColumns];  // subtracted at the target; and by smoothing
+    typename ExpConstants<acc_t>::Int targets[kTileRows * kColumns];
   };
 
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     Row<acc_t> low, high;
-    const int64_t line = a.w * padded;
-    std::vector<acc_t> above(line), below(line);
     Tables tables;
-    for (auto* table : {&tables.lse, &tables.scale, &tables.focus}) table->resize(kTileRows * a.W);
-    tables.targets.resize(kTileRows * a.W);
+    const int64_t line = a.K * a.w, tile_line = (a.K + kTogether - 1) / kTogether * kTogether * kColumns;
+    std::vector<acc_t> above(tile_line), below(tile_line), rows;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / this->blocks, block = unit % this->blocks;
       const int64_t first = this->first_row(block), last = this->first_row(block + 1);
-      low.index = high.index = -1;
-      std::fill(above.begin(), above.end(), acc_t(0));
-      for (int64_t i = first; i < last; ++i) {
-        std::fill(below.begin(), below.end(), acc_t(0));
-        const int64_t bottom = this->rows.begin[i + 1];
-        if (this->rows.begin[i] < bottom) {
-          std::swap(low, high);
-          this->read(low, n, i);
-          this->read(high, n, std::min(i + 1, a.h - 1));
-        }
-        for (int64_t y = this->rows.begin[i]; y < bottom; y += kTileRows) {
-          const int64_t count = std::min(kTileRows, bottom - y);
-          fill(tables, n, y, count);
-          for (int64_t j = 0; j < a.w; ++j) {
-            cell(low, high, y, count, j, tables, above.data(), i + 1 < a.h ? below.data() : above.data());
+      rows.assign((last - first + 1) * line, acc_t(0));
+      for (int64_t column = 0; column < a.W; column += kColumns) {
+        const Tile<acc_t> tile(this->columns, column);
+        low.index = high.index = -1;
+        std::fill(above.begin(), above.end(), acc_t(0));
+        for (int64_t i = first; i < last; ++i) {
+          std::fill(below.begin(), below.end(), acc_t(0));
+          const int64_t bottom = this->rows.begin[i + 1];
+          if (this->rows.begin[i] < bottom) {
+            std::swap(low, high);
+            this->read(low, tile, n, i);
+            this->read(high, tile, n, std::min(i + 1, a.h - 1));
           }
+          acc_t* const under = i + 1 < a.h ? below.data() : above.data();
+          for (int64_t y = this->rows.begin[i]; y < bottom; y += kTileRows) {
+            const int64_t count = std::min(kTileRows, bottom - y);
+            if (!fill(tables, tile, n, y, count)) continue;
+            add(low, high, tile, tables, y, count, above.data(), under);
+          }
+          fold(tile, above.data(), &rows[(i - first) * line]);
+          std::swap(above, below);
         }
-        if (i == first && block > 0) {
-          std::copy(above.begin(), above.end(), shared + 2 * unit * line);
-        } else {
-          write(above.data(), n, i);
-        }
-        std::swap(above, below);
+        fold(tile, above.data(), &rows[(last - first) * line]);
       }
-      if (last < a.h) std::copy(above.begin(), above.end(), shared + (2 * unit + 3) * line);
+      for (int64_t i = first; i < last; ++i) {
+        const acc_t* row = &rows[(i - first) * line];
+        if (i == first && block > 0) {
+          std::copy(row, row + line, shared + 2 * unit * line);
+        } else {
+          write(row, n, i);
+        }
+      }
+      if (last < a.h) std::copy(rows.end() - line, rows.end(), shared + (2 * unit + 3) * line);
     }
   }
 
-  PSP_INLINE void fill(Tables& tables, int64_t n, int64_t y, int64_t count) const {
-    const acc_t* grads = static_cast<const acc_t*>(a.grad_loss);
+  // Whether any pixel has a gradient.
+  PSP_INLINE bool fill(Tables& tables, const Tile<acc_t>& tile, int64_t n, int64_t y, int64_t count) const {
+    const acc_t *grads = static_cast<const acc_t*>(a.grad_loss), *lses = static_cast<const acc_t*>(a.lse);
     acc_t factor = a.reduction == Reduction::kNone ? acc_t(1) : *grads;
     if (a.reduction == Reduction::kMean) {
       const acc_t total = *static_cast<const acc_t*>(a.total_weight);
       factor = total == 0 ? acc_t(0) : factor / total;
     }
+    int any = 0, targets[kColumns];
+    std::fill_n(targets, kColumns, kIgnored);
     for (int64_t r = 0; r < count; ++r) {
-      const int64_t pixel = (n * a.H + y + r) * a.W;
-      int* targets = &tables.targets[r * a.W];
-      this->read_targets(targets, n, y + r);
-      for (int64_t x = 0; x < a.W; ++x) {
-        const int target = targets[x];
-        const acc_t grad = a.reduction == Reduction::kNone ? grads[pixel + x] : factor;
-        const acc_t focus = target < 0 ? acc_t(0) : grad * this->focus[target];
-        tables.focus[r * a.W + x] = focus;
-        tables.scale[r * a.W + x] = target < 0 ? acc_t(0) : focus + grad * this->smooth_total;
+      const int64_t pixel = (n * a.H + y + r) * a.W + tile.first, to = r * kColumns;
+      this->read_targets(targets, tile, n, y + r);
+      for (int64_t x = 0; x < kColumns; ++x) {
+        const bool counts = targets[x] >= 0;
+        any |= counts;
+        tables.targets[to + x] = targets[x];
+        tables.focus[to + x] = counts ? this->focus[counts ? targets[x] : 0] : acc_t(0);
+        tables.grad[to + x] = counts ? factor : acc_t(0);
         // exp(z - this) is 0, not infinite, where the pixel is ignored
-        tables.lse[r * a.W + x] =
-            target < 0 ? std::numeric_limits<acc_t>::max() : static_cast<const acc_t*>(a.lse)[pixel + x];
+        tables.lse[to + x] = std::numeric_limits<acc_t>::max();
+      }
+      for (int64_t x = 0; x < tile.columns; ++x) {
+        if (targets[x] < 0) continue;
+        if (a.reduction == Reduction::kNone) tables.grad[to + x] = grads[pixel + x];
+        tables.lse[to + x] = lses[pixel + x];
+      }
+      for (int64_t x = 0; x < kColumns; ++x) {
+        tables.focus[to + x] *= tables.grad[to + x];
+        tables.scale[to + x] = tables.focus[to + x] + tables.grad[to + x] * this->smooth_total;
       }
     }
+    return any != 0;
   }
 
-  // Adds the gradient of the pixels of cell j in the lines [y, y + count) to the rows of logits above and below.
-  PSP_INLINE void cell(const Row<acc_t>& low, const Row<acc_t>& high, int64_t y, int64_t count, int64_t j,
-                       Tables& tables, acc_t* above, acc_t* below) const {
-    const int64_t first = this->columns.begin[j], end = this->columns.begin[j + 1];
-    if (!sum_smoothing(tables, count, first, end)) return;
-    const int64_t here = j * padded, next = std::min(j + 1, a.w - 1) * padded;
-    const SourceIndex<acc_t>*lines = &this->rows.pixels[y], *columns = this->columns.pixels.data();
-    Classes classes;
-    for (int64_t lane = 0; lane < kStep; ++lane) classes[lane] = lane;
-    for (int64_t k = 0; k < padded; k += kStep, classes += static_cast<int>(kStep)) {
-      const V top = load(&low.values[here + k]), top_next = load(&low.values[next + k]);
-      const V down = load(&high.values[here + k]) - top, down_next = load(&high.values[next + k]) - top_next;
-      const V smooth = load(&this->smooth[k]);
-      V sums[4] = {};  // above left, above right, below left, below right
-      for (int64_t r = 0; r < count; ++r) {
-        const acc_t mu = lines[r].lambda;
-        const V left = top + mu * down, step = top_next + mu * down_next - left;
-        V whole = {}, right = {};
-        for (int64_t x = first; x < end; ++x) {
-          const int64_t pixel = r * a.W + x;
-          const acc_t lambda = columns[x].lambda;
-          const V focus = classes == tables.targets[pixel] ? V{} + tables.focus[pixel] : V{};
-          const V grad = exp_vector<acc_t>(left + lambda * step - tables.lse[pixel]) * tables.scale[pixel] - focus;
+  // Adds the gradient of the lines [y, y + count) to the interpolated rows above and below.
+  PSP_INLINE void add(const Row<acc_t>& low, const Row<acc_t>& high, const Tile<acc_t>& tile, const Tables& tables,
+                      int64_t y, int64_t count, acc_t* above, acc_t* below) const {
+    const SourceIndex<acc_t>* lines = &this->rows.pixels[y];
+    for (int64_t k = 0; k < a.K; ++k) {
+      for (int64_t x = 0; x < tile.columns; x += kStep) {
+        const int64_t at = k * kColumns + x;
+        const V top = load(&low.values[at]), down = load(&high.values[at]) - top;
+        V whole = {}, lower = {};
+        for (int64_t r = 0; r < count; ++r) {
+          const int64_t pixel = r * kColumns + x;
+          const acc_t mu = lines[r].lambda;
+          V grad = exp2_vector<acc_t>(top + mu * down - load(&tables.lse[pixel])) * load(&tables.scale[pixel]);
+          if (this->smoothing) grad -= this->smooth[k] * load(&tables.grad[pixel]);
+          // here, not once all pixels are summed, where it would cost the digits of a softmax near 1
+          grad -= load_integers<acc_t>(&tables.targets[pixel]) == static_cast<typename ExpConstants<acc_t>::Int>(k)
+                      ? load(&tables.focus[pixel])
+                      : V{};
           whole += grad;
-          right += lambda * grad;
+          lower += mu * grad;
         }
-        if (this->smoothing) {
-          whole -= smooth * (tables.smooth_left[r] + tables.smooth_right[r]);
-          right -= smooth * tables.smooth_right[r];
-        }
-        sums[0] += (1 - mu) * (whole - right);
-        sums[1] += (1 - mu) * right;
-        sums[2] += mu * (whole - right);
-        sums[3] += mu * right;
-      }
-      acc_t* const targets[4] = {above + here + k, above + next + k, below + here + k, below + next + k};
-      for (int corner = 0; corner < 4; ++corner) {
-        const V total = load(targets[corner]) + sums[corner];
-        __builtin_memcpy(targets[corner], &total, sizeof total);
+        add_to<acc_t>(above + at, whole - lower);
+        add_to<acc_t>(below + at, lower);
       }
     }
   }
 
-  // Fills the cell's tables of smoothing; whether any pixel has a gradient.
-  PSP_INLINE bool sum_smoothing(Tables& tables, int64_t count, int64_t first, int64_t end) const {
-    bool any = false;
-    for (int64_t r = 0; r < count; ++r) {
-      acc_t whole = 0, right = 0;
-      for (int64_t x = first; x < end; ++x) {
-        const int64_t pixel = r * a.W + x;
-        any = any || tables.targets[pixel] >= 0;
-        if (!this->smoothing) continue;
-        const acc_t grad = (tables.scale[pixel] - tables.focus[pixel]) / this->smooth_total;
-        whole += grad;
-        right += this->columns.pixels[x].lambda * grad;
-      }
-      tables.smooth_left[r] = whole - right, tables.smooth_right[r] = right;
+  // Adds a tile's part of an interpolated row to the row of logits' gradients, [K, w].
+  PSP_INLINE void fold(const Tile<acc_t>& tile, const acc_t* sums, acc_t* row) const {
+    if (tile.stride == kStep) {
+      fold_vectors(tile, sums, row);
+      return;
     }
-    return any;
+    for (int64_t k = 0; k < a.K; ++k) {
+      acc_t* const to = row + k * a.w + tile.from;
+      for (int64_t x = 0; x < tile.columns; ++x) {
+        const acc_t sum = sums[k * kColumns + x], right = tile.lambda[x] * sum;
+        to[tile.low[x]] += sum - right;
+        to[tile.high[x]] += right;
+      }
+    }
+  }
+
+  // The same as a product with the matrix of interpolation, where its rows are vectors.
+  PSP_INLINE void fold_vectors(const Tile<acc_t>& tile, const acc_t* sums, acc_t* row) const {
+    V weights[kColumns] = {};
+    for (int64_t x = 0; x < tile.columns; ++x) {
+      weights[x][tile.low[x]] += 1 - tile.lambda[x];
+      weights[x][tile.high[x]] += tile.lambda[x];
+    }
+    for (int64_t k = 0; k < a.K; k += kTogether) {
+      V parts[kTogether] = {};
+      for (int64_t x = 0; x < tile.columns; ++x) {
+        for (int64_t c = 0; c < kTogether; ++c) parts[c] += sums[(k + c) * kColumns + x] * weights[x];
+      }
+      for (int64_t c = 0; c < std::min(kTogether, a.K - k); ++c) {
+        acc_t* const to = row + (k + c) * a.w + tile.from;
+        for (int64_t j = 0; j < tile.count; ++j) to[j] += parts[c][j];
+      }
+    }
   }
 
   PSP_INLINE void write(const acc_t* row, int64_t n, int64_t i) const {
-    T* to = mutable_at<T>(a.grad_logits, n, 0, i);
+    T* __restrict__ to = mutable_at<T>(a.grad_logits, n, 0, i);
     if (a.channels_last) {
       for (int64_t j = 0; j < a.w; ++j) {
-        for (int64_t k = 0; k < a.K; ++k) to[j * a.grad_logits.stride_w + k] = from_acc<T>(row[j * padded + k]);
+        for (int64_t k = 0; k < a.K; ++k) to[j * a.grad_logits.stride_w + k] = from_acc<T>(row[k * a.w + j]);
       }
     } else {
       for (int64_t k = 0; k < a.K; ++k) {
-        for (int64_t j = 0; j < a.w; ++j) to[k * a.grad_logits.stride_c + j] = from_acc<T>(row[j * padded + k]);
+        for (int64_t j = 0; j < a.w; ++j) to[k * a.grad_logits.stride_c + j] = from_acc<T>(row[k * a.w + j]);
       }
     }
   }
@@ -282,7 +308,7 @@ struct AddShared {
   const CrossEntropyBackward<T>& first;
 
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
-    const int64_t line = first.a.w * first.padded;
+    const int64_t line = first.a.K * first.a.w;
     std::vector<acc_type<T>> row(line);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / first.blocks, block = unit % first.blocks;
@@ -322,7 +348,7 @@ void upsample_cross_entropy_backward(const UpsampleCrossEntropyBackwardArgs& a) 
     // Blocks enough for many threads, as long as what they share stays small.
     constexpr int64_t kBlocks = 32, kSharedBytes = int64_t{4} << 20;
     CrossEntropyBackward<T> task(a, 1);
-    const int64_t unit_elements = 2 * a.w * task.padded;
+    const int64_t unit_elements = 2 * a.w * a.K;
     const int64_t most =
         std::max<int64_t>(4, kSharedBytes / (unit_elements * static_cast<int64_t>(sizeof(acc_type<T>))));
     task.blocks = std::clamp<int64_t>(std::min(kBlocks, most) / a.N, 1, a.h);

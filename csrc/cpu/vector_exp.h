@@ -32,6 +32,13 @@ struct IntVectorType {
 template <class acc_t>
 using IntVector = typename IntVectorType<acc_t>::type;
 
+template <class acc_t>
+PSP_INLINE IntVector<acc_t> load_integers(const typename ExpConstants<acc_t>::Int* from) {
+  IntVector<acc_t> v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+
 // exp(x) for x <= 88, as in a softmax, whose greatest exponent is 0. Subnormal results are 0; NaN stays NaN.
 template <class acc_t>
 PSP_INLINE Vector<acc_t> exp_vector(Vector<acc_t> x) {
@@ -50,6 +57,24 @@ PSP_INLINE Vector<acc_t> exp_vector(Vector<acc_t> x) {
   const IntVector<acc_t> power = (__builtin_bit_cast(IntVector<acc_t>, shifted) + C::kBias) << C::kMantissa;
   result *= __builtin_bit_cast(Vector<acc_t>, power);
   return x < C::kLowest ? Vector<acc_t>{} : result;
+}
+
+// 2^x for x <= 127 likewise, without its reduction to r by multiplications: a third fewer of them in all.
+template <class acc_t>
+PSP_INLINE Vector<acc_t> exp2_vector(Vector<acc_t> x) {
+  using C = ExpConstants<acc_t>;
+  const Vector<acc_t> shifted = x + C::kRound, r = x - (shifted - C::kRound);
+  Vector<acc_t> result = {};
+#pragma GCC unroll 16
+  for (int k = C::kDegree; k >= 0; --k) {
+    double coefficient = 1;
+#pragma GCC unroll 16
+    for (int i = 1; i <= k; ++i) coefficient *= 0.69314718055994530942 / i;
+    result = result * r + static_cast<acc_t>(coefficient);
+  }
+  const IntVector<acc_t> power = (__builtin_bit_cast(IntVector<acc_t>, shifted) + C::kBias) << C::kMantissa;
+  result *= __builtin_bit_cast(Vector<acc_t>, power);
+  return x < acc_t(1 - C::kBias) ? Vector<acc_t>{} : result;
 }
 
 }  // namespace pspnet_fast::cpu
