@@ -71,7 +71,6 @@ def make_module(implementation: str, case: Case, device: torch.device) -> nn.Mod
         return fused
     stock = StockPPM(fused)
     if implementation == "compile":
-        torch.compiler.reset()  # every case is a specialisation of its own
         stock.compile(fullgraph=True, dynamic=False)
     return stock
 

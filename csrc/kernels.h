@@ -176,7 +176,7 @@ struct UpsampleCrossEntropyArgs {
   const void* target;  // [N, H, W]
   const void* weight;  // [K] in acc; nullptr: all 1
   void* loss;          // acc: [N, H, W], or one number
-  void* lse;           // [N, H, W] in acc: the log-sum-exp of a pixel's logits, up to what both directions add to them
+  void* lse;           // [N, H, W] in acc: a log-sum-exp of a pixel's logits, as the device's backward takes it
   void* total_weight;  // acc, one number: the sum of the targets' weights
   int64_t* bad_pixel;  // the first pixel whose target is no class, else -1; the CPU's alone: CUDA makes its loss NaN
   void* workspace;

@@ -1,4 +1,7 @@
-"""Models of the structures that fuse has to know, as their packages build them: see each class."""
+"""Models of the structures that fuse has to know, as their packages build them: see each class.
+
+And what the tests of fuse do with them.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -197,3 +200,22 @@ MODELS = {
     "Encoding": (lambda: nn.Sequential(PoolsAside(), nn.Conv2d(16, 6, 3, padding=1, bias=False), nn.ReLU()), 8),
     "smp UPerNet": (OwnBottleneck, 8),
 }
+
+
+def run(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Output, gradients, buffers; dropout draws the same in every run."""
+    x = x.clone().requires_grad_()
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(0)
+    output = model(x)
+    torch.manual_seed(1)
+    output.backward(torch.randn(output.shape, dtype=output.dtype))
+    parts = {"output": output.detach(), "input": x.grad, **{n: b.clone() for n, b in model.named_buffers()}}
+    return parts | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
+    assert ours.keys() == expected.keys()
+    for name, truth in expected.items():
+        scale = tolerance * truth.abs().max().clamp_min(1).item()
+        torch.testing.assert_close(ours[name], truth, rtol=0, atol=scale, msg=lambda m, n=name: f"{n}: {m}")

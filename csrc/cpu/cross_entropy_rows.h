@@ -62,7 +62,8 @@ struct Tile {
 };
 
 // A row of logits interpolated at the columns of a tile, [K, kColumns]. Each logit is less the greatest of its pixel,
-// which leaves loss and softmax as they are: no upsampled logit is above 0 then.
+// which leaves loss and softmax as they are: no upsampled logit is above 0 then. And it is in units of ln 2, as is all
+// that is computed from it, lse included, until a loss is: exponentials are powers of two.
 template <class acc_t>
 struct Row {
   int64_t index = -1;
@@ -136,7 +137,7 @@ struct CrossEntropyBase {
     for (int64_t k = 0; k < a.K; ++k) {
       acc_t* __restrict__ logits = &row.logits[k * stride];
       for (int64_t j = 0; j < stride; ++j) {
-        const acc_t value = (logits[j] - greatest[j]) * acc_t(1.4426950408889634);
+        const acc_t value = (logits[j] - greatest[j]) * acc_t(kLog2E);
         logits[j] = value < kNever ? acc_t(kNever) : value;
         sums[j] += smooth[k] * logits[j];
       }

@@ -29,7 +29,7 @@ struct CrossEntropy : CrossEntropyBase<T, UpsampleCrossEntropyArgs> {
     acc_t mu;
     Row<acc_t> low, high;
     int targets[kColumns];
-    acc_t shifts[kColumns], log_sums[kColumns];  // the logarithm of the sum of exp(logit - shift)
+    acc_t shifts[kColumns], log_sums[kColumns];  // the binary logarithm of the sum of 2^(logit - shift)
     double loss, weight;
   };
 
@@ -77,7 +77,7 @@ struct CrossEntropy : CrossEntropyBase<T, UpsampleCrossEntropyArgs> {
         }
         sum_exp(line, x, shifts, totals);
       }
-      for (V& total : totals) total = log_vector<acc_t>(total) * acc_t(1.4426950408889634);
+      for (V& total : totals) total = log_vector<acc_t>(total) * acc_t(kLog2E);
       std::memcpy(line.shifts + x, shifts, sizeof shifts);
       std::memcpy(line.log_sums + x, totals, sizeof totals);
     }
@@ -112,7 +112,7 @@ struct CrossEntropy : CrossEntropyBase<T, UpsampleCrossEntropyArgs> {
         if (this->smoothing) {
           pixel_loss += this->smooth_total * lse - mix(line.low.smooth[x], line.high.smooth[x], line.mu);
         }
-        pixel_loss *= acc_t(0.69314718055994531);
+        pixel_loss *= acc_t(kLn2);
         line.weight += static_cast<double>(this->weight(target));
         line.loss += static_cast<double>(pixel_loss);
       } else if (target == kBad) {
