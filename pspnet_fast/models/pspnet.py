@@ -5,9 +5,10 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from pspnet_fast.head import KeepsSplitWeight, psp_head
+from pspnet_fast.head import psp_head
 from pspnet_fast.models.resnet import NormLayer, initialise_convolutions, resnet
 from pspnet_fast.modules import FusedPPM
+from pspnet_fast.layers import runs_only
 
 Head = Literal["fused", "concat"]
 LAYERS = ("layer0", "layer1", "layer2", "layer3", "layer4")
@@ -23,7 +24,7 @@ def _head(in_channels: int, channels: int, classes: int, dropout: float, norm_la
     )
 
 
-class PSPNet(KeepsSplitWeight):
+class PSPNet(nn.Module):
     """PSPNet whose pyramid pooling module is :class:`pspnet_fast.FusedPPM`.
 
     Names and shapes of the weights with ``stem="deep64"`` are those of semseg (``layer0`` .. ``layer4``, ``ppm``,
@@ -123,10 +124,11 @@ class PSPNet(KeepsSplitWeight):
 
     def _classify(self, features: Tensor) -> Tensor:
         """Pyramid and classifier."""
-        if self.head == "concat" or not isinstance(self.ppm, FusedPPM):
+        layers = list(self.cls) if runs_only(self.cls, nn.Sequential.forward) else []
+        if self.head == "concat" or not isinstance(self.ppm, FusedPPM) or len(layers) < 3:
             return self.cls(self.ppm(features))
-        conv, norm, activation, *rest = self.cls
-        features = psp_head(features, self.ppm, conv, norm, activation, self._split)  # type: ignore[arg-type]
+        conv, norm, activation, *rest = layers
+        features = psp_head(features, self.ppm, conv, norm, activation)  # type: ignore[arg-type]
         for layer in rest:
             features = layer(features)
         return features
