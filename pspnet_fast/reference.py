@@ -10,9 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops.checks import Bins, as_levels, as_window
-from .ops.pyramid_reduce import Norm
-from .ops.upsample_cross_entropy import Reduction
+from .ops.checks import Bins, Norm, Reduction, as_levels, as_window
 
 
 def pyramid_pool(input: Tensor, bins: Bins, *, concat: Tensor | None = None, offset: int = 0) -> Tensor:
@@ -42,14 +40,18 @@ def pyramid_upsample_concat_(
     concat: Tensor, reduced: Tensor, bins: Bins, *, offset: int, align_corners: bool = True
 ) -> Tensor:
     """Reference of ops.pyramid_upsample_concat_: writes (N, P, R), upsampled, into concat (N, K, H, W)."""
+    levels = upsample_levels(reduced, bins, (concat.size(2), concat.size(3)), align_corners)
+    concat[:, offset : offset + levels.size(1)] = levels
+    return concat
+
+
+def upsample_levels(reduced: Tensor, bins: Bins, size: tuple[int, int], align_corners: bool) -> Tensor:
+    """Every level of (N, P, R) at a size: (N, L * R, H, W)."""
     levels = as_levels(bins)
     n, _, r = reduced.shape
-    for i, (cells, level) in enumerate(zip(reduced.split([h * w for h, w in levels], 1), levels, strict=True)):
-        z = cells.transpose(1, 2).reshape(n, r, *level)
-        first = offset + i * r
-        size = (concat.size(2), concat.size(3))
-        concat[:, first : first + r] = F.interpolate(z, size, mode="bilinear", align_corners=align_corners)
-    return concat
+    parts = zip(reduced.split([h * w for h, w in levels], 1), levels, strict=True)
+    maps = [cells.transpose(1, 2).reshape(n, r, *level) for cells, level in parts]
+    return torch.cat([F.interpolate(z, size, mode="bilinear", align_corners=align_corners) for z in maps], 1)
 
 
 def pyramid_context_(
@@ -140,13 +142,20 @@ def upsample_cross_entropy(
     )
     if reduction != "mean":
         return loss
-    counts = target != ignore_index
-    classes = target.long() * counts
-    total = (counts if weight is None else weight[classes] * counts).sum()
+    total = total_weight(target, weight, ignore_index)
     return loss / torch.where(total == 0, 1, total)
 
 
+def total_weight(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """The sum of the targets' weights, by which the mean divides."""
+    counts = target != ignore_index
+    return (counts if weight is None else weight[target.long() * counts] * counts).sum()
+
+
+def wide(values: Tensor) -> Tensor:
+    """In float32 at least."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def _upsample(logits: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
-    """Bilinear, in float32 at least."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return F.interpolate(wide, size, mode="bilinear", align_corners=align_corners)
+    return F.interpolate(wide(logits), size, mode="bilinear", align_corners=align_corners)
