@@ -146,7 +146,8 @@ class FusedPPM(nn.Module):
         _, convolutions, norms, activations = zip(*self.features, strict=True)
         weights = [convolution.weight.to(pooled.dtype) for convolution in convolutions]
         biases = [convolution.bias for convolution in convolutions]
-        inference = not (torch.is_grad_enabled() and any(t.requires_grad for t in (pooled, *self.parameters())))
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (pooled, *self.parameters()))
+        inference = not recorded and not transforms_active()
         statistics = [_affine(norm, bias) for norm, bias in zip(norms, biases, strict=True)] if inference else [None]
         folded = [level for level in statistics if level is not None]
         if len(folded) == len(norms):

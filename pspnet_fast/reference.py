@@ -30,8 +30,7 @@ def pyramid_reduce(
     for i, cells in enumerate(pooled.split([h * w for h, w in levels], 1)):
         z = F.linear(cells, weights[i].flatten(1))
         if norm is not None:
-            weight, bias, mean, var, eps = norm[i]
-            z = F.batch_norm(z.transpose(1, 2), mean, var, weight, bias, training=False, eps=eps).transpose(1, 2)
+            z = _normalize(z.transpose(1, 2), norm[i]).transpose(1, 2)
         reduced.append(F.relu(z) if relu else z)
     return torch.cat(reduced, 1)
 
@@ -69,17 +68,17 @@ def pyramid_context_(
     levels = as_levels(bins)
     (kh, kw), (dh, dw) = as_window(kernel_size, dilation, levels)
     n, o, h, w = conv.shape
+    total = conv
     for cells, level in zip(taps.split([h * w for h, w in levels], 1), levels, strict=True):
         seen = cells.permute(0, 2, 3, 1).reshape(n, kh * kw * o, *level)
         seen = F.interpolate(seen, (h, w), mode="bilinear", align_corners=align_corners)
         seen = F.pad(seen, (kw // 2 * dw, kw // 2 * dw, kh // 2 * dh, kh // 2 * dh)).unflatten(1, (kh * kw, o))
         for tap in range(kh * kw):
             top, left = tap // kw * dh, tap % kw * dw
-            conv += seen[:, tap, :, top : top + h, left : left + w]
+            total = total + seen[:, tap, :, top : top + h, left : left + w]
     if norm is not None:
-        weight, bias, mean, var, eps = norm
-        conv.copy_(F.batch_norm(conv, mean, var, weight, bias, training=False, eps=eps))
-    return conv.relu_() if relu else conv
+        total = _normalize(total, norm)
+    return conv.copy_(total.relu() if relu else total)
 
 
 def upsample_argmax(
@@ -105,7 +104,9 @@ def upsample_softmax_accumulate_(
     """Reference of ops.upsample_softmax_accumulate_: adds (N, K, h, w) to a window of (N, K, H, W)."""
     height, width = size or (probabilities.size(2) - top, probabilities.size(3) - left)
     p = _upsample(logits, (height, width), align_corners).softmax(1)
-    probabilities[:, :, top : top + height, left : left + width] += weight * (p.flip(3) if mirrored else p)
+    rows, columns = slice(top, top + height), slice(left, left + width)
+    p = probabilities[:, :, rows, columns] + weight * (p.flip(3) if mirrored else p)
+    probabilities[:, :, rows, columns] = p
     return probabilities
 
 
@@ -155,6 +156,12 @@ def total_weight(target: Tensor, weight: Tensor | None, ignore_index: int) -> Te
 def wide(values: Tensor) -> Tensor:
     """In float32 at least."""
     return values if values.dtype == torch.float64 else values.float()
+
+
+def _normalize(z: Tensor, norm: Norm) -> Tensor:
+    """F.batch_norm with running statistics, (N, C, ...), but differentiable by these as well."""
+    weight, bias, mean, var = (wide(t).view(-1, *[1] * (z.dim() - 2)) for t in norm[:4])
+    return ((wide(z) - mean) * (weight / (var + norm[4]).sqrt()) + bias).to(z.dtype)
 
 
 def _upsample(logits: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:

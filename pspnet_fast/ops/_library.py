@@ -33,6 +33,12 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
+def run_plain(plain: Callable[..., Any], *args: Any) -> Any:
+    """plain(*args), where autocast shall not choose the dtypes."""
+    with torch.autocast(next(t for t in args if isinstance(t, Tensor)).device.type, enabled=False):
+        return plain(*args)
+
+
 def register_derivatives(
     name: str, plain: Callable[..., Any], recorded: Callable[..., Any] | None = None, *, mutated: int | None = None
 ) -> None:
@@ -40,6 +46,9 @@ def register_derivatives(
 
     The kernels know none of these. Under a transform the operator is therefore `plain`, operations of torch that each
     of them sees through, in any nesting. Being below the tracers, this holds in eager mode and under torch.compile.
+
+    torch.func lets an operator write only into tensors that it has seen being made, but does not tell us which these
+    are. One that mutates is refused here under torch.func; its wrapper calls `plain` itself, which torch checks.
 
     Args:
         name: of the operator.
@@ -53,20 +62,22 @@ def register_derivatives(
 
     def autograd(*args: Any) -> Any:
         if transforms_active():
-            if mutated is not None and args[mutated] is not None:
-                _check_not_captured(name, args[mutated])
-            return without_autocast(*args)
+            return transformed(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return (recorded or without_autocast)(*args)
+            return recorded(*args) if recorded else run_plain(plain, *args)
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 
-    def without_autocast(*args: Any) -> Any:
-        with torch.autocast(next(t for t in args if isinstance(t, Tensor)).device.type, enabled=False):
-            return plain(*args)
+    def transformed(*args: Any) -> Any:
+        if mutated is not None and args[mutated] is not None and torch._C._functorch.maybe_current_level() is not None:
+            raise RuntimeError(
+                f"torch.ops.pspnet_fast.{name} writes in place, which the transforms of torch.func (grad, vmap, jvp, "
+                f"...) do not see: call pspnet_fast.ops.{name}"
+            )
+        return run_plain(plain, *args)
 
     _fragment.impl(name, autograd, "Autograd")
-    register_batching(name, without_autocast)
+    register_batching(name, transformed)
     if mutated is None:
         return
 
@@ -82,13 +93,5 @@ def register_derivatives(
 def register_batching(name: str, plain: Callable[..., Any]) -> None:
     """Registers what vmap runs in place of an operator, as operations of torch that it sees through."""
     _fragment.impl(name, plain, "FuncTorchBatched")
-
-
-def _check_not_captured(name: str, tensor: Tensor) -> None:
-    """As torch does for its own in-place operators: the transform would not see what is written."""
-    level = torch._C._functorch.maybe_current_level()
-    if level is not None and torch._C._functorch.maybe_get_level(tensor) != level:
-        raise RuntimeError(
-            f"{name} cannot write into a tensor made outside of a transform of torch.func (grad, vjp, jvp, ...), which "
-            "would miss it: make the tensor inside of the transformed function, or pass it as an argument"
-        )
+    if "Tensor[]" in str(getattr(torch.ops.pspnet_fast, name).default._schema):
+        _fragment.impl(name, plain, "Batched")  # is_grads_batched=True loops over the others by itself

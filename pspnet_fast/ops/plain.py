@@ -53,17 +53,20 @@ def pyramid_reduce(
     pooled: Tensor, weights: list[Tensor], norm: list[Tensor], eps: list[float], relu: bool, bins: list[int]
 ) -> Tensor:
     levels: Any = [(*norm[4 * i : 4 * i + 4], e) for i, e in enumerate(eps)] or None
-    return reference.pyramid_reduce(pooled, weights, unflatten(bins), norm=levels, relu=relu)
+    # .to: within torch.func, autocast cannot be left, see _library
+    return reference.pyramid_reduce(pooled, weights, unflatten(bins), norm=levels, relu=relu).to(pooled.dtype)
 
 
 def pyramid_reduce_backward(
     grad_reduced: Tensor, pooled: Tensor, weights: list[Tensor], bins: list[int]
 ) -> tuple[Tensor, Tensor]:
+    c, r = pooled.size(2), grad_reduced.size(2)
     grads = [grad for grad, _ in _levels(grad_reduced, bins)]
     cells = [part for part, _ in _levels(pooled, bins)]
-    grad_pooled = [grad @ weight.flatten(1) for grad, weight in zip(grads, weights, strict=True)]
-    grad_weights = [g.flatten(0, 1).t() @ z.flatten(0, 1) for g, z in zip(grads, cells, strict=True)]
-    return torch.cat(grad_pooled, 1), torch.stack(grad_weights)
+    # reshape, not flatten: is_grads_batched=True knows that
+    grad_pooled = [grad @ weight.reshape(r, c) for grad, weight in zip(grads, weights, strict=True)]
+    grad_weights = [g.reshape(-1, r).t() @ z.reshape(-1, c) for g, z in zip(grads, cells, strict=True)]
+    return torch.cat(grad_pooled, 1).to(pooled.dtype), torch.stack(grad_weights).to(pooled.dtype)
 
 
 def pyramid_upsample_concat_(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import plain
-from ._library import needs_grad, register_derivatives
+from ._library import needs_grad, register_derivatives, run_plain, transforms_active
 from .checks import (
     Bins,
     Norm,
@@ -83,7 +83,11 @@ def pyramid_context_(
         raise ValueError(
             "norm and relu are for inference: leave them out where a gradient is needed, or use torch.no_grad()"
         )
-    _forward(conv, taps, tensors, eps, relu, flatten(levels), list(size), list(step), align_corners)
+    arguments = conv, taps, tensors, eps, relu, flatten(levels), list(size), list(step), align_corners
+    if transforms_active():
+        run_plain(plain.pyramid_context_, *arguments)
+    else:
+        _forward(*arguments)
     return conv
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import plain
-from ._library import register_derivatives
+from ._library import register_derivatives, run_plain, transforms_active
 from .checks import (
     Bins,
     as_levels,
@@ -53,7 +53,8 @@ def pyramid_pool(input: Tensor, bins: Bins, *, concat: Tensor | None = None, off
     check_channels("concat", concat, offset, input.size(1))
     n, _, h, w = input.shape
     check_shape("concat", concat, (n, concat.size(1), h, w), "(N, K, H, W)")
-    return _forward(input, concat, offset, flatten(levels))
+    arguments = input, concat, offset, flatten(levels)
+    return run_plain(plain.pyramid_pool, *arguments) if transforms_active() else _forward(*arguments)
 
 
 def new_concat(input: Tensor, channels: int) -> Tensor:

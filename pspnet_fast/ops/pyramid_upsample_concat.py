@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import plain
-from ._library import register_derivatives
+from ._library import register_derivatives, run_plain, transforms_active
 from .checks import (
     Bins,
     as_levels,
@@ -51,7 +51,11 @@ def pyramid_upsample_concat_(
     check_tensor("reduced", reduced, "(N, P, R)", concat)
     check_shape("reduced", reduced, (concat.size(0), count_cells(levels), reduced.size(2)), "(N, cells of bins, R)")
     check_channels("concat", concat, offset, len(levels) * reduced.size(2))
-    _forward(concat, reduced, offset, flatten(levels), align_corners)
+    arguments = concat, reduced, offset, flatten(levels), align_corners
+    if transforms_active():
+        run_plain(plain.pyramid_upsample_concat_, *arguments)
+    else:
+        _forward(*arguments)
     return concat
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import plain
-from ._library import needs_grad, register_derivatives
+from ._library import needs_grad, register_derivatives, run_plain, transforms_active
 from .checks import check_map, check_shape, check_size
 
 _forward = torch.ops.pspnet_fast.upsample_softmax_accumulate_.default
@@ -66,7 +66,11 @@ def upsample_softmax_accumulate_(
         )
     if needs_grad(probabilities, logits):
         raise ValueError("upsample_softmax_accumulate_ has no gradient: use torch.no_grad()")
-    _forward(probabilities, logits, top, left, height, width, align_corners, mirrored, float(weight))
+    arguments = probabilities, logits, top, left, height, width, align_corners, mirrored, float(weight)
+    if transforms_active():
+        run_plain(plain.upsample_softmax_accumulate_, *arguments)
+    else:
+        _forward(*arguments)
     return probabilities
 
 
