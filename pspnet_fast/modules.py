@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import ops
-from .ops.checks import Bins, as_levels, check_map, count_cells
-from .ops.pyramid_reduce import Norm
+from . import ops, reference
+from .ops._library import transforms_active
+from .ops.checks import Bins, Norm, as_levels, check_map, count_cells
 
 Concat = Literal["input_first", "input_last"]
 Branch = tuple[nn.Conv2d, nn.Module, nn.Module]  # 1x1 convolution, norm, activation
@@ -123,6 +123,8 @@ class FusedPPM(nn.Module):
             raise ValueError(
                 f"input must have in_channels = {self.in_channels} channels, but has shape {tuple(input.shape)}"
             )
+        if transforms_active():
+            return self._functional(input)
         context = self.out_channels - c
         first_input, first_level = (0, c) if self.concat == "input_first" else (context, 0)
         output = ops.new_concat(input, self.out_channels)
@@ -132,12 +134,20 @@ class FusedPPM(nn.Module):
             output, reduced, self.bins, offset=first_level, align_corners=self.align_corners
         )
 
+    def _functional(self, input: Tensor) -> Tensor:
+        """The same without writing in place: under vmap, parameters may come in batches and the input not."""
+        reduced = self._reduce(ops.pyramid_pool(input, self.bins))
+        size = input.size(2), input.size(3)
+        levels = reference.upsample_levels(reduced, self.bins, size, self.align_corners).to(input.dtype)
+        return torch.cat([input, levels] if self.concat == "input_first" else [levels, input], 1)
+
     def _reduce(self, pooled: Tensor) -> Tensor:
         """1x1 convolution, norm and activation of all levels: (N, P, C) -> (N, P, R)."""
         _, convolutions, norms, activations = zip(*self.features, strict=True)
         weights = [convolution.weight.to(pooled.dtype) for convolution in convolutions]
         biases = [convolution.bias for convolution in convolutions]
-        inference = not (torch.is_grad_enabled() and any(t.requires_grad for t in (pooled, *self.parameters())))
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (pooled, *self.parameters()))
+        inference = not recorded and not transforms_active()
         statistics = [_affine(norm, bias) for norm, bias in zip(norms, biases, strict=True)] if inference else [None]
         folded = [level for level in statistics if level is not None]
         if len(folded) == len(norms):

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from . import _library  # noqa: F401  (loads the operators)
+from . import plain
+from ._library import register_batching, transforms_active
 from .checks import check_shape
 
 _count = torch.ops.pspnet_fast.confusion_matrix_.default
@@ -45,6 +46,8 @@ def confusion_matrix(
         raise ValueError(f"K must be an int >= 1, but is {K!r}")
     if out is None:
         out = torch.zeros(K, K, dtype=torch.int64, device=target.device)
+        if transforms_active():  # a batch of counts for a batch of either
+            out = out + sum(t.new_zeros(K, K, dtype=torch.int64) for t in (prediction, target))
     if out.dtype != torch.int64 or not out.is_contiguous():
         raise TypeError(f"out must be contiguous and int64, but is {out.dtype} with strides {out.stride()}")
     check_shape("out", out, (K, K), "(K, K)")
@@ -52,6 +55,9 @@ def confusion_matrix(
         raise ValueError(f"out must be on the device of target, {target.device}, but is on {out.device}")
     _count(out, prediction, target, ignore_index)
     return out
+
+
+register_batching("confusion_matrix_", plain.confusion_matrix_)  # there is nothing to differentiate
 
 
 @torch.library.register_fake("pspnet_fast::confusion_matrix_")

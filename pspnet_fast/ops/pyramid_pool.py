@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ._library import needs_grad, register_inplace_autograd
+from . import plain
+from ._library import register_derivatives, run_plain, transforms_active
 from .checks import (
     Bins,
     as_levels,
@@ -16,7 +16,6 @@ from .checks import (
     count_cells,
     flatten,
     is_channels_last,
-    memory_format,
     unflatten,
 )
 
@@ -54,7 +53,8 @@ def pyramid_pool(input: Tensor, bins: Bins, *, concat: Tensor | None = None, off
     check_channels("concat", concat, offset, input.size(1))
     n, _, h, w = input.shape
     check_shape("concat", concat, (n, concat.size(1), h, w), "(N, K, H, W)")
-    return _forward(input, concat, offset, flatten(levels))
+    arguments = input, concat, offset, flatten(levels)
+    return run_plain(plain.pyramid_pool, *arguments) if transforms_active() else _forward(*arguments)
 
 
 def new_concat(input: Tensor, channels: int) -> Tensor:
@@ -64,9 +64,8 @@ def new_concat(input: Tensor, channels: int) -> Tensor:
     PSPNET_FAST_KEEP_MB (0: none). Fresh memory of that size costs more time than everything that is written into it.
     """
     if torch.compiler.is_compiling():  # the compiler plans memory by itself
-        return _empty_concat(input, channels)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _new_concat(input, channels)
+        return plain.new_concat(input, channels)
+    return _new_concat(input, channels)
 
 
 class PyramidPoolFunction(torch.autograd.Function):
@@ -75,7 +74,7 @@ class PyramidPoolFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, concat: Tensor | None, offset: int, bins: list[int]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            pooled = _forward(input, concat, offset, bins)
+            pooled = _alone(input, bins) if concat is None else _forward(input, concat, offset, bins)
         ctx.set_materialize_grads(False)
         ctx.offset, ctx.bins, ctx.shape, ctx.channels_last = offset, bins, input.shape, is_channels_last(input)
         # Channels of concat that nobody has written yet: see PyramidUpsampleConcatFunction.
@@ -86,7 +85,6 @@ class PyramidPoolFunction(torch.autograd.Function):
         return pooled, concat
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_pooled: Tensor | None, grad_concat: Tensor | None = None) -> Any:
         n, c, h, w = ctx.shape
         if grad_pooled is None:
@@ -102,28 +100,20 @@ class PyramidPoolFunction(torch.autograd.Function):
         return grad_input, grad_before, None, None
 
 
-def _autograd(input: Tensor, concat: Tensor | None, offset: int, bins: list[int]) -> Tensor:
-    if not needs_grad(input, concat):
-        with torch._C._AutoDispatchBelowAutograd():
-            return _forward(input, concat, offset, bins)
+def _recorded(input: Tensor, concat: Tensor | None, offset: int, bins: list[int]) -> Tensor:
     result = PyramidPoolFunction.apply(input, concat, offset, bins)
     return result if concat is None else result[0]
 
 
-register_inplace_autograd("pyramid_pool", _autograd, mutated=1)
+def _unrecorded(input: Tensor, channels: int) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        return _new_concat(input, channels)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, ctx.bins = inputs
-    ctx.size, ctx.channels_last = input.shape[2:], is_channels_last(input)
-
-
-@once_differentiable
-def _gradient(ctx: Any, grad_pooled: Tensor) -> Any:
-    return _backward(grad_pooled, None, 0, ctx.bins, *ctx.size, ctx.channels_last), None
-
-
-torch.library.register_autograd("pspnet_fast::pyramid_pool_alone", _gradient, setup_context=_setup_context)
+register_derivatives("new_concat", plain.new_concat, _unrecorded)
+register_derivatives("pyramid_pool", plain.pyramid_pool, _recorded, mutated=1)
+register_derivatives("pyramid_pool_alone", plain.pyramid_pool_alone, lambda x, bins: _recorded(x, None, 0, bins))
+register_derivatives("pyramid_pool_backward", plain.pyramid_pool_backward)
 
 
 @torch.library.register_fake("pspnet_fast::pyramid_pool_alone")
@@ -131,11 +121,7 @@ def _(input: Tensor, bins: list[int]) -> Tensor:
     return input.new_empty(input.size(0), count_cells(unflatten(bins)), input.size(1))
 
 
-@torch.library.register_fake("pspnet_fast::new_concat")
-def _empty_concat(input: Tensor, channels: int) -> Tensor:
-    n, _, h, w = input.shape
-    layout = memory_format(input)
-    return torch.empty((n, channels, h, w), dtype=input.dtype, device=input.device, memory_format=layout)
+torch.library.register_fake("pspnet_fast::new_concat", plain.new_concat)
 
 
 @torch.library.register_fake("pspnet_fast::pyramid_pool")

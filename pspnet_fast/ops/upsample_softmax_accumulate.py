@@ -1,9 +1,12 @@
 """upsample_softmax_accumulate_: adds up the probabilities of several predictions of one image."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ._library import needs_grad, register_inplace_autograd
+from . import plain
+from ._library import needs_grad, register_derivatives, run_plain, transforms_active
 from .checks import check_map, check_shape, check_size
 
 _forward = torch.ops.pspnet_fast.upsample_softmax_accumulate_.default
@@ -63,28 +66,19 @@ def upsample_softmax_accumulate_(
         )
     if needs_grad(probabilities, logits):
         raise ValueError("upsample_softmax_accumulate_ has no gradient: use torch.no_grad()")
-    _forward(probabilities, logits, top, left, height, width, align_corners, mirrored, float(weight))
+    arguments = probabilities, logits, top, left, height, width, align_corners, mirrored, float(weight)
+    if transforms_active():
+        run_plain(plain.upsample_softmax_accumulate_, *arguments)
+    else:
+        _forward(*arguments)
     return probabilities
 
 
-def _autograd(
-    probabilities: Tensor,
-    logits: Tensor,
-    top: int,
-    left: int,
-    height: int,
-    width: int,
-    align_corners: bool,
-    mirrored: bool,
-    weight: float,
-) -> None:
-    if needs_grad(probabilities, logits):
-        raise RuntimeError("upsample_softmax_accumulate_ has no gradient: use torch.no_grad()")
-    with torch._C._AutoDispatchBelowAutograd():
-        _forward(probabilities, logits, top, left, height, width, align_corners, mirrored, weight)
+def _recorded(*_: Any) -> None:
+    raise RuntimeError("upsample_softmax_accumulate_ has no gradient: use torch.no_grad()")
 
 
-register_inplace_autograd("upsample_softmax_accumulate_", _autograd, mutated=0)
+register_derivatives("upsample_softmax_accumulate_", plain.upsample_softmax_accumulate_, _recorded, mutated=0)
 
 
 @torch.library.register_fake("pspnet_fast::upsample_softmax_accumulate_")
