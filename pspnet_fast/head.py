@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .layers import is_batch_norm, is_convolution, is_identity, is_relu, runs_only
 from .modules import FusedPPM
 from .ops.checks import check_map
 from .ops.pyramid_reduce import Norm
-from .layers import is_batch_norm, is_convolution, is_identity, is_relu, runs_only
 from .split_weight import Channels, split_product
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import ops, reference
+from .layers import is_batch_norm, is_convolution, is_identity, is_relu
 from .ops._library import transforms_active
 from .ops.checks import Bins, Norm, as_levels, check_map, count_cells
 
@@ -144,6 +145,8 @@ class FusedPPM(nn.Module):
     def _reduce(self, pooled: Tensor) -> Tensor:
         """1x1 convolution, norm and activation of all levels: (N, P, C) -> (N, P, R)."""
         _, convolutions, norms, activations = zip(*self.features, strict=True)
+        if not all(map(is_convolution, convolutions)):  # hooks, LoRA and the like: what they are is theirs
+            return self._each_level(pooled, lambda i, z: activations[i](_normalize(norms[i], convolutions[i](z))))
         weights = [convolution.weight.to(pooled.dtype) for convolution in convolutions]
         biases = [convolution.bias for convolution in convolutions]
         recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (pooled, *self.parameters()))
@@ -153,7 +156,7 @@ class FusedPPM(nn.Module):
         if len(folded) == len(norms):
             dtype = folded[0][0].dtype  # the operator takes one for all
             folded = [(*(t.to(dtype) for t in level[:4]), level[4]) for level in folded]  # type: ignore[misc]
-            relu = all(type(a) is nn.ReLU for a in activations)
+            relu = all(map(is_relu, activations))
             reduced = ops.pyramid_reduce(pooled, weights, self.bins, norm=folded, relu=relu)
             return reduced if relu else self._each_level(reduced, lambda i, z: activations[i](z))
         reduced = ops.pyramid_reduce(pooled, weights, self.bins)
@@ -166,7 +169,7 @@ class FusedPPM(nn.Module):
         return self._each_level(reduced, rest)
 
     def _each_level(self, reduced: Tensor, function: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """Applies function(i, (N, R, bins_h, bins_w)) to every level of (N, P, R)."""
+        """Applies function(i, (N, C, bins_h, bins_w)) to every level of (N, P, C)."""
         n, _, r = reduced.shape
         parts = reduced.split([count_cells((level,)) for level in self.levels], 1)
         maps = [z.transpose(1, 2).reshape(n, r, *level) for z, level in zip(parts, self.levels, strict=True)]
@@ -182,10 +185,10 @@ class FusedPPM(nn.Module):
 
 def _affine(norm: nn.Module, bias: Tensor | None) -> Norm | None:
     """A norm that is an affine map by its buffers, the convolution's bias in it, as ops.pyramid_reduce takes it."""
-    if isinstance(norm, _BatchNorm) and not norm.training and norm.affine and norm.running_mean is not None:
+    if is_batch_norm(norm) and not norm.training and norm.affine and norm.running_mean is not None:
         mean = norm.running_mean if bias is None else norm.running_mean - bias
         return norm.weight, norm.bias, mean, norm.running_var, norm.eps  # type: ignore[return-value]
-    if type(norm) is nn.Identity and bias is not None:
+    if is_identity(norm) and bias is not None:
         one = torch.ones_like(bias)
         return one, bias, torch.zeros_like(bias), one, 0.0
     return None

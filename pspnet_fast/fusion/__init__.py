@@ -77,10 +77,10 @@ def fuse(
     Args:
         model: any module.
         modules: names in model.named_modules(), whose forwards are fused; "" is the model. By default, for each module
-            with layers nn.AdaptiveAvgPool2d of several sizes, the one whose forward calls it.
+            that looks like a pyramid (layers nn.AdaptiveAvgPool2d of several sizes, or calls of adaptive_avg_pool2d and
+            interpolate in its code), the one whose forward calls it.
         example: arguments of a forward (a tensor, a tuple, or a dictionary by names) to run once, in evaluation and
-            without gradients. Without `modules`, what is fused is what this shows to gain by it, pyramids that pool by
-            functions as well.
+            without gradients. Without `modules`, what is fused is what this shows to gain by it.
         return_report: whether to return (model, FuseReport). The logger "pspnet_fast" says the same.
 
     Returns:
@@ -90,7 +90,8 @@ def fuse(
         TypeError: modules is a string.
         ValueError: nothing to fuse, or a name that the model has not; the model is unchanged.
     """
-    found, beneath = (), ()
+    found: tuple[LowResolution, ...] = ()
+    beneath: tuple[str, ...] = ()
     if modules is not None:
         if isinstance(modules, str):
             raise TypeError(f"modules must be several names, such as [{modules!r}], but is {modules!r}")
@@ -109,8 +110,9 @@ def fuse(
         beneath, names = tuple(owners), tuple(dict.fromkeys(owners.values()))
         if not names:
             raise ValueError(
-                "nothing to fuse: the model has no module with layers nn.AdaptiveAvgPool2d of several sizes; where it "
-                "pools by functions, give an example or name the module that concatenates and convolves in `modules`"
+                "nothing to fuse: no module of the model has layers nn.AdaptiveAvgPool2d of several sizes or calls "
+                "adaptive_avg_pool2d and interpolate; give an example, or name the module that concatenates and "
+                "convolves in `modules`"
             )
     for name in names:
         apply(model.get_submodule(name))

@@ -7,7 +7,9 @@ too, which it would not with hooks.
 """
 
 import copy
+import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,18 +23,7 @@ from .scope import Scope
 class Fused(nn.Module):
     """Base of the derived classes."""
 
-    _stock: type[nn.Module]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """That of the module's own class, with upsampling put off.
-
-        Under torch.compile, export, torch.jit and the transforms of torch.func it is the own class's and nothing else.
-        """
-        forward = super().forward
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active():
-            return forward(*args, **kwargs)
-        with Scope():
-            return values(forward(*args, **kwargs))
+    _stock: type[nn.Module]  # the class of the module before
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """For pickle and copy: the derived class is made again from its base."""
@@ -47,7 +38,7 @@ class Fused(nn.Module):
 def apply(module: nn.Module) -> nn.Module:
     """Fuses a module, in place."""
     if not isinstance(module, Fused):
-        module.__class__ = _derived_class(type(module))
+        module.__class__ = _derived_class(type(module))  # type: ignore[assignment]
     return module
 
 
@@ -61,12 +52,33 @@ def remove(module: nn.Module) -> nn.Module:
 _derived: dict[type, type[nn.Module]] = {}
 
 
-def _derived_class(base: type[nn.Module]) -> type[nn.Module]:
+def _derived_class(stock: type[nn.Module]) -> type[nn.Module]:
     """The class of the fused modules of a class, always the same one."""
-    if base not in _derived:
-        body = {"__module__": base.__module__, "__doc__": base.__doc__, "_stock": base}
-        _derived[base] = types.new_class(f"Fused{base.__name__}", (Fused, base), exec_body=lambda s: s.update(body))
-    return _derived[base]
+    if stock not in _derived:
+        body = {"__module__": stock.__module__, "__doc__": stock.__doc__, "_stock": stock}
+        fused: Any = types.new_class(
+            f"Fused{stock.__name__}", (Fused, stock), exec_body=lambda space: space.update(body)
+        )
+        fused.forward = _in_scope(fused, stock)
+        _derived[stock] = fused
+    return _derived[stock]
+
+
+def _in_scope(fused: Any, stock: type[nn.Module]) -> Callable[..., Any]:
+    """The forward of a class, under its signature, with upsampling put off.
+
+    Under torch.compile, export, torch.jit and the transforms of torch.func it is the class's own and nothing else.
+    """
+
+    @functools.wraps(stock.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own = super(fused, self).forward
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active():
+            return own(*args, **kwargs)
+        with Scope():
+            return values(own(*args, **kwargs))
+
+    return forward
 
 
 def _new(base: type[nn.Module]) -> nn.Module:

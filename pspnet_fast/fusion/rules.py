@@ -118,7 +118,9 @@ def _is_worth_it(sources: Sequence[Tensor], corners: Sequence[bool | None], kern
     cells = sum(z.size(2) * z.size(3) for z in levels)
     if cells > min(pixels, MOST_CELLS) or sum(z.size(1) for z in levels) * pixels < LEAST_ELEMENTS:
         return False
-    return len(levels) <= MAX_LEVELS and all(k * sum(z.size(2 + a) for z in levels) <= MAX_SEEN for a, k in enumerate(kernel))
+    return len(levels) <= MAX_LEVELS and all(
+        k * sum(z.size(2 + a) for z in levels) <= MAX_SEEN for a, k in enumerate(kernel)
+    )
 
 
 def _split_convolution(
@@ -142,7 +144,9 @@ def _split_convolution(
     first, taps = split_product(weight, [channels[i] for i in dense], [channels[i] for i in levels], cells)
     n, o, kernel = sources[0].size(0), weight.size(0), (weight.size(2), weight.size(3))
     if first is None:
-        output = taps.new_zeros(n, o, *size) if bias is None else bias.to(dtype)[:, None, None].expand(n, o, *size).clone()
+        output = (
+            taps.new_zeros(n, o, *size) if bias is None else bias.to(dtype)[:, None, None].expand(n, o, *size).clone()
+        )
     else:
         maps = [sources[i] for i in dense]
         padding = tuple(k // 2 * d for k, d in zip(kernel, dilation, strict=True))

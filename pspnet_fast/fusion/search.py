@@ -1,5 +1,6 @@
 """Which modules of a model to fuse: by the pyramids in it, or by what a forward on an example computes."""
 
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.random import fork_rng
 
-from .lazy import Concat, Lazy, Upsampled
+from .lazy import Concat, Lazy
 from .scope import Scope
 
 
@@ -39,18 +40,38 @@ class LowResolution:
 
 
 def pyramids(model: nn.Module) -> dict[str, str]:
-    """The modules with layers nn.AdaptiveAvgPool2d of more than one size, and for each the one to fuse.
+    """The modules that look like pyramids, and for each the one to fuse.
 
-    The latter is the nearest module above with a forward: the concatenation and the convolution of it, if these are
-    not the pyramid's own, are there.
+    A pyramid has layers nn.AdaptiveAvgPool2d of more than one size, or its code calls adaptive_avg_pool2d and
+    interpolate. The one to fuse is the nearest module above with a forward: the concatenation and the convolution of
+    it, if these are not the pyramid's own, are there.
     """
     found: list[str] = []
     for name, module in model.named_modules():
         sizes = {str(m.output_size) for m in module.modules() if isinstance(m, nn.AdaptiveAvgPool2d)}
-        if len(sizes) > 1 and _has_forward(module):
+        called = _called(type(module))
+        by_functions = "adaptive_avg_pool2d" in called and not called.isdisjoint(("interpolate", "upsample"))
+        if (len(sizes) > 1 or by_functions) and _has_forward(module):
             found = [other for other in found if other and not name.startswith(other + ".")]
             found.append(name)
     return {name: _above(model, name) for name in found}
+
+
+def _called(cls: type) -> set[str]:
+    """The global names and attributes in the code of a class's methods, torch's own layers left out."""
+    names: set[str] = set()
+    codes = [
+        function.__code__
+        for base in cls.__mro__
+        if not base.__module__.startswith("torch.")
+        for function in vars(base).values()
+        if isinstance(function, types.FunctionType)
+    ]
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names)
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return names
 
 
 def _above(model: nn.Module, name: str) -> str:
@@ -73,7 +94,8 @@ def trial(model: nn.Module, example: Any) -> list[LowResolution]:
     """
     watched = _Trial(model)
     modes = [(module, module.training) for module in model.modules()]
-    args, kwargs = ((example,), {}) if isinstance(example, Tensor) else ((), example) if isinstance(example, Mapping) else (example, {})
+    args: Any = () if isinstance(example, Mapping) else (example,) if isinstance(example, Tensor) else example
+    kwargs: Any = example if isinstance(example, Mapping) else {}
     model.eval()
     try:
         with fork_rng(), torch.no_grad(), watched.stack_kept(), watched:
@@ -111,23 +133,25 @@ class _Trial(Scope):
                 hook.remove()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        lazy = next((a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Lazy)), None)
+        lazy: Any = next((a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Lazy)), None)
         watched = function is torch.conv2d and lazy is not None and lazy.pending()
         result = super().__torch_function__(function, types, args, kwargs)
         if isinstance(result, Lazy):
-            parts = (args[0] if args else kwargs["tensors"]) if isinstance(result, Concat) else ()
-            result.made = _common([self.stack, *(p.made for p in parts if isinstance(p, Lazy))])  # type: ignore[attr-defined]
-        elif watched and lazy.pending():  # type: ignore[union-attr]
-            self._note(lazy, result)  # type: ignore[arg-type]
+            given = args[0] if args else (kwargs or {}).get("tensors")
+            parts: Any = [p for p in given if isinstance(p, Lazy)] if isinstance(result, Concat) else []
+            made: Any = result
+            made.made = _common([self.stack, *(p.made for p in parts)])
+        elif watched and lazy.pending():
+            self._note(lazy, result)
         return result
 
-    def _note(self, lazy: Upsampled | Concat, output: Tensor) -> None:
+    def _note(self, lazy: Any, output: Tensor) -> None:
         corners = lazy.align_corners if isinstance(lazy, Concat) else (lazy.align_corners,)
         levels = [s for s, c in zip(lazy._sources, corners, strict=True) if c is not None]
         channels = sum(z.size(1) for z in levels)
         dense, cells = lazy.size(1) * output[0, 0].numel(), sum(z.size(1) * z[0, 0].numel() for z in levels)
         saved = (channels * output[0, 0].numel() - cells) / dense
-        scope = _common([self.stack, lazy.made])[-1]  # type: ignore[attr-defined]
+        scope = _common([self.stack, lazy.made])[-1]
         self.found.append(LowResolution(self.stack[-1], scope, channels, lazy.size(1), saved))
 
 

@@ -6,9 +6,9 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from pspnet_fast.head import psp_head
+from pspnet_fast.layers import runs_only
 from pspnet_fast.models.resnet import NormLayer, initialise_convolutions, resnet
 from pspnet_fast.modules import FusedPPM
-from pspnet_fast.layers import runs_only
 
 Head = Literal["fused", "concat"]
 LAYERS = ("layer0", "layer1", "layer2", "layer3", "layer4")
