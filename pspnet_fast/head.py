@@ -84,7 +84,8 @@ def psp_head(input: Tensor, ppm: FusedPPM, conv: nn.Conv2d, norm: nn.Module, act
     dense, parts = _channels(ppm)
     levels = reduced.to(conv_dtype(input)).split(_cells(ppm), 1)
     weight, taps = split_product(conv.weight, [dense], parts, levels)
-    output = F.conv2d(input, weight, conv.bias, padding=conv.padding, dilation=conv.dilation)  # type: ignore[arg-type]
+    padding: Any = conv.padding
+    output = F.conv2d(input, weight, conv.bias, padding=padding, dilation=conv.dilation)  # type: ignore[arg-type]
     kh, kw = conv.kernel_size
     settings: dict[str, Any] = {"dilation": conv.dilation, "align_corners": ppm.align_corners}
     folded = _folded(norm, output.dtype) if inference else None

@@ -3,7 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -186,7 +186,7 @@ class FusedPPM(nn.Module):
 def _affine(norm: nn.Module, bias: Tensor | None) -> Norm | None:
     """A norm that is an affine map by its buffers, the convolution's bias in it, as ops.pyramid_reduce takes it."""
     if is_batch_norm(norm) and not norm.training and norm.affine and norm.running_mean is not None:
-        mean = norm.running_mean if bias is None else norm.running_mean - bias
+        mean: Any = norm.running_mean if bias is None else norm.running_mean - bias  # type: ignore[operator]
         return norm.weight, norm.bias, mean, norm.running_var, norm.eps  # type: ignore[return-value]
     if is_identity(norm) and bias is not None:
         one = torch.ones_like(bias)

@@ -42,7 +42,7 @@ class Lazy(Tensor):
         """A map of a size (N, C, H, W) and dtype: compute(*sources), some time."""
 
         def wrapper() -> Any:
-            return Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=sources[0].device)  # type: ignore[attr-defined]
+            return Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=sources[0].device)
 
         with torch._C.DisableTorchFunction():
             recorded = torch.is_grad_enabled() and any(s.requires_grad for s in sources)
@@ -107,7 +107,7 @@ class Lazy(Tensor):
         return function(*values(args), **values(kwargs)) if result is NotImplemented else result
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         def raw(lazy: Lazy) -> Tensor:
             return lazy._evaluate().detach()  # autograd has had its turn
 

@@ -35,15 +35,14 @@ class Fused(nn.Module):
         return remove(copy.copy(self))
 
 
-def apply(module: nn.Module) -> nn.Module:
+def apply(module: nn.Module) -> None:
     """Fuses a module, in place."""
     if not isinstance(module, Fused):
         module.__class__ = _derived_class(type(module))  # type: ignore[assignment]
-    return module
 
 
-def remove(module: nn.Module) -> nn.Module:
-    """The inverse of apply."""
+def remove(module: Any) -> Any:
+    """The inverse of apply; returns the module."""
     if isinstance(module, Fused):
         module.__class__ = type(module)._stock
     return module
@@ -56,9 +55,8 @@ def _derived_class(stock: type[nn.Module]) -> type[nn.Module]:
     """The class of the fused modules of a class, always the same one."""
     if stock not in _derived:
         body = {"__module__": stock.__module__, "__doc__": stock.__doc__, "_stock": stock}
-        fused: Any = types.new_class(
-            f"Fused{stock.__name__}", (Fused, stock), exec_body=lambda space: space.update(body)
-        )
+        name, bases = f"Fused{stock.__name__}", (Fused, stock)
+        fused: Any = types.new_class(name, bases, exec_body=lambda space: space.update(body))
         fused.forward = _in_scope(fused, stock)
         _derived[stock] = fused
     return _derived[stock]

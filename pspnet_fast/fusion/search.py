@@ -137,7 +137,7 @@ class _Trial(Scope):
         watched = function is torch.conv2d and lazy is not None and lazy.pending()
         result = super().__torch_function__(function, types, args, kwargs)
         if isinstance(result, Lazy):
-            given = args[0] if args else (kwargs or {}).get("tensors")
+            given: Any = args[0] if args else (kwargs or {}).get("tensors")
             parts: Any = [p for p in given if isinstance(p, Lazy)] if isinstance(result, Concat) else []
             made: Any = result
             made.made = _common([self.stack, *(p.made for p in parts)])
