@@ -8,7 +8,8 @@ import pytest
 
 from pspnet_fast.models import PSPNet
 from pspnet_fast.training import ConfigError, TrainConfig, load_config
-from pspnet_fast.training.config import RULES, DataConfig, ModelConfig, to_yaml
+from pspnet_fast.training.config import RULES, DataConfig, ModelConfig
+from pspnet_fast.training.config_text import to_yaml
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -119,7 +120,7 @@ def test_printed_configuration_is_one(tmp_path: Path, overrides: list[str]) -> N
     config = load_config(write(tmp_path, "{}"), overrides)
     text = to_yaml(config)
     assert load_config(write(tmp_path, text)) == config
-    assert config.data.root == ("a: b #1" if overrides else "data")
+    assert config.data.root == ("a folder: #1" if overrides else "data")
     assert "`" not in text
 
 

@@ -34,7 +34,8 @@ def train(
 
     from pspnet_fast.data.transforms import TrainTransform
     from pspnet_fast.models import PSPNet
-    from pspnet_fast.training.config import load_config, to_yaml
+    from pspnet_fast.training.config import load_config
+    from pspnet_fast.training.config_text import to_yaml
     from pspnet_fast.training.loop import CHECKPOINT, fit
 
     settings = load_config(config, overrides)
