@@ -47,6 +47,10 @@ class Interruption:
         if self._number is not None:
             raise KeyboardInterrupt
         self._number = number
+        if hasattr(signal, "SIGCHLD"):
+            # A signal to all processes ends the loading ones too. torch's handler raises for that in the middle of an
+            # iteration; without it, the next batch is what fails.
+            self._before.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
         os.write(2, _NOTE)  # a handler may run in the middle of print
 
     def check(self) -> None:
