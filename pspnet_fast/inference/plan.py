@@ -41,7 +41,7 @@ def plan(arguments: Sequence[Path], out: Path, *, overwrite: bool = False) -> li
     found: dict[str, tuple[Path, Path]] = {}
     for argument in arguments:
         for image, name in _images(argument, out):
-            found.setdefault(_own_name(image), (image, name))
+            found.setdefault(_place(image), (image, name))
     tasks = []
     for image, name in found.values():
         stem = out / name.parent / name.stem
@@ -65,10 +65,10 @@ def check_results(
         ValueError: the first clash; the message names the files and the way out.
     """
     sources = {image for image, _ in results} | set(inputs)
-    read = {key: image for image in sources for key in (_own_name(image), _key(os.path.realpath(image)))}
+    read = {_key(path): image for image in sources for path in (_place(image), os.path.realpath(image))}
     written: dict[str, Path] = {}
     for image, result in results:
-        key = _own_name(result)
+        key = _key(_place(result))
         if key in read:
             raise ValueError(
                 f"the result {result} of {image} would overwrite the image {read[key]}; choose another folder for --out"
@@ -115,9 +115,9 @@ def _images_of_folder(folder: Path, out: Path) -> list[tuple[Path, Path]]:
     return images
 
 
-def _own_name(path: Path) -> str:
-    """The file itself, be it a link: links in its folder's path resolved, not its own."""
-    return _key(os.path.join(os.path.realpath(path.parent), path.name))
+def _place(path: Path) -> str:
+    """Where the file itself lies, be it a link: links in its folder's path are followed, its own is not."""
+    return os.path.join(os.path.realpath(path.parent), path.name)
 
 
 def _key(path: str) -> str:
