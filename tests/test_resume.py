@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -319,6 +320,30 @@ def test_failed_save_keeps_the_epoch_before(root: Path, tmp_path: Path, monkeypa
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 8
     _, result = train(root, tmp_path, resume=True)
     assert [record["epoch"] for record in result.history] == [1, 2, 3, 4]
+
+
+def test_disk_without_room_is_found_at_once(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+        with pytest.raises(OSError, match=r"no space for the checkpoints of the run: 0.1 MB needed, 0.0 MB free"):
+            train(root, tmp_path)
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("log", ["cut", "gone"])
+def test_resume_with_a_damaged_log(finished: tuple[Path, Path], tmp_path: Path, log: str) -> None:
+    root, out = finished
+    for name in ("checkpoint.pt", "log.jsonl"):
+        (tmp_path / name).write_bytes((out / name).read_bytes())
+    if log == "cut":
+        with (tmp_path / "log.jsonl").open("a") as file:
+            file.write('{"event": "iter')
+    else:
+        (tmp_path / "log.jsonl").unlink()
+    _, result = train(root, tmp_path, replace(CONFIG, epochs=2), resume=True, allow=["train.epochs"], **SAME)
+    assert len(result.history) == 2
+    epochs = [record["epoch"] for record in read_log(tmp_path / "log.jsonl") if record["event"] == "epoch"]
+    assert epochs == ([1, 2] if log == "cut" else [2])
 
 
 def test_a_folder_belongs_to_one_process(root: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class Report:
         self._class_names: list[str] = header["class_names"]
         self._path = out_dir / LOG
         records = [{"event": "config", **header}]
-        if step:
+        if step and self._path.exists():
             records += [record for record in read_log(self._path)[1:] if _is_done(record, step, epochs)]
         with replacing(self._path) as file:
             file.write("".join(map(_line, records)).encode())
@@ -126,8 +126,12 @@ def _is_done(record: Mapping[str, Any], step: int, epochs: int) -> bool:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Records of a ``log.jsonl``: first the configuration, then iterations and epochs as they happened."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Records of a ``log.jsonl``: first the configuration, then iterations and epochs as they happened.
+
+    A last line that a crash has cut off is left out.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def draw_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
