@@ -127,6 +127,7 @@ class ListDataset(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, root: Path, list_file: Path, classes: int, transform: Transform, seed: int = 0) -> None:
+        self.list_file = list_file
         self.pairs = read_list(root, list_file)
         self.classes = classes
         self.transform = transform
