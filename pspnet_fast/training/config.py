@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pspnet_fast.data.conventions import CONVENTIONS, Remap
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key, its value and what is allowed."""
@@ -46,6 +48,11 @@ class DataConfig:
     val_list: str = "val.txt"
     names: str = "names.txt"
     colors: str = "colors.txt"
+    """May be missing; the classes then get colours that differ well."""
+    labels: str = "index"
+    """What the values of label files mean: index, from_one, ade20k, cityscapes, voc or color (see docs/data.md)."""
+    remap: dict[Any, Any] = field(default_factory=dict)
+    """Class of each label value, in place of ``labels``: {0: 0, 255: 1, other: 255}; 255 is ignored."""
     crop: list[int] = field(default_factory=lambda: [473, 473])
     """Height and width of a training crop."""
     val_crop: list[int] | None = None
@@ -65,6 +72,11 @@ class DataConfig:
             _check_size("data.val_crop", self.val_crop)
         for key, value in (("data.mean", self.mean), ("data.std", self.std)):
             _check(len(value) == 3, key, value, "three numbers, for images in 0..1")
+        _check(self.labels in CONVENTIONS, "data.labels", self.labels, f"one of {', '.join(CONVENTIONS)}")
+        try:
+            Remap.parse(self.remap)
+        except ValueError as error:
+            raise ConfigError(f"data.remap {error}") from None
         _check(min(self.std) > 0, "data.std", self.std, "above 0")
         _check(len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1], "data.scale", self.scale, "0 < low <= high")
         _check(
