@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from PIL import Image
 from toy_data import COLORS, NAMES, SIZE, write_toy_data
 
 from pspnet_fast.cli import EXTRAS, main
@@ -140,6 +141,16 @@ def test_predict_writes_three_pictures(work: Workspace, tmp_path: Path) -> None:
     assert cv2.imread(str(tmp_path / "labels" / "val_1.png"), cv2.IMREAD_UNCHANGED).shape == SIZE
 
 
+def test_predict_labels_a_photograph_as_it_is_seen(work: Workspace, tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[0x112] = 6
+    Image.open(work.data / "val_0.png").save(tmp_path / "upright.jpg", exif=turned)
+    result = run("predict", tmp_path / "upright.jpg", "--checkpoint", work.checkpoint, "--out", tmp_path / "labels")
+    assert result.exit_code == 0, result.output
+    for suffix in ("", "_color", "_overlay"):
+        assert cv2.imread(str(tmp_path / "labels" / f"upright{suffix}.png")).shape == (*SIZE[::-1], 3)
+
+
 def test_predict_goes_on_after_a_bad_image(work: Workspace, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"no image")
@@ -164,6 +175,8 @@ def test_predict_refuses_results_of_one_name(work: Workspace, tmp_path: Path) ->
         (["data.root=/no/such/folder"], 1, "data.root: no folder /no/such/folder"),
         (["model.stem=deep"], 1, "stem must be one of 'deep64', 'deep32', 'conv7', got 'deep'"),
         (["data.train_list=none.txt"], 1, "none.txt: No such file or directory"),
+        (["data.colors=none.txt"], 1, "none.txt: No such file or directory"),
+        (["data.labels=ade"], 2, "data.labels must be one of index, from_one"),
         (["data.names=train.txt"], 1, "has 3 colours for 8 classes"),
         (["train.batch_size=99"], 1, "batch_size = 99"),
         (["train.device=cuda:99"], 1, "device 'cuda:99' cannot be used here"),
@@ -171,6 +184,50 @@ def test_predict_refuses_results_of_one_name(work: Workspace, tmp_path: Path) ->
 )
 def test_train_errors(work: Workspace, tmp_path: Path, overrides: list[str], code: int, message: str) -> None:
     assert_one_line(run("train", work.config, work.root, *overrides, "--out", tmp_path / "run"), code, message)
+
+
+def test_train_says_what_looks_wrong_in_the_data(work: Workspace, tmp_path: Path) -> None:
+    data = write_toy_data(tmp_path / "data")
+    (data / "val.txt").write_text((data / "train.txt").read_text())
+    (data / "colors.txt").unlink()
+    out = tmp_path / "run"
+    result = run("train", work.config, f"data.root={data}", "data.mean=[124,116,104]", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "colors.txt: the classes get colours that differ well" in result.stderr
+    assert "Warning: data.mean=[124,116,104] looks like values for 0..255" in result.stderr
+    assert "Warning: 8 images stand in" in result.stderr
+    colors = load_checkpoint(out / "checkpoint.pt")["metadata"]["colors"]
+    assert len({tuple(color) for color in colors}) == len(NAMES)
+
+
+def test_masks_of_0_and_255_want_a_remap(work: Workspace, tmp_path: Path) -> None:
+    data = write_toy_data(tmp_path / "data")
+    (data / "names.txt").write_text("background\nvessel\n")
+    (data / "colors.txt").unlink()
+    mask = np.zeros(SIZE, np.uint8)
+    mask[:, 20:] = 255
+    for path in data.glob("*_label.png"):
+        cv2.imwrite(str(path), mask)
+    arguments = ("train", work.config, f"data.root={data}", "--out", tmp_path / "run")
+    assert_one_line(run(*arguments), 1, "0 and 255 only", '"data.remap={0: 0, 255: 1}"')
+    result = run(*arguments, "data.remap={0: 0, 255: 1}")
+    assert result.exit_code == 0, result.output
+    assert_one_line(run(*arguments, "data.remap={0: 1, 255: 0}", "--resume"), 1, "cannot resume", "remap")
+    scores = run("eval", *arguments[1:3], "data.remap={0: 0, 255: 1}", "--json",
+                 "--checkpoint", tmp_path / "run" / "checkpoint.pt")  # fmt: skip
+    assert np.sum(json.loads(scores.stdout)["confusion"], 1).tolist() == [3 * 40 * 20, 3 * 40 * 28]
+
+
+def test_label_conventions(work: Workspace, tmp_path: Path) -> None:
+    data = write_toy_data(tmp_path / "data")
+    for path in data.glob("*_label.png"):
+        label = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        cv2.imwrite(str(path), np.where(label == 255, 0, label + 1))
+    arguments = ("train", work.config, f"data.root={data}", "--out", tmp_path / "run")
+    assert_one_line(run(*arguments), 1, "_label.png: label value 3", "data.labels=from_one")
+    assert_one_line(run(*arguments, "data.labels=ade20k"), 1, "data.labels=ade20k has 150 classes")
+    result = run(*arguments, "data.labels=from_one")
+    assert result.exit_code == 0, result.output
 
 
 def test_bad_label_stops_training_with_its_name(work: Workspace, tmp_path: Path) -> None:

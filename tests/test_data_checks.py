@@ -5,7 +5,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from toy_data import NAMES, SIZE, write_toy_data
+from PIL import Image
+from toy_data import COLORS, NAMES, SIZE, write_toy_data
 
 from pspnet_fast.data import DataError
 from pspnet_fast.data.checks import check_lists, check_normalisation
@@ -69,6 +70,22 @@ def test_labels_that_may_be_ade20ks(root: Path) -> None:
     assert check(root, LabelReader(150, "ade20k")) == []
     set_labels(root, "val", values=(0, 1, 149, 255))
     assert check(root, LabelReader(150)) == []
+
+
+def test_palettes_in_the_colours_of_other_classes(root: Path) -> None:
+    def paint(colors: list[tuple[int, int, int]]) -> None:
+        label = Image.fromarray(np.resize(np.uint8([0, 1, 2]), SIZE))
+        label.putpalette([channel for color in colors for channel in color])
+        label.save(root / "train_0_label.png")
+
+    reader = LabelReader(len(NAMES), colors=COLORS)
+    assert check(root, reader) == []
+    paint(COLORS[::-1])
+    [warning] = check(root, reader)
+    assert warning.startswith(f"{root / 'train_0_label.png'}: its palette has the colours of the classes, but at other")
+    for colors in (COLORS, [(1, 1, 1), (2, 2, 2), (3, 3, 3)]):
+        paint(colors)
+        assert check(root, reader) == []
 
 
 def test_repeated_and_shared_images(root: Path) -> None:

@@ -151,6 +151,19 @@ def test_color_takes_the_palettes_colours(tmp_path: Path) -> None:
     assert read(tmp_path, grey, LabelReader(2, "color", colors=[(255, 255, 255), (0, 0, 0)])) == [[1, 0]]
 
 
+def test_grey_saved_as_rgb_is_not_taken_for_values(tmp_path: Path) -> None:
+    for colors in (COLORS, None):
+        with pytest.raises(DataError, match=r"its three channels are equal: if they are values, .* save them as one"):
+            read(tmp_path, encoded(np.stack([VALUES] * 3, -1)), LabelReader(4, colors=colors))
+
+
+def test_other_of_colours(tmp_path: Path) -> None:
+    picture = np.array(COLORS, np.uint8)[VALUES[:2]]
+    picture[0, 0] = 9, 9, 9
+    reader = LabelReader(4, remap={"other": 255}, colors=COLORS)
+    assert read(tmp_path, encoded(picture), reader) == [[255, 1, 2, 3], [3, 2, 1, 0]]
+
+
 def test_alpha(tmp_path: Path) -> None:
     opaque, holes = np.full_like(VALUES, 255), np.where(VALUES == 1, 254, 255).astype(np.uint8)
     assert read(tmp_path, encoded(np.dstack([VALUES, opaque]))) == VALUES.tolist()
@@ -196,6 +209,12 @@ def test_truncated_files_are_refused(tmp_path: Path, kind: str, kept: float) -> 
     with pytest.raises(DataError, match=r"label: is (damaged or not whole|not an image)") as error:
         read(tmp_path, content[: int(kept * len(content))])
     assert " at 0x" not in str(error.value)
+
+
+def test_label_beyond_pillows_limit(tmp_path: Path) -> None:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 40000, 40000, 8, GREY, 0, 0, 0))
+    with pytest.raises(DataError, match=r"label: has more pixels than Pillow reads \(178956970\)"):
+        read(tmp_path, b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b""))
 
 
 def test_no_image(tmp_path: Path) -> None:
@@ -244,6 +263,7 @@ def test_remap(tmp_path: Path) -> None:
     assert column(tmp_path, [0, 1, 255], LabelReader(2, remap={"0": 1, 1: 0})) == [1, 0, 255]
     assert column(tmp_path, [7, 0, 255, 9], LabelReader(2, remap={7: 1, "other": 255})) == [1, 255, 255, 255]
     assert column(tmp_path, [7, 0, 255], LabelReader(2, remap={7: 1, "other": 0})) == [1, 0, 255]
+    assert column(tmp_path, [0, 1, 2, 255], LabelReader(2, remap={"other": 255})) == [0, 1, 255, 255]
 
 
 @pytest.mark.parametrize(
@@ -255,6 +275,7 @@ def test_remap(tmp_path: Path) -> None:
         ({"classes": 19, "convention": "cityscapes", "remap": {0: 1}}, "data.remap needs data.labels=index or color"),
         ({"classes": 2, "remap": {0: 2}}, r"data.remap must map to the classes 0..1 or 255, got 2"),
         ({"classes": 2, "remap": {"0 0 0": 9}}, r"data.remap must map to the classes 0..1 or 255, got 9"),
+        ({"classes": 2, "convention": "color", "remap": {7: 0}}, "data.remap must have colours 'R G B' .*got 7"),
         ({"classes": 2, "remap": {0: "road"}}, "data.remap must give a class or 255 for 0, got 'road'"),
         ({"classes": 2, "remap": {"0:0": None}}, "must give a class or 255 for '0:0', got None; .*blank after colons"),
         ({"classes": 2, "remap": {"road": 0}}, "data.remap must have values, colours 'R G B' or 'other' as keys"),

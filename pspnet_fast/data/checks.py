@@ -1,6 +1,7 @@
 """What of a data set can be seen to be wrong before training starts."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -19,7 +20,7 @@ def check_lists(train_set: ListDataset, val_set: ListDataset) -> list[str]:
     """
     warnings, found = [], set()
     for dataset in (train_set, val_set):
-        indices = np.unique(np.linspace(0, len(dataset) - 1, SAMPLE).round().astype(int))
+        indices = _sample(dataset)
         values = {int(value) for index in indices for value in np.unique(dataset.read(index)[1])}
         if values == {IGNORE_INDEX}:
             warnings.append(f"{dataset.list_file}: every pixel of the {len(indices)} labels looked at is ignored")
@@ -32,6 +33,7 @@ def check_lists(train_set: ListDataset, val_set: ListDataset) -> list[str]:
             f"{len(common)} images stand in {train_set.list_file} and in {val_set.list_file}: scores will be too good"
         )
     labels = train_set.labels
+    warnings += _by_color_other_classes(train_set)
     if labels.is_identity and labels.classes > 1 and found == {0, IGNORE_INDEX}:
         raise DataError(
             f"{train_set.list_file}: the labels looked at hold the values 0 and 255 only, and 255 is ignored; "
@@ -43,6 +45,28 @@ def check_lists(train_set: ListDataset, val_set: ListDataset) -> list[str]:
             "use data.labels=ade20k; else every class is taken for the one after it"
         )
     return warnings
+
+
+def _by_color_other_classes(dataset: ListDataset) -> list[str]:
+    """A warning where palettes paint the indices in the colours of other classes."""
+    if not dataset.labels.is_identity or dataset.labels.colors is None:
+        return []
+    by_color = replace(dataset.labels, convention="color")
+    for path in (dataset.pairs[index][1] for index in _sample(dataset)):
+        try:
+            painted = by_color(path)
+        except DataError:  # other colours than those of the classes say nothing
+            continue
+        if painted.min() < painted.max() and (painted != dataset.labels(path)).any():
+            return [
+                f"{path}: its palette has the colours of the classes, but at other indices; the indices are taken, "
+                "data.labels=color takes the colours"
+            ]
+    return []
+
+
+def _sample(dataset: ListDataset) -> list[int]:
+    return np.unique(np.linspace(0, len(dataset) - 1, SAMPLE).round().astype(int)).tolist()
 
 
 def check_normalisation(mean: Sequence[float], std: Sequence[float]) -> list[str]:

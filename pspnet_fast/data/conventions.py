@@ -60,7 +60,7 @@ class Remap:
 def classes_by_value(convention: str, classes: int, remap: Remap) -> dict[int, int]:
     """Class, or 255, of every value that a label may hold; values without one are an error."""
     given: dict[int, int]
-    if remap.values or remap.other is not None:
+    if remap.values:
         given = {IGNORE_INDEX: IGNORE_INDEX, **remap.values}
     elif convention == "cityscapes":
         given = dict.fromkeys(range(_CITYSCAPES_LAST_ID + 1), IGNORE_INDEX)

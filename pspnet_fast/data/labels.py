@@ -3,6 +3,7 @@
 import functools
 import io
 import re
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,10 @@ class LabelReader:
         if self.remap and self.convention not in ("index", "color"):
             raise ValueError(f"data.remap needs data.labels=index or color, got {self.convention}")
         parsed = self._parsed
+        if parsed.values and self.convention == "color":
+            raise ValueError(
+                f"data.remap must have colours 'R G B' as keys with labels=color, got {min(parsed.values)}"
+            )
         for value in (*parsed.values.values(), *parsed.colors.values(), parsed.other):
             if value is not None and self.classes <= value < IGNORE_INDEX:
                 raise ValueError(f"data.remap must map to the classes 0..{self.classes - 1} or 255, got {value}")
@@ -122,13 +127,15 @@ class LabelReader:
         try:
             codes, classes = self._color_codes
         except DataError as error:
-            raise DataError(f"{path}: {error}") from None
+            raise DataError(f"{path}: {error}{_hint_at_grey(pixels)}") from None
         found = pixels.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
         place = np.minimum(np.searchsorted(codes, found), len(codes) - 1)
-        unknown = found[codes[place] != found]
-        if unknown.size:
-            raise DataError(f"{path}: {self._describe(unknown)}")
-        return classes[place]
+        known = codes[place] == found
+        if known.all():
+            return classes[place]
+        if self._parsed.other is not None:
+            return np.where(known, classes[place], np.uint8(self._parsed.other))
+        raise DataError(f"{path}: {self._describe(found[~known])}{_hint_at_grey(pixels)}")
 
     def _describe(self, unknown: NDArray[np.int32]) -> str:
         """The most frequent of the colours that no class has, and the class that is nearest."""
@@ -176,12 +183,14 @@ def _open(path: Path) -> tuple[Image.Image, int]:
     """The decoded image and the bits of its channels in the file."""
     content = read_content(path)
     try:
-        image = Image.open(io.BytesIO(content))
-        bits = _bits(image, content)
-        if reason := _refusal(image, content, bits):
-            raise DataError(f"{path}: {reason}")
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images and of odd metadata
+            image = Image.open(io.BytesIO(content))
+            bits = _bits(image, content)
+            if reason := _refusal(image, content, bits):
+                raise DataError(f"{path}: {reason}")
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -219,6 +228,12 @@ def _bits(image: Image.Image, content: bytes) -> int:
     if image.format == "TIFF":
         return int(image.tag_v2.get(258, (1,))[0])  # type: ignore[attr-defined]
     return 8
+
+
+def _hint_at_grey(pixels: NDArray[Any]) -> str:
+    if (pixels != pixels[..., :1]).any():
+        return ""
+    return "; its three channels are equal: if they are values, not colours, save them as one channel"
 
 
 def _decode_color(code: int) -> Color:

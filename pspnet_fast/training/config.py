@@ -58,6 +58,7 @@ class DataConfig:
     val_crop: list[int] | None = None
     """Height and width of the validation crop from the image's centre; null validates on whole images."""
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    """Per channel, for images in 0..1."""
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     scale: list[float] = field(default_factory=lambda: [0.5, 2.0])
     """Range of the random resize factor."""
@@ -179,6 +180,8 @@ def _merge(config: Any, document: Any, source: str) -> Any:
     except OmegaConfBaseException as error:
         key = str(error.full_key).partition("[")[0]
         allowed = types[key].__name__ if types[key] in (bool, int, float, str) else types[key]
+        if types[key] == dict[Any, Any]:
+            allowed = 'a mapping, with blanks and on a command line in quotes: "{0: 0, 255: 1}"'
         raise ConfigError(f"{source}: {key} must be {allowed}, got {OmegaConf.select(document, key)!r}") from None
 
 
