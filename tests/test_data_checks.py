@@ -88,6 +88,11 @@ def test_palettes_in_the_colours_of_other_classes(root: Path) -> None:
         assert check(root, reader) == []
 
 
+def test_grey_labels_show_no_colours_of_classes(root: Path) -> None:
+    set_labels(root, "train", values=(0,))
+    assert check(root, LabelReader(len(NAMES), colors=[COLORS[0], COLORS[1], (0, 0, 0)])) == []
+
+
 def test_repeated_and_shared_images(root: Path) -> None:
     lines = (root / "train.txt").read_text().splitlines()
     (root / "train.txt").write_text("\n".join([*lines, *lines[:2], (root / "val.txt").read_text()]))

@@ -53,9 +53,7 @@ class LabelReader:
             raise ValueError(f"data.remap needs data.labels=index or color, got {self.convention}")
         parsed = self._parsed
         if parsed.values and self.convention == "color":
-            raise ValueError(
-                f"data.remap must have colours 'R G B' as keys with labels=color, got {min(parsed.values)}"
-            )
+            raise ValueError(f"data.remap must have colours 'R G B' as keys if labels=color, got {min(parsed.values)}")
         for value in (*parsed.values.values(), *parsed.colors.values(), parsed.other):
             if value is not None and self.classes <= value < IGNORE_INDEX:
                 raise ValueError(f"data.remap must map to the classes 0..{self.classes - 1} or 255, got {value}")
