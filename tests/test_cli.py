@@ -176,7 +176,7 @@ def test_predict_refuses_results_of_one_name(work: Workspace, tmp_path: Path) ->
         (["model.stem=deep"], 1, "stem must be one of 'deep64', 'deep32', 'conv7', got 'deep'"),
         (["data.train_list=none.txt"], 1, "none.txt: No such file or directory"),
         (["data.colors=none.txt"], 1, "none.txt: No such file or directory"),
-        (["data.labels=ade"], 2, "data.labels must be one of index, from_one"),
+        (["data.labels=ade"], 2, "data.labels must be one of 'index', 'from_one'"),
         (["data.names=train.txt"], 1, "has 3 colours for 8 classes"),
         (["train.batch_size=99"], 1, "batch_size = 99"),
         (["train.device=cuda:99"], 1, "device 'cuda:99' cannot be used here"),

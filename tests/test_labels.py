@@ -269,7 +269,7 @@ def test_remap(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"classes": 3, "convention": "citiscapes"}, "data.labels must be one of index, .*'citiscapes'"),
+        ({"classes": 3, "convention": "citiscapes"}, "data.labels must be one of 'index', .*'citiscapes'"),
         ({"classes": 151, "convention": "ade20k"}, "data.labels=ade20k has 150 classes, the names given are 151"),
         ({"classes": 20, "convention": "cityscapes"}, "data.labels=cityscapes has 19 classes"),
         ({"classes": 19, "convention": "cityscapes", "remap": {0: 1}}, "data.remap needs data.labels=index or color"),

@@ -37,9 +37,9 @@ def evaluate(
     pspnet-fast eval configs/camvid.yaml data.root=/data/camvid --checkpoint runs/camvid/checkpoint.pt --pictures 4
     """
     from pspnet_fast.training.config import load_config
+    from pspnet_fast.training.evaluation import choose_device
+    from pspnet_fast.training.evaluation import evaluate as score
     from pspnet_fast.training.loading import val_loader
-    from pspnet_fast.training.loop import choose_device
-    from pspnet_fast.training.loop import evaluate as score
 
     settings = load_config(config, overrides)
     device = choose_device(settings.train.device)

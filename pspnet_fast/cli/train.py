@@ -31,17 +31,17 @@ def train(
     pspnet-fast train configs/camvid.yaml --print-config
     """
     import torch
-    from omegaconf import OmegaConf
 
     from pspnet_fast.data.checks import check_lists, check_normalisation
     from pspnet_fast.data.transforms import TrainTransform
     from pspnet_fast.models import PSPNet
     from pspnet_fast.training.config import load_config
+    from pspnet_fast.training.config_text import to_yaml
     from pspnet_fast.training.loop import CHECKPOINT, fit
 
     settings = load_config(config, overrides)
     if print_config:
-        click.echo(OmegaConf.to_yaml(OmegaConf.structured(settings)).rstrip())
+        click.echo(to_yaml(settings).rstrip())
         return
     out = out or Path("runs") / config.stem
     checkpoint = out / CHECKPOINT

@@ -46,7 +46,7 @@ class LabelReader:
 
     def __post_init__(self) -> None:
         if self.convention not in CONVENTIONS:
-            raise ValueError(f"data.labels must be one of {', '.join(CONVENTIONS)}, got {self.convention!r}")
+            raise ValueError(f"data.labels must be one of {', '.join(map(repr, CONVENTIONS))}, got {self.convention!r}")
         if (known := CLASSES.get(self.convention, self.classes)) != self.classes:
             raise ValueError(f"data.labels={self.convention} has {known} classes, the names given are {self.classes}")
         if self.remap and self.convention not in ("index", "color"):

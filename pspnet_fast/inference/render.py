@@ -1,5 +1,6 @@
 """Pictures of label maps. A picture is uint8 RGB (H, W, 3)."""
 
+import colorsys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,15 @@ def save_png(path: Path, picture: NDArray[np.uint8]) -> None:
     written, encoded = cv2.imencode(".png", picture[..., ::-1] if picture.ndim == 3 else picture)
     assert written
     path.write_bytes(encoded.tobytes())
+
+
+def palette(classes: int) -> list[tuple[int, int, int]]:
+    """Colours for classes that have none of their own: different ones, neighbours far apart, none of them black."""
+    hues = [index * 0.6180339887 % 1 for index in range(classes)]  # the golden ratio spreads any number of them
+    values = [(1.0, 0.75, 0.9, 0.6)[index // 8 % 4] for index in range(classes)]
+    saturations = [(0.9, 0.55)[index // 32 % 2] for index in range(classes)]
+    colors = map(colorsys.hsv_to_rgb, hues, saturations, values)
+    return [(round(255 * red), round(255 * green), round(255 * blue)) for red, green, blue in colors]
 
 
 def colorize(label: NDArray[np.integer], colors: Sequence[Color]) -> Picture:

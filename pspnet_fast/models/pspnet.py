@@ -1,7 +1,7 @@
 """Pyramid Scene Parsing Network (Zhao et al., CVPR 2017)."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -45,6 +45,10 @@ class PSPNet(KeepsSplitWeight):
         head_channels: channels before the classifier; None means those of layer4 // 4. The auxiliary head has those
             of layer3 // 4.
 
+    Attributes:
+        config: the arguments but ``classes`` as plain data, which build the model again: ``PSPNet(classes, **config)``.
+            None with a backbone given as a module or another norm than BatchNorm2d, which are no plain data.
+
     Raises:
         ValueError: an argument is outside its range; the message names it.
     """
@@ -80,7 +84,21 @@ class PSPNet(KeepsSplitWeight):
             raise ValueError(f"head must be one of {', '.join(map(repr, get_args(Head)))}, got {head!r}")
         if head_channels is not None and head_channels < 1:
             raise ValueError(f"head_channels must be None or at least 1, got {head_channels}")
+        self.config: dict[str, Any] | None = None
         if isinstance(backbone, str):
+            if norm_layer is nn.BatchNorm2d:
+                self.config = {
+                    "backbone": backbone,
+                    "stem": stem,
+                    "dilation": dilation,
+                    "output_stride": output_stride,
+                    "bins": None if bins is None else list(bins),
+                    "aux": aux,
+                    "dropout": dropout,
+                    "align_corners": align_corners,
+                    "head": head,
+                    "head_channels": head_channels,
+                }
             backbone = resnet(
                 backbone, stem=stem, dilation=dilation, output_stride=output_stride, norm_layer=norm_layer
             )
