@@ -1,5 +1,6 @@
 """Files written whole or not at all."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -44,6 +45,14 @@ def replacing(path: Path, needed: int = 0) -> Iterator[BinaryIO]:
         if path.exists():
             reason += "; the file before it is whole"
         raise OSError(cause.errno, reason, str(path)) from None
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Raise OSError if the disk of ``folder`` has less than ``needed`` bytes free for ``what``."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        reason = f"no space for {what}: {megabytes(needed)} needed, {megabytes(free)} free"
+        raise OSError(errno.ENOSPC, reason, str(folder))
 
 
 def megabytes(count: int) -> str:

@@ -1,15 +1,14 @@
 """Checkpoints are plain data, written whole or not at all; what is none is called by its name."""
 
-import resource
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from limits import largest_file
 
 from pspnet_fast.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -22,15 +21,6 @@ STATE = {
     "steps": 2,
     "history": [{"miou": 0.5, "iou": [0.5, None]}],
 }
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """The operating system writes no file beyond ``size`` bytes, as if the disk were full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_round_trip(tmp_path: Path) -> None:

@@ -6,10 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from toy_training import CONFIG, Items, assert_equal_states, train
 from pspnet_fast.data.list_dataset import ListDataset
 from pspnet_fast.training import Interrupted, ResumeError, evaluate
 from pspnet_fast.training.checkpoint import load_checkpoint, save_checkpoint
-from pspnet_fast.training.interruption import Interruption
 from pspnet_fast.training.loading import train_loader
 from pspnet_fast.training.report import read_log
 from pspnet_fast.training.run_folder import locked
@@ -130,58 +128,6 @@ def test_signal_in_validation(root: Path, straight: Path, tmp_path: Path, monkey
     assert (state["step"], state["history"]) == (4, [])
     train(root, tmp_path, resume=True)
     assert_same_runs(straight, tmp_path)
-
-
-def test_second_signal_stops_at_once() -> None:
-    with Interruption() as interruption:
-        os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(KeyboardInterrupt) as error:
-            os.kill(os.getpid(), signal.SIGINT)
-        assert not isinstance(error.value, Interrupted)
-        with pytest.raises(Interrupted):
-            interruption.check()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
-
-
-@pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda *_: None])
-def test_handlers_of_others_stay(handler: Any) -> None:
-    before = signal.signal(signal.SIGHUP, handler)
-    with Interruption():
-        assert signal.getsignal(signal.SIGHUP) is handler
-    signal.signal(signal.SIGHUP, before)
-
-
-def test_no_handlers_outside_the_main_thread() -> None:
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            with Interruption() as interruption:
-                interruption.check()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert errors == []
-
-
-def test_loading_process_that_the_signal_ended() -> None:
-    def batches() -> Iterator[int]:
-        yield 1
-        os.kill(os.getpid(), signal.SIGTERM)
-        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
-
-    with Interruption() as interruption, pytest.raises(Interrupted):
-        list(interruption.between(batches()))
-    with Interruption() as interruption, pytest.raises(RuntimeError, match="a fault"):
-        list(interruption.between(fault() for _ in range(1)))
-
-
-def fault() -> None:
-    raise RuntimeError("a fault")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -319,6 +265,30 @@ def test_failed_save_keeps_the_epoch_before(root: Path, tmp_path: Path, monkeypa
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 8
     _, result = train(root, tmp_path, resume=True)
     assert [record["epoch"] for record in result.history] == [1, 2, 3, 4]
+
+
+def test_disk_without_room_is_found_at_once(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+        with pytest.raises(OSError, match=r"no space for the checkpoints of the run: 0.1 MB needed, 0.0 MB free"):
+            train(root, tmp_path)
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("log", ["cut", "gone"])
+def test_resume_with_a_damaged_log(finished: tuple[Path, Path], tmp_path: Path, log: str) -> None:
+    root, out = finished
+    for name in ("checkpoint.pt", "log.jsonl"):
+        (tmp_path / name).write_bytes((out / name).read_bytes())
+    if log == "cut":
+        with (tmp_path / "log.jsonl").open("a") as file:
+            file.write('{"event": "iter')
+    else:
+        (tmp_path / "log.jsonl").unlink()
+    _, result = train(root, tmp_path, replace(CONFIG, epochs=2), resume=True, allow=["train.epochs"], **SAME)
+    assert len(result.history) == 2
+    epochs = [record["epoch"] for record in read_log(tmp_path / "log.jsonl") if record["event"] == "epoch"]
+    assert epochs == ([1, 2] if log == "cut" else [2])
 
 
 def test_a_folder_belongs_to_one_process(root: Path, tmp_path: Path) -> None:

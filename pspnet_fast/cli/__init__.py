@@ -18,8 +18,8 @@ def main(traceback: bool) -> None:
 
     \b
     pspnet-fast train configs/camvid.yaml data.root=/data/camvid
-    pspnet-fast eval configs/camvid.yaml data.root=/data/camvid --checkpoint runs/camvid/checkpoint.pt
-    pspnet-fast predict street.jpg --checkpoint runs/camvid/checkpoint.pt --out labels
+    pspnet-fast eval configs/camvid.yaml data.root=/data/camvid --checkpoint runs/camvid/best.pt
+    pspnet-fast predict street.jpg --checkpoint runs/camvid/best.pt --out labels
     """
 
 

@@ -23,14 +23,21 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print the scores and the confusion matrix as JSON.")
 @click.option("--pictures", type=click.IntRange(min=0), default=0, help="Also draw this many images beside the truth.")
 @click.option("--out", type=FOLDER, default=Path("runs/eval"), show_default=True, help="Folder of the pictures.")
+@click.option("--overwrite", is_flag=True, help="Replace pictures that exist.")
 def evaluate(
-    config: Path, overrides: tuple[str, ...], checkpoint: Path, as_json: bool, pictures: int, out: Path
+    config: Path,
+    overrides: tuple[str, ...],
+    checkpoint: Path,
+    as_json: bool,
+    pictures: int,
+    out: Path,
+    overwrite: bool,
 ) -> None:
     """Measure a checkpoint on the validation list of CONFIG: IoU and accuracy by class, mIoU, mAcc, allAcc.
 
     The model and the normalisation come from the checkpoint. Images are predicted whole, unless data.val_crop is set,
     at one scale, without flipping. A class that occurs neither in labels nor in predictions has no IoU and does not
-    count in the mean.
+    count in the mean. With --json nothing else is printed to stdout; a score that does not exist is null.
 
     \b
     pspnet-fast eval configs/camvid.yaml data.root=/data/camvid --checkpoint runs/camvid/checkpoint.pt
@@ -45,9 +52,10 @@ def evaluate(
     device = choose_device(settings.train.device)
     predictor = load_predictor(checkpoint, settings.train.device)
     names, _ = read_classes(settings.data)
-    if names != predictor.class_names:
-        raise ValueError(f"{checkpoint} has the classes {predictor.class_names}, {settings.data.names} has {names}")
+    if difference := _first_difference(predictor.class_names, names):
+        raise ValueError(f"{checkpoint} and {settings.data.names} have different classes: {difference}")
     val_set = validation_set(settings.data, len(names), predictor.mean, predictor.std)
+    drawn = _plan_pictures(val_set, pictures, out, overwrite)
     metrics = score(
         predictor.model,
         val_loader(val_set, settings.train.val_batch_size, settings.train.workers, device.type == "cuda"),
@@ -56,49 +64,77 @@ def evaluate(
         bf16=settings.train.bf16,
         channels_last=settings.train.channels_last,
     )
+    if not metrics.confusion.any():
+        click.echo(f"Warning: no pixel of {settings.data.val_list} is labelled: there are no scores", err=True)
     click.echo(_scores_json(metrics, names) if as_json else _scores_table(metrics, names))
-    if pictures:
-        _draw_validation(predictor, val_set, pictures, out)
+    for index, path in drawn.items():
+        _draw(predictor, val_set, index, path)
+        click.echo(f"drew {path}", err=as_json)
+
+
+def _first_difference(trained: Sequence[str], named: Sequence[str]) -> str | None:
+    """Where the checkpoint's class names and the file's part."""
+    for index, (one, other) in enumerate(zip(trained, named, strict=False)):
+        if one != other:
+            return f"class {index} is {one!r} in the checkpoint, {other!r} in the file"
+    if len(trained) != len(named):
+        return f"{len(trained)} in the checkpoint, {len(named)} in the file"
+    return None
 
 
 def _scores_table(metrics: "Metrics", names: Sequence[str]) -> str:
     width = max(len("class"), *map(len, names))
     lines = [f"{'class':<{width}}    IoU    acc"]
     for name, iou, accuracy in zip(names, metrics.iou.tolist(), metrics.accuracy.tolist(), strict=True):
-        lines.append(f"{name:<{width}} {iou:6.4f} {accuracy:6.4f}".replace("   nan", "     -").replace(" nan", "   -"))
-    lines.append(f"mIoU {metrics.miou:.4f}, mAcc {metrics.macc:.4f}, allAcc {metrics.allacc:.4f}")
-    return "\n".join(lines)
+        lines.append(f"{name:<{width}} {_score(iou):>6} {_score(accuracy):>6}")
+    means = (("mIoU", metrics.miou), ("mAcc", metrics.macc), ("allAcc", metrics.allacc))
+    return "\n".join([*lines, ", ".join(f"{title} {_score(value)}" for title, value in means)])
+
+
+def _score(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4f}"
 
 
 def _scores_json(metrics: "Metrics", names: Sequence[str]) -> str:
-    def by_class(values: Sequence[float]) -> dict[str, float | None]:
-        return {name: None if math.isnan(value) else value for name, value in zip(names, values, strict=True)}
-
-    return json.dumps(
-        {
-            "miou": metrics.miou,
-            "macc": metrics.macc,
-            "allacc": metrics.allacc,
-            "iou": by_class(metrics.iou.tolist()),
-            "accuracy": by_class(metrics.accuracy.tolist()),
-            "confusion": metrics.confusion.tolist(),
-        },
-        indent=2,
-    )
+    record = metrics.record()
+    accuracy = [None if math.isnan(value) else value for value in metrics.accuracy.tolist()]
+    scores = {
+        **record,
+        "iou": dict(zip(names, record["iou"], strict=True)),
+        "accuracy": dict(zip(names, accuracy, strict=True)),
+        "confusion": metrics.confusion.tolist(),
+    }
+    return json.dumps(scores, indent=2, allow_nan=False)
 
 
-def _draw_validation(predictor: "Predictor", val_set: "ListDataset", count: int, out: Path) -> None:
-    """Draw the first, the last and images evenly between them: image, truth, prediction."""
+def _plan_pictures(val_set: "ListDataset", count: int, out: Path, overwrite: bool) -> dict[int, Path]:
+    """The first, the last and images evenly between them, by index, and their pictures; settled before measuring."""
+    import numpy as np
+
+    from pspnet_fast.inference.plan import check_results
+
+    indices = np.linspace(0, len(val_set) - 1, min(count, len(val_set))).round().astype(int).tolist()
+    drawn = {index: out / f"{val_set.pairs[index][0].stem}.png" for index in indices}
+    try:
+        inputs = [path for pair in val_set.pairs for path in pair]
+        check_results(
+            [(val_set.pairs[index][0], path) for index, path in drawn.items()], inputs=inputs, overwrite=overwrite
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    return drawn
+
+
+def _draw(predictor: "Predictor", val_set: "ListDataset", index: int, path: Path) -> None:
+    """Draw image, truth and prediction side by side."""
     import numpy as np
 
     from pspnet_fast.data.transforms import normalise
     from pspnet_fast.inference.render import colorize, save_png, side_by_side
 
-    out.mkdir(parents=True, exist_ok=True)
-    for index in np.linspace(0, len(val_set) - 1, min(count, len(val_set))).round().astype(int):
-        image, label = val_set.read(index)
-        prediction = predictor(normalise(image, predictor.mean, predictor.std)).numpy()
-        row = [image.astype(np.uint8), colorize(label, predictor.colors), colorize(prediction, predictor.colors)]
-        path = out / f"{val_set.pairs[index][0].stem}.png"
-        save_png(path, side_by_side([row], ["image", "truth", "prediction"], predictor.class_names, predictor.colors))
-        click.echo(f"drew {path}")
+    image, label = val_set.read(index)
+    prediction = predictor(normalise(image, predictor.mean, predictor.std)).numpy()
+    row = [image.astype(np.uint8), colorize(label, predictor.colors), colorize(prediction, predictor.colors)]
+    sheet = side_by_side([row], ["image", "truth", "prediction"], predictor.class_names, predictor.colors)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_png(path, sheet)

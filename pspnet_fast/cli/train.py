@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from pspnet_fast.cli.common import FILE, FOLDER, list_dataset, read_classes, validation_set
+from pspnet_fast.cli.group import Stopped
 
 
 @click.command(short_help="Train as a YAML file says.")
@@ -14,21 +15,31 @@ from pspnet_fast.cli.common import FILE, FOLDER, list_dataset, read_classes, val
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--out", type=FOLDER, help="Folder of the run; by default runs/ and the name of CONFIG.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in that folder.")
+@click.option("--allow", multiple=True, metavar="KEY", help="With --resume: a setting that may differ from the run's.")
 @click.option("--overwrite", is_flag=True, help="Start anew although that folder holds a checkpoint.")
 @click.option("--print-config", is_flag=True, help="Print every setting, defaults included, and stop.")
 def train(
-    config: Path, overrides: tuple[str, ...], out: Path | None, resume: bool, overwrite: bool, print_config: bool
+    config: Path,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    resume: bool,
+    allow: tuple[str, ...],
+    overwrite: bool,
+    print_config: bool,
 ) -> None:
     """Train as CONFIG (a YAML file) says; KEY=VALUE changes single settings.
 
-    After each epoch the run's folder holds checkpoint.pt, log.jsonl, curves.png and tensorboard/. An interrupted run
-    goes on with --resume and ends with the same weights (bit for bit on a CPU).
+    After each epoch the run's folder holds checkpoint.pt (the last epoch), best.pt (the best), log.jsonl, curves.png
+    and tensorboard/. Ctrl+C and SIGTERM save the iteration they fall into. A run goes on with --resume and ends with
+    the same weights as one that was never interrupted (bit for bit on a CPU); with --allow KEY it goes on under a
+    setting that has changed, such as more epochs.
 
     \b
     pspnet-fast train configs/camvid.yaml data.root=/data/camvid
     pspnet-fast train configs/camvid.yaml data.root=/data/camvid train.epochs=30 train.lr=0.02 --out runs/long
     pspnet-fast train configs/camvid.yaml data.root=/data/camvid --resume
-    pspnet-fast train configs/camvid.yaml --print-config
+    pspnet-fast train configs/camvid.yaml data.root=/data/camvid train.epochs=20 --resume --allow train.epochs
+    pspnet-fast train configs/camvid.yaml --print-config > my.yaml
     """
     import torch
 
@@ -37,7 +48,9 @@ def train(
     from pspnet_fast.models import PSPNet
     from pspnet_fast.training.config import load_config
     from pspnet_fast.training.config_text import to_yaml
-    from pspnet_fast.training.loop import CHECKPOINT, fit
+    from pspnet_fast.training.interruption import Interrupted
+    from pspnet_fast.training.loop import fit
+    from pspnet_fast.training.run_folder import BEST, CHECKPOINT, ResumeError
 
     settings = load_config(config, overrides)
     if print_config:
@@ -47,8 +60,11 @@ def train(
     checkpoint = out / CHECKPOINT
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
-    if checkpoint.exists() and not (resume or overwrite):
-        raise click.UsageError(f"{checkpoint} exists: go on with --resume, or start anew with --overwrite or --out")
+    if allow and not resume:
+        raise click.UsageError("--allow goes with --resume")
+    existing = next((path for path in (checkpoint, out / BEST) if path.exists()), None)
+    if existing and not (resume or overwrite):
+        raise click.UsageError(f"{existing} exists: go on with --resume, or start anew with --overwrite or --out")
 
     data = settings.data
     names, colors = read_classes(data)
@@ -64,6 +80,8 @@ def train(
         f"PSPNet {settings.model.backbone}, {len(names)} classes, {parameters / 1e6:.1f} M parameters; "
         f"{len(train_set)} training and {len(val_set)} validation images; writing to {out}"
     )
+    # Compared when the run is resumed; names and colours are compared by what their files hold.
+    not_compared = {"root", "names", "colors", "mean", "std"}
     metadata = {
         "model": dataclasses.asdict(settings.model),
         "colors": colors,
@@ -71,15 +89,32 @@ def train(
         "remap": {str(value): index for value, index in data.remap.items()},
         "mean": data.mean,
         "std": data.std,
-        "train_transform": dataclasses.asdict(transform),
+        "data": {name: value for name, value in dataclasses.asdict(data).items() if name not in not_compared},
     }
+    again = shlex.join(["pspnet-fast", "train", str(config), *overrides, "--out", str(out), "--resume"])
     try:
         result = fit(
-            model, train_set, val_set, settings.train, out, class_names=names, resume=resume, metadata=metadata
+            model,
+            train_set,
+            val_set,
+            settings.train,
+            out,
+            class_names=names,
+            resume=resume,
+            allow=allow,
+            metadata=metadata,
         )
+    except Interrupted as error:
+        raise Stopped(f"{error}; {checkpoint} holds the state. Go on with: {again}", 128 + error.signal) from None
     except KeyboardInterrupt:
-        if not checkpoint.exists():
-            raise click.ClickException("interrupted before the end of the first epoch; nothing is saved") from None
-        command = shlex.join(["pspnet-fast", "train", str(config), *overrides, "--out", str(out), "--resume"])
-        raise click.ClickException(f"interrupted; {checkpoint} is whole. Go on with: {command}") from None
-    click.echo(f"best mIoU {result.best_miou:.4f}, last {result.history[-1]['miou']:.4f}; saved {result.checkpoint}")
+        saved = f"{checkpoint} is whole. Go on with: {again}" if checkpoint.exists() else "nothing is saved"
+        raise Stopped(f"interrupted at once; {saved}", 130) from None
+    except ResumeError as error:
+        hint = "".join(f" --allow {shlex.quote(key)}" for key in error.changed)
+        raise click.ClickException(f"{error}{hint and f'. To go on with the new values:{hint}'}") from None
+    last = result.history[-1]["miou"]
+    if result.best is None:
+        click.echo(f"no mIoU, since no pixel of {data.val_list} is labelled; saved {result.checkpoint}")
+    else:
+        last_text = "-" if last is None else f"{last:.4f}"
+        click.echo(f"best mIoU {result.best_miou:.4f}: {result.best}; last {last_text}: {result.checkpoint}")

@@ -10,7 +10,7 @@ from pspnet_fast.training.config import RULES, Config
 
 def to_yaml(config: Config) -> str:
     """The configuration as a YAML file that :func:`load_config` reads, with meanings and allowed values as comments."""
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     lines = []
     for section in dataclasses.fields(config):

@@ -41,12 +41,17 @@ class Interruption:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            if handler is not None:  # a handler that is not Python's cannot be put back
+                signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._number is not None:
             raise KeyboardInterrupt
         self._number = number
+        if hasattr(signal, "SIGCHLD"):
+            # A signal to all processes ends the loading ones too. torch's handler raises for that in the middle of an
+            # iteration; without it, the next batch is what fails.
+            self._before.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
         os.write(2, _NOTE)  # a handler may run in the middle of print
 
     def check(self) -> None:

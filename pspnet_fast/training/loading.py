@@ -76,6 +76,5 @@ def _start_worker(worker: int) -> None:
     import cv2
 
     cv2.setNumThreads(0)  # the workers already share the cores among themselves
-    # A signal to the whole group (Ctrl+C, a batch system's end) is for the main process, which ends its workers itself.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    # Ctrl+C goes to the whole group; the main process ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

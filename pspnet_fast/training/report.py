@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -39,7 +40,7 @@ class Report:
         self._class_names: list[str] = header["class_names"]
         self._path = out_dir / LOG
         records = [{"event": "config", **header}]
-        if step:
+        if step and self._path.exists():
             records += [record for record in read_log(self._path)[1:] if _is_done(record, step, epochs)]
         with replacing(self._path) as file:
             file.write("".join(map(_line, records)).encode())
@@ -126,8 +127,12 @@ def _is_done(record: Mapping[str, Any], step: int, epochs: int) -> bool:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Records of a ``log.jsonl``: first the configuration, then iterations and epochs as they happened."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Records of a ``log.jsonl``: first the configuration, then iterations and epochs as they happened.
+
+    A last line that a crash has cut off is left out.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def draw_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -177,7 +182,8 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axes in figure.axes:
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    with replacing(path) as file:
+    with replacing(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a name in a script that the font lacks
         FigureCanvasAgg(figure).print_png(file)
 
 

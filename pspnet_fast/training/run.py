@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from pspnet_fast.data import IGNORE_INDEX
+from pspnet_fast.files import check_space
 from pspnet_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from pspnet_fast.training.config import TrainConfig
 from pspnet_fast.training.evaluation import evaluate
@@ -125,7 +126,15 @@ class Run:
         }
 
     def train(self) -> None:
-        """Run the epochs that are left."""
+        """Run the epochs that are left.
+
+        Raises:
+            OSError: a file of the run cannot be written, or the disk has no room for its checkpoints from the start.
+        """
+        # checkpoint.pt holds weights and momentum, best.pt weights; a file before stays until the new one is whole
+        weights = sum(value.nbytes for value in self.model.state_dict().values())
+        existing = sum(path.stat().st_size for path in (self.path, self.out_dir / BEST) if path.exists())
+        check_space(self.out_dir, 5 * weights - existing, "the checkpoints of the run")
         header = {"config": dataclasses.asdict(self.config), "class_names": self.class_names, "steps": self.steps}
         images = self.steps * self.config.batch_size
         with (
