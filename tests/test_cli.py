@@ -160,6 +160,8 @@ def test_lists_without_labels(work: Workspace, tmp_path: Path) -> None:
         (["data.root=/no/such/folder"], 1, "data.root: no folder /no/such/folder"),
         (["model.stem=deep"], 2, "model.stem must be one of 'deep64', 'deep32', 'conv7', got 'deep'"),
         (["data.train_list=none.txt"], 1, "none.txt: No such file or directory"),
+        (["data.colors=none.txt"], 1, "none.txt: No such file or directory"),
+        (["data.labels=ade"], 2, "data.labels must be one of 'index', 'from_one'"),
         (["data.names=train.txt"], 1, "has 3 colours for 8 classes"),
         (["train.batch_size=99"], 1, "batch_size = 99"),
         (["train.class_weights=[1,2]"], 2, "train.class_weights must be one number a class, 3 in all, got 2"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pspnet_fast.data.conventions import Remap
 from pspnet_fast.models import PSPNet
 from pspnet_fast.training import ConfigError, TrainConfig, load_config
 from pspnet_fast.training.config import RULES, DataConfig, ModelConfig
@@ -27,6 +28,15 @@ def test_defaults_file_and_overrides(tmp_path: Path) -> None:
     assert (config.model.backbone, config.model.bins, config.data.crop) == ("resnet18", [1, 4], [32, 48])
     assert config.train.bf16 is True
     assert load_config(path, ["model.bins=null"]).model.bins is None
+
+
+def test_remap_in_file_and_on_the_command_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "data:\n  remap:\n    0: 0\n    255: 1\n    12 0 200: 1\n    other: 255\n")
+    assert load_config(path).data.remap == {0: 0, 255: 1, "12 0 200": 1, "other": 255}
+    path = write(tmp_path, "{}")
+    assert load_config(path).data.remap == {}
+    assert load_config(path, ["data.remap={0: 0, 255: 1}"]).data.remap == {0: 0, 255: 1}
+    assert Remap.parse(load_config(path, ["data.remap.7=0", "data.remap.8=1"]).data.remap).values == {7: 0, 8: 1}
 
 
 def test_defaults_are_those_of_semseg(tmp_path: Path) -> None:
@@ -86,6 +96,14 @@ def test_defaults_are_those_of_semseg(tmp_path: Path) -> None:
         ("{}", ["data.val_crop=[0,3]"], r"data.val_crop must be \[height, width\]"),
         ("{}", ["data.std=[1,1]"], "data.std must be three numbers"),
         ("{}", ["data.std=[1,1,0]"], "data.std must be above 0"),
+        ("{}", ["data.labels=ade"], "data.labels must be one of 'index', 'from_one', .*, 'color', got 'ade'"),
+        (
+            "{}",
+            ["data.remap=0:0", "data.remap=255:1"],
+            r'data.remap must be a mapping, .* in quotes: "\{0: 0, 255: 1\}"',
+        ),
+        ("{}", ["data.remap={0:0,255:1}"], "data.remap must .*blank"),
+        ("{}", ["data.remap={0: road}"], "data.remap must give a class or 255 for 0, got 'road'"),
         ("{}", ["data.scale=[2,1]"], "data.scale must be 0 < low <= high"),
         ("{}", ["data.degrees=[2,1]"], "data.degrees must be low <= high"),
     ],

@@ -33,7 +33,7 @@ def predict(images: tuple[Path, ...], checkpoint: Path, out: Path, overwrite: bo
     from tqdm import tqdm
 
     from pspnet_fast.data import DataError
-    from pspnet_fast.data.list_dataset import read_image
+    from pspnet_fast.data.images import read_image
     from pspnet_fast.data.transforms import normalise
     from pspnet_fast.inference.plan import plan
     from pspnet_fast.inference.render import colorize, overlay, save_png, with_legend

@@ -43,6 +43,7 @@ def train(
     """
     import torch
 
+    from pspnet_fast.data.checks import check_lists, check_normalisation
     from pspnet_fast.data.transforms import TrainTransform
     from pspnet_fast.models import PSPNet
     from pspnet_fast.training.config import load_config
@@ -70,6 +71,8 @@ def train(
     transform = TrainTransform(data.crop, data.mean, data.std, data.scale, data.degrees, data.blur)
     train_set = list_dataset(data, data.train_list, len(names), transform, settings.train.seed)
     val_set = validation_set(data, len(names), data.mean, data.std)
+    for warning in (*check_normalisation(data.mean, data.std), *check_lists(train_set, val_set)):
+        click.echo(f"Warning: {warning}", err=True)
     torch.manual_seed(settings.train.seed)
     model = PSPNet(len(names), **dataclasses.asdict(settings.model))
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -82,6 +85,8 @@ def train(
     metadata = {
         "model": dataclasses.asdict(settings.model),
         "colors": colors,
+        "labels": data.labels,
+        "remap": {str(value): index for value, index in data.remap.items()},
         "mean": data.mean,
         "std": data.std,
         "data": {name: value for name, value in dataclasses.asdict(data).items() if name not in not_compared},

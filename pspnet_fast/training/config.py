@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from pspnet_fast.data.conventions import CONVENTIONS, Remap
 from pspnet_fast.models.pspnet import Head
 from pspnet_fast.models.resnet import BACKBONES, DILATIONS, OUTPUT_STRIDES, STEMS
 
@@ -53,6 +54,7 @@ RULES = {
     "model.dropout": Rule("at least 0 and below 1", lambda value: 0 <= value < 1),
     "model.head": _one_of(get_args(Head)),
     "model.head_channels": _at_least(1),
+    "data.labels": _one_of(CONVENTIONS),
     "train.epochs": _at_least(1),
     "train.batch_size": _at_least(1),
     "train.val_batch_size": _at_least(1),
@@ -130,7 +132,11 @@ class DataConfig:
     names: str = "names.txt"
     """A class a line, by index."""
     colors: str = "colors.txt"
-    """R G B a line, by index."""
+    """R G B a line, by index; without this file the classes get colours that differ well."""
+    labels: str = "index"
+    """What the values of label files mean (docs/data.md)."""
+    remap: dict[Any, Any] = field(default_factory=dict)
+    """Class of each label value, in place of labels: {0: 0, 255: 1, other: 255}; 255 is ignored."""
     crop: list[int] = field(default_factory=lambda: [473, 473])
     """Height and width of a training crop."""
     val_crop: list[int] | None = None
@@ -152,6 +158,11 @@ class DataConfig:
             _check_size("data.val_crop", self.val_crop)
         for key, value in (("data.mean", self.mean), ("data.std", self.std)):
             _check(len(value) == 3, key, value, "three numbers, for images in 0..1")
+        _check_rules("data", self)
+        try:
+            Remap.parse(self.remap)
+        except ValueError as error:
+            raise ConfigError(f"data.remap {error}") from None
         _check(min(self.std) > 0, "data.std", self.std, "above 0")
         _check(len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1], "data.scale", self.scale, "0 < low <= high")
         _check(
@@ -259,6 +270,8 @@ def _merge(config: Any, document: Any, source: str) -> Any:
     except OmegaConfBaseException as error:
         key = str(error.full_key).partition("[")[0]
         allowed = types[key].__name__ if types[key] in (bool, int, float, str) else types[key]
+        if types[key] == dict[Any, Any]:
+            allowed = 'a mapping, with blanks and on a command line in quotes: "{0: 0, 255: 1}"'
         raise ConfigError(f"{source}: {key} must be {allowed}, got {OmegaConf.select(document, key)!r}") from None
 
 

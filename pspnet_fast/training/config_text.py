@@ -19,7 +19,12 @@ def to_yaml(config: Config) -> str:
         lines.append(f"{section.name}:  # {_plain(type(settings).__doc__ or '')}")
         for entry in dataclasses.fields(settings):
             kind = entry.type if isinstance(entry.type, str) else getattr(entry.type, "__name__", "")
-            kind = (str(entry.type) if "[" in str(entry.type) or not kind else kind).replace("None", "null")
+            kind = (
+                (str(entry.type) if "[" in str(entry.type) or not kind else kind)
+                .replace("None", "null")
+                .replace("typing.", "")
+            )
+            kind = kind.replace("typing.", "")
             rule = RULES.get(f"{section.name}.{entry.name}")
             comment = f"{kind}, {rule.allowed}" if rule else kind
             value = yaml.safe_dump(getattr(settings, entry.name), default_flow_style=True, width=10**6)
