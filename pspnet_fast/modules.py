@@ -173,6 +173,8 @@ class FusedPPM(nn.Module):
         n, _, r = reduced.shape
         parts = reduced.split([count_cells((level,)) for level in self.levels], 1)
         maps = [z.transpose(1, 2).reshape(n, r, *level) for z, level in zip(parts, self.levels, strict=True)]
+        if transforms_active():  # torch's derivatives of group norm need it
+            maps = [z.contiguous() for z in maps]
         return torch.cat([function(i, z).to(reduced.dtype).flatten(2) for i, z in enumerate(maps)], 2).transpose(1, 2)
 
     def extra_repr(self) -> str:

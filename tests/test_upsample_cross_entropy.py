@@ -226,12 +226,16 @@ def test_empty_batch(device):
     assert torch.autograd.grad(loss, logits)[0].shape == (0, 8, 4, 5)
 
 
-def test_gradient_of_the_gradient_is_refused(device):
-    logits = torch.randn(1, 3, 4, 4, device=device, requires_grad=True)
-    loss = ops.upsample_cross_entropy(logits, torch.zeros(1, 8, 8, dtype=torch.uint8, device=device))
-    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        grad.sum().backward()
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_second_derivative(device, reduction):
+    """Its first order is that of the kernel, its second that of the reference."""
+    logits = torch.randn(2, 3, 4, 4, dtype=torch.float64, device=device, requires_grad=True)
+    target, results = targets(3, (8, 9), device), []
+    for module in (ops, reference):
+        loss = module.upsample_cross_entropy(logits, target, label_smoothing=0.1, reduction=reduction).sum()
+        (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
+        results.append((grad, *torch.autograd.grad(grad.square().sum(), logits)))
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("device", ["cpu"], indirect=True)
