@@ -77,7 +77,7 @@ Tensor new_concat(const Tensor& input, int64_t channels) {
 PSP_KERNELS(m) {
   PSP_IMPL(m, "new_concat", new_concat);
   PSP_IMPL(m, "pyramid_pool", pyramid_pool);
-  PSP_IMPL(m, "pyramid_pool_alone", pyramid_pool_alone);
+  m.impl("pyramid_pool_alone", &boxed<"pyramid_pool", &pyramid_pool_alone>);  // users know it as that
   PSP_IMPL(m, "pyramid_pool_backward", pyramid_pool_backward);
 }
 

@@ -179,18 +179,19 @@ WRITTEN = {
         out, torch.randn(1, 8, 3, 3), align_corners=True
     ),
     "confusion_matrix": lambda out: ops.confusion_matrix(
-        torch.zeros(5, dtype=torch.uint8),
-        torch.zeros(5, dtype=torch.uint8),
-        10,
-        out=out.view(-1).view(torch.int64).view(10, 10),
+        torch.zeros(5, dtype=torch.uint8), torch.zeros(5, dtype=torch.uint8), 10, out=out
     ),
 }
+
+
+def output(name: str) -> torch.Tensor:
+    return torch.zeros(10, 10, dtype=torch.int64) if name == "confusion_matrix" else torch.zeros(1, 8, 5, 5)
 
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_inference_tensors_are_written_in_inference_mode_only(device, name):
     with torch.inference_mode():
-        out = torch.zeros(1, 8, 5, 5)
+        out = output(name)
         WRITTEN[name](out)
     with pytest.raises(RuntimeError, match="inference tensor"):
         WRITTEN[name](out)
@@ -200,7 +201,7 @@ def test_inference_tensors_are_written_in_inference_mode_only(device, name):
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_ordinary_tensors_are_written_in_inference_mode_too(device, name):
-    out = torch.zeros(1, 8, 5, 5)
+    out = output(name)
     with torch.inference_mode():
         WRITTEN[name](out)
 
