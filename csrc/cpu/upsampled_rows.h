@@ -6,8 +6,8 @@
 namespace pspnet_fast::cpu {
 
 template <class acc_t>
-std::vector<SourceIndex<acc_t>> source_indices(int64_t from, int64_t to, bool align_corners) {
-  std::vector<SourceIndex<acc_t>> result(to);
+Scratch<SourceIndex<acc_t>> source_indices(int64_t from, int64_t to, bool align_corners) {
+  Scratch<SourceIndex<acc_t>> result(to);
   const acc_t scale = source_scale<acc_t>(static_cast<int>(from), to, align_corners);
   for (int64_t i = 0; i < to; ++i) result[i] = source_index(i, scale, static_cast<int>(from), align_corners);
   return result;
@@ -20,7 +20,7 @@ struct Upsampling {
 
   Image logits;
   int64_t K, H, W;
-  std::vector<SourceIndex<acc_type<T>>> rows, columns;
+  Scratch<SourceIndex<acc_type<T>>> rows, columns;
 
   template <class Args>
   explicit Upsampling(const Args& a)
@@ -52,7 +52,7 @@ class UpsampledRows {
   static constexpr int64_t kColumns = Upsampling<T>::kColumns;
 
   PSP_INLINE explicit UpsampledRows(const Upsampling<T>& upsampling)
-      : u_(upsampling), buffers_{std::vector<acc_t>(u_.K * kColumns), std::vector<acc_t>(u_.K * kColumns)} {}
+      : u_(upsampling), buffers_{Scratch<acc_t>(u_.K * kColumns), Scratch<acc_t>(u_.K * kColumns)} {}
 
   // Goes to a unit; units in turn are the fastest.
   PSP_INLINE void go_to(const typename Upsampling<T>::Unit& unit) {
@@ -98,7 +98,7 @@ class UpsampledRows {
   }
 
   const Upsampling<T>& u_;
-  std::vector<acc_t> buffers_[2];
+  Scratch<acc_t> buffers_[2];
   int64_t n_ = -1, first_ = -1;
   int held_[2] = {-1, -1};  // rows of the logits in the buffers
   int low_ = 0, high_ = 0;  // buffers of the rows above and below

@@ -78,12 +78,27 @@ def register_derivatives(
 
     _fragment.impl(name, autograd, "Autograd")
     register_batching(name, transformed)
-    if mutated is None:
-        return
+    if mutated is not None:
+        register_inplace(name, mutated=mutated)
+
+
+def register_inplace(name: str, *, mutated: int) -> None:
+    """Registers what torch's own operators do with an argument that they write into: argument number `mutated`.
+
+    They count up its version, so that autograd notices, and refuse an inference tensor outside inference mode: it has
+    no version.
+    """
+    overload = getattr(torch.ops.pspnet_fast, name).default
 
     def bump_version(keyset: Any, *args: Any) -> Any:
-        if args[mutated] is not None:
-            torch.autograd.graph.increment_version(args[mutated])
+        written = args[mutated]
+        if written is not None:
+            if written.is_inference() and not torch.is_inference_mode_enabled():
+                raise RuntimeError(
+                    f"{name}: {overload._schema.arguments[mutated].name} is an inference tensor, which is written to "
+                    "in inference mode only: clone() it for an ordinary tensor"
+                )
+            torch.autograd.graph.increment_version(written)
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 

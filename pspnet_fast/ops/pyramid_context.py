@@ -64,6 +64,8 @@ def pyramid_context_(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device; norm or relu where a gradient is
             needed.
+        RuntimeError: elements of conv share memory with each other, as expanded ones do, or with taps or norm; conv is
+            an inference tensor outside inference mode; out of memory.
     """
     levels = as_levels(bins)
     size, step = as_window(kernel_size, dilation, levels)

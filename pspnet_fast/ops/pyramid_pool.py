@@ -13,6 +13,7 @@ from .checks import (
     check_channels,
     check_map,
     check_shape,
+    check_tensor,
     count_cells,
     flatten,
     is_channels_last,
@@ -44,6 +45,9 @@ def pyramid_pool(input: Tensor, bins: Bins, *, concat: Tensor | None = None, off
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
+        RuntimeError: elements of the channels written share memory with each other, as expanded ones do, or with input,
+            unless they are input, each its own copy already; concat is an inference tensor outside inference mode; out
+            of memory.
     """
     check_map("input", input)
     levels = as_levels(bins)
@@ -62,9 +66,18 @@ def new_concat(input: Tensor, channels: int) -> Tensor:
 
     On a CPU a large one lies in memory that the package keeps: 256 MB at most while no tensor uses it, or
     PSPNET_FAST_KEEP_MB (0: none). Fresh memory of that size costs more time than everything that is written into it.
+
+    Raises:
+        TypeError, ValueError: an input of the wrong type, shape or dtype, or a number of channels below 0.
+        RuntimeError: out of memory, or more bytes than 64 bits count.
     """
+    check_tensor("input", input, "(N, C, H, W)")
     if torch.compiler.is_compiling():  # the compiler plans memory by itself
         return plain.new_concat(input, channels)
+    if not isinstance(channels, int):
+        raise TypeError(f"channels must be an int, but is {channels!r}")
+    if not 0 <= channels < 1 << 63:
+        raise ValueError(f"channels must be from 0 to 2^63 - 1, but are {channels}")
     return _new_concat(input, channels)
 
 

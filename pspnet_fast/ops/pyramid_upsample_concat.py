@@ -45,6 +45,8 @@ def pyramid_upsample_concat_(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
+        RuntimeError: elements of the channels written share memory with each other, as expanded ones do, or with
+            reduced; concat is an inference tensor outside inference mode; out of memory.
     """
     levels = as_levels(bins)
     check_map("concat", concat)

@@ -52,10 +52,11 @@ def upsample_cross_entropy(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
-        RuntimeError: on a CPU, a target that is neither a class nor ignore_index; the message tells it and where. On a
-            GPU, which could raise this only by waiting for the device, the loss and the gradient around that pixel are
-            NaN instead; under `torch.autograd.set_detect_anomaly(True)` the targets are checked first, and a ValueError
-            tells the value.
+        IndexError: on a CPU, a target that is neither a class nor ignore_index, as in F.cross_entropy; the message
+            tells it and where. On a GPU, which could raise this only by waiting for the device, the loss and the
+            gradient around that pixel are NaN instead; under `torch.autograd.set_detect_anomaly(True)` the targets are
+            checked first.
+        RuntimeError: out of memory.
     """
     check_map("logits", logits)
     _check_target(target, logits)
@@ -96,7 +97,7 @@ def _check_target(target: Tensor, logits: Tensor) -> None:
 def _check_values(target: Tensor, classes: int, ignore_index: int) -> None:
     bad = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
     if bad.numel() > 0:
-        raise ValueError(
+        raise IndexError(
             f"target must be from 0 to {classes - 1} or ignore_index {ignore_index}, but holds {bad[0].item()}"
         )
 

@@ -30,7 +30,8 @@ def upsample_softmax_accumulate_(
     where `mirrored` with `p.flip(3)` in place of p.
 
     Args:
-        probabilities: (N, K, H, W), float32, float64 where logits are; any strides that overlap nowhere.
+        probabilities: (N, K, H, W), float32, float64 where logits are; any strides, each element a place of
+            its own.
         logits: (N, K, h, w), float32, float64, bfloat16 or float16, of any strides. N >= 0, K, h, w >= 1.
         align_corners: as in F.interpolate.
         top, left: the first row and column of the window.
@@ -44,6 +45,8 @@ def upsample_softmax_accumulate_(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, or where a gradient is needed.
+        RuntimeError: elements of the window share memory with each other, as expanded ones do, or with logits;
+            probabilities are an inference tensor outside inference mode; out of memory.
     """
     check_map("logits", logits)
     check_map("probabilities", probabilities)
