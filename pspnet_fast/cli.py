@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pspnet_fast import __version__
+
 if TYPE_CHECKING:  # these need the extras of pspnet_fast[train]; the commands import them when they run
     from pspnet_fast.data.list_dataset import ListDataset
     from pspnet_fast.inference.predict import Predictor
@@ -49,6 +51,7 @@ class _Group(click.Group):
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, message="pspnet_fast %(version)s")
 @click.option("--traceback", is_flag=True, help="Show where in the code an error arose.")
 def main(traceback: bool) -> None:
     """Train a PSPNet, measure it, and label images with it.
