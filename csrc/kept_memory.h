@@ -8,9 +8,11 @@
 
 namespace pspnet_fast {
 
-// An uninitialised dense CPU tensor in kept memory; an undefined one where torch should allocate as ever: small
-// tensors, deterministic mode, no memory, PSPNET_FAST_KEEP_MB=0.
-torch::stable::Tensor new_in_kept_memory(const torch::stable::Tensor& like, const std::vector<int64_t>& sizes,
-                                         const std::vector<int64_t>& strides, int64_t bytes);
+// An uninitialised dense CPU tensor in kept memory, on the device of `like`; an undefined one where torch should
+// allocate as ever: small tensors, deterministic mode, no memory, PSPNET_FAST_KEEP_MB=0. `short_of_memory`: the system
+// has refused, so torch need not ask again.
+torch::stable::Tensor new_in_kept_memory(const torch::stable::Tensor& like, torch::headeronly::ScalarType dtype,
+                                         const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
+                                         int64_t bytes, bool& short_of_memory);
 
 }  // namespace pspnet_fast

@@ -72,9 +72,6 @@ STABLE_TORCH_LIBRARY(PSPNET_FAST_NAMESPACE, m) {
 namespace pspnet_fast {
 namespace {
 
-#define PSP_STRING_(...) #__VA_ARGS__
-#define PSP_STRING(...) PSP_STRING_(__VA_ARGS__)
-
 std::string build_info() {
   std::string info = "{\"torch\": \"" TORCH_VERSION "\", \"compiler\": \"" __VERSION__ "\", \"cpu\": ";
   info += PSP_X86_64 ? "[\"baseline\", \"AVX2\", \"AVX-512\"]" : "[\"baseline\"]";

@@ -6,21 +6,23 @@ namespace {
 
 // Contiguous weights [R, C] of every level; they may come as 1x1 convolution weights [R, C, 1, 1].
 std::vector<Tensor> weight_matrices(const std::vector<Tensor>& weights, const Levels& levels, const Tensor& pooled) {
-  STD_TORCH_CHECK(static_cast<int>(weights.size()) == levels.count, "weights must list one tensor a level");
+  PSP_CHECK(static_cast<int>(weights.size()) == levels.count, "weights must list one tensor a level");
   std::vector<Tensor> result;
   for (const Tensor& weight : weights) {
-    STD_TORCH_CHECK(weight.dim() == 2 || weight.dim() == 4, "weights must be (R, C) or (R, C, 1, 1)");
+    PSP_CHECK((weight.dim() == 2 || weight.dim() == 4) && weight.size(0) <= INT_MAX,
+              "weights must be (R, C) or (R, C, 1, 1), R at most ", INT_MAX);
     std::vector<int64_t> sizes{weights[0].size(0), pooled.size(2)};
     sizes.resize(weight.dim(), 1);
     check_like("weights", weight, sizes, pooled);
-    result.push_back(torch::stable::contiguous(weight));
+    result.push_back(dense(weight));
   }
   return result;
 }
 
 void check_pooled(const Tensor& pooled, const Levels& levels) {
-  STD_TORCH_CHECK(pooled.dim() == 3 && pooled.size(1) == levels.first[levels.count] && pooled.size(2) > 0,
-                  "pooled must be (N, cells of bins, C)");
+  PSP_CHECK(pooled.dim() == 3 && pooled.size(1) == levels.first[levels.count] && pooled.size(2) > 0 &&
+                pooled.size(2) <= INT_MAX,
+            "pooled must be (N, cells of bins, C), C from 1 to ", INT_MAX);
 }
 
 Tensor pyramid_reduce(const Tensor& pooled, std::vector<Tensor> weights, std::vector<Tensor> norm,
@@ -33,15 +35,15 @@ Tensor pyramid_reduce(const Tensor& pooled, std::vector<Tensor> weights, std::ve
   args.norm_dtype = args.dtype, args.relu = relu;
   std::vector<Tensor> norms;
   if (!norm.empty()) {
-    STD_TORCH_CHECK(norm.size() == matrices.size() * 4 && eps.size() == matrices.size(),
-                    "norm must list four tensors and eps one number a level");
+    PSP_CHECK(norm.size() == matrices.size() * 4 && eps.size() == matrices.size(),
+              "norm must list four tensors and eps one number a level");
     args.norm_dtype = dtype_of(norm[0]);
-    STD_TORCH_CHECK(args.norm_dtype == args.dtype || args.norm_dtype == DType::kFloat32,
-                    "norm must be float32 or have the dtype of pooled");
+    PSP_CHECK(args.norm_dtype == args.dtype || args.norm_dtype == DType::kFloat32,
+              "norm must be float32 or have the dtype of pooled");
     for (size_t i = 0; i < norm.size(); ++i) {
       check_like("norm", norm[i], {R}, norm[0]);
-      STD_TORCH_CHECK(norm[i].device() == pooled.device(), "norm must be on the device of pooled");
-      norms.push_back(torch::stable::contiguous(norm[i]));
+      PSP_CHECK(norm[i].device() == pooled.device(), "norm must be on the device of pooled");
+      norms.push_back(dense(norm[i]));
       args.norm[i / 4][i % 4] = norms[i].data_ptr();
     }
     std::copy(eps.begin(), eps.end(), args.eps);
@@ -49,7 +51,7 @@ Tensor pyramid_reduce(const Tensor& pooled, std::vector<Tensor> weights, std::ve
   for (int l = 0; l < levels.count; ++l) args.weights[l] = matrices[l].data_ptr();
   const Tensor reduced = new_tensor(pooled, {N, levels.first[levels.count], R});
   if (N == 0) return reduced;
-  const Tensor dense_pooled = torch::stable::contiguous(pooled);
+  const Tensor dense_pooled = dense(pooled);
   args.pooled = dense_pooled.data_ptr();
   args.reduced = reduced.data_ptr();
   PSP_WORKSPACE(pyramid_reduce, pooled, args);
@@ -66,7 +68,7 @@ std::tuple<Tensor, Tensor> pyramid_reduce_backward(const Tensor& grad_reduced, c
   check_like("grad_reduced", grad_reduced, {N, pooled.size(1), R}, pooled);
   PyramidReduceBackwardArgs args{dtype_of(pooled), N, C, R, levels};
   for (int l = 0; l < levels.count; ++l) args.weights[l] = matrices[l].data_ptr();
-  const Tensor dense_grad = torch::stable::contiguous(grad_reduced), dense_pooled = torch::stable::contiguous(pooled);
+  const Tensor dense_grad = dense(grad_reduced), dense_pooled = dense(pooled);
   args.grad_reduced = dense_grad.data_ptr();
   args.pooled = dense_pooled.data_ptr();
   const Tensor grad_pooled = new_tensor(pooled, {N, pooled.size(1), C});
@@ -81,8 +83,8 @@ std::tuple<Tensor, Tensor> pyramid_reduce_backward(const Tensor& grad_reduced, c
 }  // namespace
 
 PSP_KERNELS(m) {
-  m.impl("pyramid_reduce", TORCH_BOX(&pyramid_reduce));
-  m.impl("pyramid_reduce_backward", TORCH_BOX(&pyramid_reduce_backward));
+  PSP_IMPL(m, "pyramid_reduce", pyramid_reduce);
+  PSP_IMPL(m, "pyramid_reduce_backward", pyramid_reduce_backward);
 }
 
 }  // namespace pspnet_fast

@@ -4,20 +4,30 @@
 namespace pspnet_fast {
 namespace {
 
+// The channels of every level, R each, must lie in the map.
+void check_room(const char* name, const Tensor& map, int64_t offset, const Levels& levels, int64_t R) {
+  PSP_CHECK(map.size(2) > 0 && map.size(3) > 0, name, " must have a pixel");
+  PSP_CHECK(R >= 0 && R <= INT_MAX && holds(map.size(1), offset, levels.count * R), name,
+            " has too few channels: ", map.size(1), " for ", levels.count, " levels of ", R, " from offset ", offset,
+            " on");
+}
+
 void pyramid_upsample_concat(const Tensor& concat, const Tensor& reduced, int64_t offset, std::vector<int64_t> bins,
                              bool align_corners) {
   const Levels levels = levels_of(bins);
-  STD_TORCH_CHECK(concat.dim() == 4 && reduced.dim() == 3, "concat must have 4 dimensions and reduced 3");
+  check_map("concat", concat);
+  PSP_CHECK(reduced.dim() == 3, "reduced must have 3 dimensions, but has ", reduced.dim());
   const int64_t N = concat.size(0), H = concat.size(2), W = concat.size(3), R = reduced.size(2);
   check_like("reduced", reduced, {N, levels.first[levels.count], R}, concat);
-  STD_TORCH_CHECK(offset >= 0 && concat.size(1) >= offset + levels.count * R && H > 0 && W > 0,
-                  "concat has too few channels or no pixel");
+  check_room("concat", concat, offset, levels, R);
   if (N == 0 || R == 0) return;
   PyramidUpsampleConcatArgs args{dtype_of(concat), is_channels_last(concat), align_corners, N, R, H, W, levels};
-  STD_TORCH_CHECK(native(concat, args.channels_last).data_ptr() == concat.data_ptr(),
-                  "concat must be contiguous or channels-last");
-  const Tensor dense = torch::stable::contiguous(reduced);
-  args.reduced = dense.data_ptr();
+  PSP_CHECK(is_native(concat, args.channels_last), "concat must be contiguous or channels-last");
+  const Region written = region_of(concat).narrow(1, offset, levels.count * R);
+  check_written("concat", written);
+  check_apart("reduced", reduced, "concat", written);
+  const Tensor dense_reduced = dense(reduced);
+  args.reduced = dense_reduced.data_ptr();
   args.context = image_of(concat, offset);
   PSP_LAUNCH(pyramid_upsample_concat, concat, args);
 }
@@ -25,10 +35,9 @@ void pyramid_upsample_concat(const Tensor& concat, const Tensor& reduced, int64_
 Tensor pyramid_upsample_concat_backward(const Tensor& grad_concat, int64_t offset, int64_t R, std::vector<int64_t> bins,
                                         bool align_corners) {
   const Levels levels = levels_of(bins);
-  STD_TORCH_CHECK(grad_concat.dim() == 4, "grad_concat must have 4 dimensions");
+  check_map("grad_concat", grad_concat);
   const int64_t N = grad_concat.size(0), H = grad_concat.size(2), W = grad_concat.size(3);
-  STD_TORCH_CHECK(offset >= 0 && R >= 0 && grad_concat.size(1) >= offset + levels.count * R && H > 0 && W > 0,
-                  "grad_concat has too few channels or no pixel");
+  check_room("grad_concat", grad_concat, offset, levels, R);
   const Tensor grad_reduced = new_tensor(grad_concat, {N, levels.first[levels.count], R});
   if (N == 0 || R == 0) return grad_reduced;
   PyramidUpsampleConcatBackwardArgs args{
@@ -44,8 +53,8 @@ Tensor pyramid_upsample_concat_backward(const Tensor& grad_concat, int64_t offse
 }  // namespace
 
 PSP_KERNELS(m) {
-  m.impl("pyramid_upsample_concat_", TORCH_BOX(&pyramid_upsample_concat));
-  m.impl("pyramid_upsample_concat_backward", TORCH_BOX(&pyramid_upsample_concat_backward));
+  PSP_IMPL(m, "pyramid_upsample_concat_", pyramid_upsample_concat);
+  PSP_IMPL(m, "pyramid_upsample_concat_backward", pyramid_upsample_concat_backward);
 }
 
 }  // namespace pspnet_fast

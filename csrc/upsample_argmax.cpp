@@ -9,9 +9,10 @@ constexpr int64_t kMostByteClasses = 256;
 std::tuple<Tensor, Tensor> upsample_argmax(const Tensor& logits, int64_t H, int64_t W, bool align_corners,
                                            bool return_confidence) {
   using torch::headeronly::ScalarType;
-  STD_TORCH_CHECK(logits.dim() == 4, "logits must have 4 dimensions");
+  check_map("logits", logits);
+  check_size(H, W);
   const int64_t N = logits.size(0), K = logits.size(1), h = logits.size(2), w = logits.size(3);
-  STD_TORCH_CHECK(K > 0 && h > 0 && w > 0 && H > 0 && W > 0, "logits and size must have a class and a pixel");
+  PSP_CHECK(K > 0 && h > 0 && w > 0, "logits must have a class and a pixel");
   const bool byte = K <= kMostByteClasses;
   const Tensor classes = new_tensor(logits, {N, H, W}, byte ? ScalarType::Byte : ScalarType::Int);
   const std::vector<int64_t> sizes = return_confidence ? std::vector<int64_t>{N, H, W} : std::vector<int64_t>{0};
@@ -27,6 +28,6 @@ std::tuple<Tensor, Tensor> upsample_argmax(const Tensor& logits, int64_t H, int6
 
 }  // namespace
 
-PSP_KERNELS(m) { m.impl("upsample_argmax", TORCH_BOX(&upsample_argmax)); }
+PSP_KERNELS(m) { PSP_IMPL(m, "upsample_argmax", upsample_argmax); }
 
 }  // namespace pspnet_fast

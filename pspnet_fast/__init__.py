@@ -1,7 +1,7 @@
 """Fused CPU and CUDA kernels for PSPNet (Zhao et al., CVPR 2017): pyramid pooling, the model and its trainer."""
 
 from . import ops, reference
-from .fusion import PyramidSettings, fuse, unfuse
+from .fusion import fuse, unfuse
 from .head import FusedPSPHead
 from .losses import UpsampleCrossEntropyLoss
 from .models import PSPNet
@@ -12,7 +12,6 @@ __all__ = [
     "FusedPPM",
     "FusedPSPHead",
     "PSPNet",
-    "PyramidSettings",
     "UpsampleCrossEntropyLoss",
     "fuse",
     "ops",

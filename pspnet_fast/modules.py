@@ -3,16 +3,17 @@
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import ops
-from .ops.checks import Bins, as_levels, check_map, count_cells
-from .ops.pyramid_reduce import Norm
+from . import ops, reference
+from .layers import is_batch_norm, is_convolution, is_identity, is_relu
+from .ops._library import transforms_active
+from .ops.checks import Bins, Norm, as_levels, check_map, count_cells
 
 Concat = Literal["input_first", "input_last"]
 Branch = tuple[nn.Conv2d, nn.Module, nn.Module]  # 1x1 convolution, norm, activation
@@ -123,6 +124,8 @@ class FusedPPM(nn.Module):
             raise ValueError(
                 f"input must have in_channels = {self.in_channels} channels, but has shape {tuple(input.shape)}"
             )
+        if transforms_active():
+            return self._functional(input)
         context = self.out_channels - c
         first_input, first_level = (0, c) if self.concat == "input_first" else (context, 0)
         output = ops.new_concat(input, self.out_channels)
@@ -132,18 +135,28 @@ class FusedPPM(nn.Module):
             output, reduced, self.bins, offset=first_level, align_corners=self.align_corners
         )
 
+    def _functional(self, input: Tensor) -> Tensor:
+        """The same without writing in place: under vmap, parameters may come in batches and the input not."""
+        reduced = self._reduce(ops.pyramid_pool(input, self.bins))
+        size = input.size(2), input.size(3)
+        levels = reference.upsample_levels(reduced, self.bins, size, self.align_corners).to(input.dtype)
+        return torch.cat([input, levels] if self.concat == "input_first" else [levels, input], 1)
+
     def _reduce(self, pooled: Tensor) -> Tensor:
         """1x1 convolution, norm and activation of all levels: (N, P, C) -> (N, P, R)."""
         _, convolutions, norms, activations = zip(*self.features, strict=True)
+        if not all(map(is_convolution, convolutions)):  # hooks, LoRA and the like: what they are is theirs
+            return self._each_level(pooled, lambda i, z: activations[i](_normalize(norms[i], convolutions[i](z))))
         weights = [convolution.weight.to(pooled.dtype) for convolution in convolutions]
         biases = [convolution.bias for convolution in convolutions]
-        inference = not (torch.is_grad_enabled() and any(t.requires_grad for t in (pooled, *self.parameters())))
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (pooled, *self.parameters()))
+        inference = not recorded and not transforms_active()
         statistics = [_affine(norm, bias) for norm, bias in zip(norms, biases, strict=True)] if inference else [None]
         folded = [level for level in statistics if level is not None]
         if len(folded) == len(norms):
             dtype = folded[0][0].dtype  # the operator takes one for all
             folded = [(*(t.to(dtype) for t in level[:4]), level[4]) for level in folded]  # type: ignore[misc]
-            relu = all(type(a) is nn.ReLU for a in activations)
+            relu = all(map(is_relu, activations))
             reduced = ops.pyramid_reduce(pooled, weights, self.bins, norm=folded, relu=relu)
             return reduced if relu else self._each_level(reduced, lambda i, z: activations[i](z))
         reduced = ops.pyramid_reduce(pooled, weights, self.bins)
@@ -156,10 +169,12 @@ class FusedPPM(nn.Module):
         return self._each_level(reduced, rest)
 
     def _each_level(self, reduced: Tensor, function: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """Applies function(i, (N, R, bins_h, bins_w)) to every level of (N, P, R)."""
+        """Applies function(i, (N, C, bins_h, bins_w)) to every level of (N, P, C)."""
         n, _, r = reduced.shape
         parts = reduced.split([count_cells((level,)) for level in self.levels], 1)
         maps = [z.transpose(1, 2).reshape(n, r, *level) for z, level in zip(parts, self.levels, strict=True)]
+        if transforms_active():  # torch's derivatives of group norm need it
+            maps = [z.contiguous() for z in maps]
         return torch.cat([function(i, z).to(reduced.dtype).flatten(2) for i, z in enumerate(maps)], 2).transpose(1, 2)
 
     def extra_repr(self) -> str:
@@ -172,10 +187,10 @@ class FusedPPM(nn.Module):
 
 def _affine(norm: nn.Module, bias: Tensor | None) -> Norm | None:
     """A norm that is an affine map by its buffers, the convolution's bias in it, as ops.pyramid_reduce takes it."""
-    if isinstance(norm, _BatchNorm) and not norm.training and norm.affine and norm.running_mean is not None:
-        mean = norm.running_mean if bias is None else norm.running_mean - bias
+    if is_batch_norm(norm) and not norm.training and norm.affine and norm.running_mean is not None:
+        mean: Any = norm.running_mean if bias is None else norm.running_mean - bias  # type: ignore[operator]
         return norm.weight, norm.bias, mean, norm.running_var, norm.eps  # type: ignore[return-value]
-    if type(norm) is nn.Identity and bias is not None:
+    if is_identity(norm) and bias is not None:
         one = torch.ones_like(bias)
         return one, bias, torch.zeros_like(bias), one, 0.0
     return None

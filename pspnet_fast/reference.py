@@ -10,9 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops.checks import Bins, as_levels, as_window
-from .ops.pyramid_reduce import Norm
-from .ops.upsample_cross_entropy import Reduction
+from .ops.checks import Bins, Norm, Reduction, as_levels, as_window
 
 
 def pyramid_pool(input: Tensor, bins: Bins, *, concat: Tensor | None = None, offset: int = 0) -> Tensor:
@@ -32,8 +30,7 @@ def pyramid_reduce(
     for i, cells in enumerate(pooled.split([h * w for h, w in levels], 1)):
         z = F.linear(cells, weights[i].flatten(1))
         if norm is not None:
-            weight, bias, mean, var, eps = norm[i]
-            z = F.batch_norm(z.transpose(1, 2), mean, var, weight, bias, training=False, eps=eps).transpose(1, 2)
+            z = _normalize(z.transpose(1, 2), norm[i]).transpose(1, 2)
         reduced.append(F.relu(z) if relu else z)
     return torch.cat(reduced, 1)
 
@@ -42,14 +39,18 @@ def pyramid_upsample_concat_(
     concat: Tensor, reduced: Tensor, bins: Bins, *, offset: int, align_corners: bool = True
 ) -> Tensor:
     """Reference of ops.pyramid_upsample_concat_: writes (N, P, R), upsampled, into concat (N, K, H, W)."""
+    levels = upsample_levels(reduced, bins, (concat.size(2), concat.size(3)), align_corners)
+    concat[:, offset : offset + levels.size(1)] = levels
+    return concat
+
+
+def upsample_levels(reduced: Tensor, bins: Bins, size: tuple[int, int], align_corners: bool) -> Tensor:
+    """Every level of (N, P, R) at a size: (N, L * R, H, W)."""
     levels = as_levels(bins)
     n, _, r = reduced.shape
-    for i, (cells, level) in enumerate(zip(reduced.split([h * w for h, w in levels], 1), levels, strict=True)):
-        z = cells.transpose(1, 2).reshape(n, r, *level)
-        first = offset + i * r
-        size = (concat.size(2), concat.size(3))
-        concat[:, first : first + r] = F.interpolate(z, size, mode="bilinear", align_corners=align_corners)
-    return concat
+    parts = zip(reduced.split([h * w for h, w in levels], 1), levels, strict=True)
+    maps = [cells.transpose(1, 2).reshape(n, r, *level) for cells, level in parts]
+    return torch.cat([F.interpolate(z, size, mode="bilinear", align_corners=align_corners) for z in maps], 1)
 
 
 def pyramid_context_(
@@ -67,17 +68,17 @@ def pyramid_context_(
     levels = as_levels(bins)
     (kh, kw), (dh, dw) = as_window(kernel_size, dilation, levels)
     n, o, h, w = conv.shape
+    total = conv
     for cells, level in zip(taps.split([h * w for h, w in levels], 1), levels, strict=True):
         seen = cells.permute(0, 2, 3, 1).reshape(n, kh * kw * o, *level)
         seen = F.interpolate(seen, (h, w), mode="bilinear", align_corners=align_corners)
         seen = F.pad(seen, (kw // 2 * dw, kw // 2 * dw, kh // 2 * dh, kh // 2 * dh)).unflatten(1, (kh * kw, o))
         for tap in range(kh * kw):
             top, left = tap // kw * dh, tap % kw * dw
-            conv += seen[:, tap, :, top : top + h, left : left + w]
+            total = total + seen[:, tap, :, top : top + h, left : left + w]
     if norm is not None:
-        weight, bias, mean, var, eps = norm
-        conv.copy_(F.batch_norm(conv, mean, var, weight, bias, training=False, eps=eps))
-    return conv.relu_() if relu else conv
+        total = _normalize(total, norm)
+    return conv.copy_(total.relu() if relu else total)
 
 
 def upsample_argmax(
@@ -103,7 +104,9 @@ def upsample_softmax_accumulate_(
     """Reference of ops.upsample_softmax_accumulate_: adds (N, K, h, w) to a window of (N, K, H, W)."""
     height, width = size or (probabilities.size(2) - top, probabilities.size(3) - left)
     p = _upsample(logits, (height, width), align_corners).softmax(1)
-    probabilities[:, :, top : top + height, left : left + width] += weight * (p.flip(3) if mirrored else p)
+    rows, columns = slice(top, top + height), slice(left, left + width)
+    p = probabilities[:, :, rows, columns] + weight * (p.flip(3) if mirrored else p)
+    probabilities[:, :, rows, columns] = p
     return probabilities
 
 
@@ -140,13 +143,26 @@ def upsample_cross_entropy(
     )
     if reduction != "mean":
         return loss
-    counts = target != ignore_index
-    classes = target.long() * counts
-    total = (counts if weight is None else weight[classes] * counts).sum()
+    total = total_weight(target, weight, ignore_index)
     return loss / torch.where(total == 0, 1, total)
 
 
+def total_weight(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """The sum of the targets' weights, by which the mean divides."""
+    counts = target != ignore_index
+    return (counts if weight is None else weight[target.long() * counts] * counts).sum()
+
+
+def wide(values: Tensor) -> Tensor:
+    """In float32 at least."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _normalize(z: Tensor, norm: Norm) -> Tensor:
+    """F.batch_norm with running statistics, (N, C, ...), but differentiable by these as well."""
+    weight, bias, mean, var = (wide(t).view(-1, *[1] * (z.dim() - 2)) for t in norm[:4])
+    return ((wide(z) - mean) * (weight / (var + norm[4]).sqrt()) + bias).to(z.dtype)
+
+
 def _upsample(logits: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
-    """Bilinear, in float32 at least."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return F.interpolate(wide, size, mode="bilinear", align_corners=align_corners)
+    return F.interpolate(wide(logits), size, mode="bilinear", align_corners=align_corners)

@@ -1,6 +1,8 @@
 """The commands as a user calls them, their messages and exit codes."""
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,52 +11,19 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
-from toy_data import COLORS, NAMES, SIZE, write_toy_data
+from toy_command import Workspace, assert_one_line, run
+from toy_data import NAMES, SIZE, write_toy_data
 
-from pspnet_fast.cli import EXTRAS, main
+from pspnet_fast.cli import EXTRAS
+from pspnet_fast.training import Interrupted
 from pspnet_fast.training.checkpoint import load_checkpoint
 
-CONFIG = """
-model: {backbone: resnet18, stem: conv7, output_stride: 16, bins: [1, 2], head_channels: 8}
-data: {crop: [33, 33], scale: [0.9, 1.1], mean: [0.5, 0.5, 0.5], std: [0.25, 0.25, 0.25]}
-train: {epochs: 1, batch_size: 4, workers: 0, device: cpu}
-"""
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-class Workspace:
-    """A data set, a configuration, and the run that was trained from them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.data = write_toy_data(folder / "data")
-        self.root = f"data.root={self.data}"
-        self.config = folder / "toy.yaml"
-        self.config.write_text(CONFIG)
-        self.out = folder / "run"
-        self.checkpoint = self.out / "checkpoint.pt"
-        self.trained = run("train", self.config, self.root, "--out", self.out)
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return Workspace(tmp_path_factory.mktemp("cli"))
-
-
-def assert_one_line(result: Result, code: int, *parts: str) -> None:
-    """The command failed with this exit code and one line that holds all the parts."""
-    assert result.exit_code == code, result.output
-    error = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
-    assert len(error) == 1
-    assert "Traceback" not in result.output
-    for part in parts:
-        assert part in error[0]
 
 
 def test_train_writes_the_run(work: Workspace) -> None:
@@ -63,10 +32,14 @@ def test_train_writes_the_run(work: Workspace) -> None:
     assert "8 training and 3 validation images" in work.trained.output
     assert "best mIoU 0." in work.trained.output
     names = {path.name for path in work.out.iterdir()}
-    assert names == {"checkpoint.pt", "log.jsonl", "curves.png", "tensorboard"}
+    assert names == {"checkpoint.pt", "best.pt", "log.jsonl", "curves.png", "tensorboard"}
     metadata = load_checkpoint(work.checkpoint)["metadata"]
     assert metadata["model"]["head_channels"] == 8
     assert metadata["mean"] == [0.5, 0.5, 0.5]
+    assert metadata["data"]["crop"] == [33, 33]
+    assert str(work.data) not in str(metadata)  # a folder's name is nobody else's business
+    for name in ("best.pt", "checkpoint.pt"):
+        assert str(work.out / name) in work.trained.output
 
 
 def test_print_config_shows_every_setting(work: Workspace) -> None:
@@ -80,28 +53,46 @@ def test_train_does_not_overwrite_a_run(work: Workspace) -> None:
     assert_one_line(result, 2, "checkpoint.pt exists", "--resume", "--overwrite")
     assert work.checkpoint.stat() == before
     assert_one_line(run("train", work.config, "--resume", "--overwrite"), 2, "exclude each other")
+    assert_one_line(run("train", work.config, "--allow", "train.lr"), 2, "--allow goes with --resume")
 
 
 def test_train_resumes(work: Workspace) -> None:
     result = run("train", work.config, work.root, "--out", work.out, "--resume")
     assert result.exit_code == 0, result.output
-    result = run("train", work.config, work.root, "train.lr=0.5", "--out", work.out, "--resume")
-    assert_one_line(result, 1, "cannot resume", "train.lr is 0.01, now 0.5")
-    for change in ("model.bins=[1, 3]", "data.crop=[35,33]"):
-        result = run("train", work.config, work.root, change, "--out", work.out, "--resume")
-        assert_one_line(result, 1, "cannot resume")
+    result = run("train", work.config, work.root, "train.lr=0.5", "data.crop=[35,33]", "--out", work.out, "--resume")
+    assert_one_line(result, 1, "cannot resume", "train.lr was 0.01, now 0.5", "data.crop was [33, 33], now [35, 33]",
+                    "To go on with the new values: --allow train.lr --allow data.crop")  # fmt: skip
+    result = run("train", work.config, work.root, "model.bins=[1, 3]", "--out", work.out, "--resume")
+    assert_one_line(result, 1, "cannot resume", "model.bins was [1, 2], now [1, 3]")
+
+
+def test_more_epochs_on_request(work: Workspace, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(work.out, out)
+    more = ("train", work.config, work.root, "train.epochs=2", "--out", out, "--resume")
+    assert_one_line(run(*more), 1, "train.epochs was 1, now 2", "--allow train.epochs")
+    result = run(*more, "--allow", "train.epochs")
+    assert result.exit_code == 0, result.output
+    assert [record["epoch"] for record in load_checkpoint(out / "checkpoint.pt")["history"]] == [1, 2]
+    assert run(*more).exit_code == 0  # from now on it is the run's own setting
 
 
 def test_interruption_says_how_to_go_on(work: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+    def interrupted(error: BaseException) -> None:
+        def raises(*_: object, **__: object) -> None:
+            raise error
 
-    monkeypatch.setattr("pspnet_fast.training.loop.fit", interrupted)
-    result = run("train", work.config, work.root, "--out", work.out, "--overwrite")
+        monkeypatch.setattr("pspnet_fast.training.loop.fit", raises)
+
+    interrupted(KeyboardInterrupt())
     command = f"pspnet-fast train {work.config} {work.root} --out {work.out} --resume"
-    assert_one_line(result, 1, "interrupted", str(work.checkpoint), command)
+    result = run("train", work.config, work.root, "--out", work.out, "--overwrite")
+    assert_one_line(result, 130, "interrupted at once", f"{work.checkpoint} is whole", command)
     result = run("train", work.config, work.root, "--out", tmp_path / "new")
-    assert_one_line(result, 1, "interrupted before the end of the first epoch")
+    assert_one_line(result, 130, "interrupted at once; nothing is saved")
+    interrupted(Interrupted(signal.SIGTERM))
+    result = run("train", work.config, work.root, "--out", work.out, "--overwrite")
+    assert_one_line(result, 143, "interrupted by SIGTERM", f"{work.checkpoint} holds the state", command)
 
 
 def test_eval_prints_scores_and_draws(work: Workspace, tmp_path: Path) -> None:
@@ -122,38 +113,43 @@ def test_eval_refuses_other_classes(work: Workspace, tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("red\ngreen\nviolet\n")
     result = run("eval", work.config, work.root, f"data.names={names}", "--checkpoint", work.checkpoint)
-    assert_one_line(result, 1, "has the classes ['red', 'green', 'blue']", "violet")
+    assert_one_line(result, 1, "different classes: class 2 is 'blue' in the checkpoint, 'violet' in the file")
+    names.write_text("red\ngreen\n")
+    colors = tmp_path / "colors.txt"
+    colors.write_text("1 2 3\n4 5 6\n")
+    result = run("eval", work.config, work.root, f"data.names={names}", f"data.colors={colors}",
+                 "--checkpoint", work.checkpoint)  # fmt: skip
+    assert_one_line(result, 1, "different classes: 3 in the checkpoint, 2 in the file")
 
 
-def test_predict_writes_three_pictures(work: Workspace, tmp_path: Path) -> None:
-    image = cv2.imread(str(work.data / "val_0.png"))[:35, :41]
-    cv2.imwrite(str(tmp_path / "odd.png"), image)
-    result = run("predict", tmp_path / "odd.png", work.data / "val_1.png", "--checkpoint", work.checkpoint,
-                 "--out", tmp_path / "labels")  # fmt: skip
+def test_eval_pictures_overwrite_nothing(work: Workspace, tmp_path: Path) -> None:
+    arguments = ("eval", work.config, work.root, "--checkpoint", work.checkpoint, "--pictures", 1)
+    before = (work.data / "val_0.png").read_bytes()
+    assert_one_line(run(*arguments, "--out", work.data, "--overwrite"), 2, "would overwrite the image")
+    assert (work.data / "val_0.png").read_bytes() == before
+    assert run(*arguments, "--out", tmp_path).exit_code == 0
+    assert_one_line(run(*arguments, "--out", tmp_path), 2, "val_0.png exists", "--overwrite")
+    result = run(*arguments, "--out", tmp_path, "--overwrite", "--json")
+    assert list(json.loads(result.stdout)) == ["miou", "macc", "allacc", "iou", "accuracy", "confusion"]
+    assert "drew" in result.stderr
+
+
+def test_lists_without_labels(work: Workspace, tmp_path: Path) -> None:
+    data = write_toy_data(tmp_path / "data")
+    for path in data.glob("val_*_label.png"):
+        cv2.imwrite(str(path), np.full(SIZE, 255, np.uint8))
+    arguments = (work.config, f"data.root={data}")
+    with pytest.warns(UserWarning, match=r"val.txt: no pixel has a label"):
+        result = run("train", *arguments, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
-    label = cv2.imread(str(tmp_path / "labels" / "odd.png"), cv2.IMREAD_UNCHANGED)
-    color = cv2.imread(str(tmp_path / "labels" / "odd_color.png"))[..., ::-1]
-    blended = cv2.imread(str(tmp_path / "labels" / "odd_overlay.png"))
-    assert label.shape == (35, 41)
-    assert (color == np.asarray(COLORS)[label]).all()
-    assert np.abs(2.0 * blended - image - color[..., ::-1]).max() <= 1
-    assert cv2.imread(str(tmp_path / "labels" / "val_1.png"), cv2.IMREAD_UNCHANGED).shape == SIZE
-
-
-def test_predict_goes_on_after_a_bad_image(work: Workspace, tmp_path: Path) -> None:
-    bad = tmp_path / "bad.jpg"
-    bad.write_bytes(b"no image")
-    result = run("predict", bad, work.data / "val_1.png", "--checkpoint", work.checkpoint, "--out", tmp_path / "out")
-    assert_one_line(result, 1, "bad.jpg: is not an image")
-    assert "labelled 1 of 2" in result.output
-    assert (tmp_path / "out" / "val_1.png").exists()
-
-
-def test_predict_refuses_results_of_one_name(work: Workspace, tmp_path: Path) -> None:
-    twin = tmp_path / "val_1.jpg"
-    twin.write_bytes((work.data / "val_1.png").read_bytes())
-    result = run("predict", twin, work.data / "val_1.png", "--checkpoint", work.checkpoint, "--out", tmp_path)
-    assert_one_line(result, 2, "several images are named val_1")
+    assert "no mIoU, since no pixel of val.txt is labelled" in result.stdout
+    assert not (tmp_path / "run" / "best.pt").exists()
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    result = run("eval", *arguments, "--checkpoint", checkpoint, "--json")
+    assert "no pixel of val.txt is labelled" in result.stderr
+    scores = json.loads(result.stdout, parse_constant=pytest.fail)  # NaN is no JSON
+    assert (scores["miou"], scores["macc"], scores["allacc"], scores["iou"]["red"]) == (None,) * 4
+    assert "mIoU -, mAcc -, allAcc -" in run("eval", *arguments, "--checkpoint", checkpoint).stdout
 
 
 @pytest.mark.parametrize(
@@ -162,10 +158,13 @@ def test_predict_refuses_results_of_one_name(work: Workspace, tmp_path: Path) ->
         (["train.epoch=3"], 2, "unknown key 'train.epoch'; the nearest valid key is 'train.epochs'"),
         (["train.lr=quick"], 2, "train.lr"),
         (["data.root=/no/such/folder"], 1, "data.root: no folder /no/such/folder"),
-        (["model.stem=deep"], 1, "stem must be one of 'deep64', 'deep32', 'conv7', got 'deep'"),
+        (["model.stem=deep"], 2, "model.stem must be one of 'deep64', 'deep32', 'conv7', got 'deep'"),
         (["data.train_list=none.txt"], 1, "none.txt: No such file or directory"),
+        (["data.colors=none.txt"], 1, "none.txt: No such file or directory"),
+        (["data.labels=ade"], 2, "data.labels must be one of 'index', 'from_one'"),
         (["data.names=train.txt"], 1, "has 3 colours for 8 classes"),
         (["train.batch_size=99"], 1, "batch_size = 99"),
+        (["train.class_weights=[1,2]"], 2, "train.class_weights must be one number a class, 3 in all, got 2"),
         (["train.device=cuda:99"], 1, "device 'cuda:99' cannot be used here"),
     ],
 )
@@ -194,6 +193,27 @@ def test_full_gpu_says_what_to_change(work: Workspace, tmp_path: Path, monkeypat
     monkeypatch.setattr("pspnet_fast.training.loop.fit", full)
     result = run("train", work.config, work.root, "--out", tmp_path / "run")
     assert_one_line(result, 1, "out of GPU memory", "train.batch_size")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "was killed by the signal Killed"),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "a loading process ended unexpectedly"),
+        (RuntimeError("DataLoader worker ... Bus error. ... out of shared memory"), "shared memory (/dev/shm)"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), "out of memory"),
+        (MemoryError(), "out of memory"),
+        (OSError(28, "cannot be written: No space left on device", "c.pt"), "c.pt: cannot be written: No space left"),
+    ],
+)
+def test_errors_of_the_machine(
+    work: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("pspnet_fast.training.loop.fit", fails)
+    assert_one_line(run("train", work.config, work.root, "--out", tmp_path / "run"), 1, message)
 
 
 def test_programming_errors_stay_visible(work: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,16 @@
 """Configuration files: defaults, overrides, and messages that name key, value and remedy."""
 
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from pspnet_fast.data.conventions import Remap
 from pspnet_fast.models import PSPNet
 from pspnet_fast.training import ConfigError, TrainConfig, load_config
+from pspnet_fast.training.config import RULES, DataConfig, ModelConfig
+from pspnet_fast.training.config_text import to_yaml
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -25,6 +30,15 @@ def test_defaults_file_and_overrides(tmp_path: Path) -> None:
     assert load_config(path, ["model.bins=null"]).model.bins is None
 
 
+def test_remap_in_file_and_on_the_command_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "data:\n  remap:\n    0: 0\n    255: 1\n    12 0 200: 1\n    other: 255\n")
+    assert load_config(path).data.remap == {0: 0, 255: 1, "12 0 200": 1, "other": 255}
+    path = write(tmp_path, "{}")
+    assert load_config(path).data.remap == {}
+    assert load_config(path, ["data.remap={0: 0, 255: 1}"]).data.remap == {0: 0, 255: 1}
+    assert Remap.parse(load_config(path, ["data.remap.7=0", "data.remap.8=1"]).data.remap).values == {7: 0, 8: 1}
+
+
 def test_defaults_are_those_of_semseg(tmp_path: Path) -> None:
     train = load_config(write(tmp_path, "{}")).train
     assert (train.lr, train.head_lr_factor, train.power, train.momentum) == (0.01, 10, 0.9, 0.9)
@@ -36,7 +50,16 @@ def test_defaults_are_those_of_semseg(tmp_path: Path) -> None:
     [
         ("train: {epoch: 3}", [], "run.yaml: unknown key 'train.epoch'; the nearest valid key is 'train.epochs'"),
         ("trian: {lr: 1}", [], "run.yaml: unknown key 'trian.lr'; the nearest valid key is 'train.lr'"),
-        ("lr: 1", [], "run.yaml: unknown key 'lr'; the nearest valid key is"),
+        ("lr: 1", [], "run.yaml: unknown key 'lr'; the nearest valid key is 'train.lr'"),
+        ("{}", ["train.crop=3"], "unknown key 'train.crop'; the nearest valid key is 'data.crop'"),
+        (
+            "{}",
+            ["train.optimizer=adam"],
+            "unknown key 'train.optimizer'; train has the keys epochs, batch_size, .*log_every$",
+        ),
+        ("{}", ["trian.optimizer=adam"], r"unknown key 'trian.optimizer'; the nearest valid key is 'train\.\.\.\.'"),
+        ("{}", ["solver.base=1"], r"unknown key 'solver.base'; the keys are model\.\*, data\.\*, train\.\*"),
+        ("seed0: 1", [], r"unknown key 'seed0'; the keys are model\.\*, data\.\*, train\.\*"),
         ("{}", ["data.rot=x"], "command line: unknown key 'data.rot'; the nearest valid key is 'data.root'"),
         ("{}", ["train.lr"], "an override must be key=value, got 'train.lr'"),
         ("train: {lr: fast}", [], "run.yaml: train.lr must be float, got 'fast'"),
@@ -55,12 +78,32 @@ def test_defaults_are_those_of_semseg(tmp_path: Path) -> None:
         ("{}", ["train.label_smoothing=1.5"], "train.label_smoothing must be from 0 to 1, got 1.5"),
         ("{}", ["train.ohem_threshold=0"], "train.ohem_threshold must be above 0 and at most 1, got 0.0"),
         ("{}", ["train.ohem_min_kept=-1"], "train.ohem_min_kept must be at least 0, got -1"),
-        ("{}", ["train.class_weights=[1,-1]"], r"train.class_weights must be at least 0, got \[1.0, -1.0\]"),
-        ("{}", ["train.class_weights=[]"], r"train.class_weights must be at least 0, got \[\]"),
+        (
+            "{}",
+            ["train.class_weights=[1,-1]"],
+            r"train.class_weights must be at least 0 each and not all 0, got \[1.0, -1.0\]",
+        ),
+        ("{}", ["train.class_weights=[]"], r"train.class_weights must be at least 0 each and not all 0, got \[\]"),
+        ("{}", ["train.class_weights=[0,0]"], r"train.class_weights must be at least 0 each and not all 0"),
+        ("{}", ["train.class_weights=[1,.nan]"], r"train.class_weights must be finite, got \[1.0, nan\]"),
+        ("{}", ["train.lr=.inf"], "train.lr must be finite, got inf"),
+        ("{}", ["train.aux_weight=.nan"], "train.aux_weight must be finite, got nan"),
+        ("{}", ["model.stem=deep"], "model.stem must be one of 'deep64', 'deep32', 'conv7', got 'deep'"),
+        ("{}", ["model.head=x"], "model.head must be one of 'fused', 'concat', got 'x'"),
+        ("{}", ["model.bins=[]"], r"model.bins must be one or more numbers of at least 1, got \[\]"),
+        ("{}", ["model.head_channels=0"], "model.head_channels must be at least 1, got 0"),
         ("{}", ["data.crop=[64]"], r"data.crop must be \[height, width\], both at least 1, got \[64\]"),
         ("{}", ["data.val_crop=[0,3]"], r"data.val_crop must be \[height, width\]"),
         ("{}", ["data.std=[1,1]"], "data.std must be three numbers"),
         ("{}", ["data.std=[1,1,0]"], "data.std must be above 0"),
+        ("{}", ["data.labels=ade"], "data.labels must be one of 'index', 'from_one', .*, 'color', got 'ade'"),
+        (
+            "{}",
+            ["data.remap=0:0", "data.remap=255:1"],
+            r'data.remap must be a mapping, .* in quotes: "\{0: 0, 255: 1\}"',
+        ),
+        ("{}", ["data.remap={0:0,255:1}"], "data.remap must .*blank"),
+        ("{}", ["data.remap={0: road}"], "data.remap must give a class or 255 for 0, got 'road'"),
         ("{}", ["data.scale=[2,1]"], "data.scale must be 0 < low <= high"),
         ("{}", ["data.degrees=[2,1]"], "data.degrees must be low <= high"),
     ],
@@ -79,6 +122,43 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_train_config_alone_is_checked() -> None:
     with pytest.raises(ConfigError, match=r"train.batch_size must be at least 1, got 0"):
         TrainConfig(batch_size=0)
+
+
+CHANGES = [
+    "train.lr=1e-5",
+    "model.bins=null",
+    "train.class_weights=[1, .5]",
+    "data.root=a folder: #1",
+    "data.crop=[3,4]",
+]
+
+
+@pytest.mark.parametrize("overrides", [[], CHANGES], ids=["defaults", "changed"])
+def test_printed_configuration_is_one(tmp_path: Path, overrides: list[str]) -> None:
+    config = load_config(write(tmp_path, "{}"), overrides)
+    text = to_yaml(config)
+    assert load_config(write(tmp_path, text)) == config
+    assert config.data.root == ("a folder: #1" if overrides else "data")
+    assert "`" not in text
+
+
+def test_printed_configuration_has_meanings_and_allowed_values(tmp_path: Path) -> None:
+    lines = to_yaml(load_config(write(tmp_path, "{}"))).splitlines()
+    settings = [index for index, line in enumerate(lines) if line.startswith("  ") and "#" not in line]
+    assert len(settings) == sum(len(fields(kind)) for kind in (ModelConfig, DataConfig, TrainConfig))
+    for index in settings:
+        assert re.fullmatch(r"  # \S.+ \(.+\)", lines[index - 1]), lines[index]
+    assert lines[lines.index("  stem: deep64") - 1].endswith("(str, one of 'deep64', 'deep32', 'conv7')")
+    assert lines[lines.index("  lr: 0.01") - 1].endswith("(float, above 0)")
+    assert lines[lines.index("  head_channels: null") - 1].endswith("(int | null, at least 1)")
+
+
+def test_every_rule_is_of_a_setting_and_holds_for_its_default() -> None:
+    defaults = {"model": ModelConfig(), "data": DataConfig(), "train": TrainConfig()}
+    for key, rule in RULES.items():
+        section, _, name = key.partition(".")
+        value = getattr(defaults[section], name)
+        assert value is None or rule.holds(value)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -2,16 +2,18 @@
 
 import copy
 import io
+import logging
 
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign import MODELS, PPM, ConvModule, PSPDecoder, PSPHead, Semseg, assert_same, run
+from foreign import MODELS, Semseg, assert_same, run
 from stock import StockPPM
 from torch import Tensor, nn
 
-from pspnet_fast import FusedPPM, fuse, unfuse
-from pspnet_fast.fusion.patch import Fused
+from pspnet_fast import FusedPPM, fuse, ops, unfuse
+from pspnet_fast.fusion import Fused
+from pspnet_fast.fusion.lazy import Concat
 
 pytestmark = pytest.mark.usefixtures("small_maps_as_large_ones")
 
@@ -42,27 +44,35 @@ def test_outputs_and_all_gradients(name, training):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_pyramid_and_its_bottleneck_are_fused(name):
-    model, _ = make(name)
-    _, report = fuse(model, return_report=True)
-    (replaced,), kept = report.replaced, report.kept
-    assert replaced.bottleneck is not None
-    assert not kept
-    assert [b if isinstance(b, int) else b[0] for b in replaced.bins] == [1, 2, 3, 6]
-    assert replaced.align_corners == (name not in ("mmseg PSPHead", "mmseg UPerHead", "smp UPerNet"))
-    assert replaced.concat == ("input_last" if name == "smp PSPNet" else "input_first")
+def test_the_bottleneck_runs_without_the_concatenation(name, monkeypatch):
+    model, x = make(name)
+    fuse(model).eval()
+    inputs, taken = [], []
+    real, low = F.conv2d, ops.pyramid_context_
+    monkeypatch.setattr(F, "conv2d", lambda x, *a, **k: inputs.append(type(x)) or real(x, *a, **k))
+    monkeypatch.setattr(ops, "pyramid_context_", lambda *a, **k: taken.append(a[2]) or low(*a, **k))
+    model(x)
+    assert taken == [[(1, 1), (2, 2), (3, 3), (6, 6)]]
+    assert inputs.count(Concat) == 1  # what the model's own convolution was called with
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_heads_run_without_concatenation_module(name, monkeypatch):
-    """The fused head takes the map itself: no module of the model is given the concatenation."""
+def test_what_an_example_shows(name):
     model, x = make(name)
-    fuse(model)
-    seen = []
-    forward = nn.Conv2d._conv_forward
-    monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda s, i, *a: seen.append(i.size(1)) or forward(s, i, *a))
-    model.eval()(x)
-    assert {"semseg": 16, "smp PSPNet": 16, "Encoding": 16}.get(name, 32) not in seen
+    mode = [m.training for m in model.modules()]
+    state = copy.deepcopy(model.state_dict())
+    _, report = fuse(model, example=x, return_report=True)
+    (found,) = report.convolutions
+    assert report.fused == (found.scope,)
+    assert isinstance(model.get_submodule(found.scope), Fused)
+    assert isinstance(model.get_submodule(found.module), nn.Conv2d)
+    assert found.of == model.get_submodule(found.module).in_channels
+    assert found.channels == found.of - 8
+    cells, pixels = 50, 13 * 9 if name != "semseg" else 7 * 5
+    levels = found.channels / 4
+    assert found.saved == pytest.approx((found.channels - levels * cells / pixels) / found.of)
+    assert [m.training for m in model.modules()] == mode
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -141,7 +151,6 @@ def test_compiles_without_graph_breaks(name, training):
 
 
 def test_conversions_after_fuse():
-    """What exchanges modules or casts parameters later is seen by the fused forward."""
     model, x = make("semseg")
     fuse(model).eval()(x)
     model.float()
@@ -157,68 +166,55 @@ def test_conversions_after_fuse():
     torch.testing.assert_close(model(x.double()), expected(x.double()), rtol=1e-10, atol=1e-10)
 
 
-def test_pyramid_alone():
-    for build in (Semseg, PSPDecoder):
-        model = build().double()
-        reference = copy.deepcopy(model)
-        _, report = fuse(model, heads=False, return_report=True)
-        assert report.replaced[0].bottleneck is None
-        x = torch.randn(2, 3 if build is Semseg else 8, 13, 9, dtype=torch.float64)
-        assert_same(run(model, x), run(reference, x))
-    with pytest.raises(ValueError, match="list of maps, which only a bottleneck can be fused with"):
-        fuse(PSPHead(), heads=False)
-
-
-@pytest.mark.parametrize("dilation", [1, 2])
-def test_dilated_bottleneck(dilation):
-    model = nn.Sequential(PPM(8, 2), ConvModule(16, 5, 3, dilation)).double()
-    reference = copy.deepcopy(model)
-    _, report = fuse(model, return_report=True)
-    assert report.replaced[0].bottleneck == "1"
-    x = torch.randn(2, 8, 13, 9, dtype=torch.float64)
-    assert_same(run(model, x), run(reference, x))
-
-
-class Elsewhere(Semseg):
-    def forward(self, image: Tensor) -> Tensor:
-        x = self.ppm(self.layer4(self.layer3(image)))
-        return self.cls(self.change(x))
-
-
-@pytest.mark.parametrize(
-    "change", [lambda x: F.relu(x), lambda x: x.relu(), lambda x: torch.cat([x, x], 1), lambda x: x[:, :8]]
-)
-def test_other_use_of_the_concatenation_raises(change):
-    """Never a silently different result."""
-    model = Elsewhere()
-    model.change = change
-    fuse(model)
-    with pytest.raises((RuntimeError, TypeError)):
-        model(torch.randn(2, 3, 20, 20))
-    with pytest.raises(RuntimeError, match="used otherwise than by the fused bottleneck beside it"):
-        F.relu(model.ppm(torch.randn(2, 8, 9, 9)))
-
-
-def test_bottleneck_still_takes_a_concatenation():
-    model = Semseg().double().eval()
-    x = torch.randn(2, 16, 9, 9, dtype=torch.float64)
-    expected = model.cls(x)
-    assert torch.equal(fuse(model).cls(x), expected)
-
-
 def test_random_state_is_left_alone():
     before = torch.get_rng_state()
     model = Semseg()
     torch.set_rng_state(before)
-    fuse(model)
+    fuse(model, example=torch.randn(1, 3, 40, 40, generator=torch.Generator()))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_report_and_log(caplog):
+    model = nn.ModuleDict({"a": Semseg(), "b": nn.Sequential(nn.AdaptiveAvgPool2d(1))})
+    with caplog.at_level(logging.INFO, logger="pspnet_fast"):
+        same, report = fuse(model, return_report=True)
+    assert same is model
+    assert (report.fused, report.pyramids, report.convolutions) == (("a",), ("a.ppm",), ())
+    assert caplog.messages == [str(report)] == ["fused 'a'\nfor the pyramid 'a.ppm'"]
+    assert fuse(model, return_report=True)[1] == report  # once more changes nothing
+    _, report = fuse(Semseg(), example=torch.randn(1, 3, 40, 40), return_report=True)
+    assert str(report).splitlines()[1].startswith("'cls.0', in '': 8 of 16 input channels convolved before")
+
+
+def test_names():
+    model = nn.ModuleDict({"a": Semseg(), "b": Semseg()})
+    _, report = fuse(model, modules=["b"], return_report=True)
+    assert report.fused == ("b",)
+    assert not any(isinstance(m, Fused) for m in model["a"].modules())
+    with pytest.raises(ValueError, match=r"modules must be names in model.named_modules\(\), which has no \['c'\]"):
+        fuse(model, modules=["a", "c"])
+    assert not any(isinstance(m, Fused) for m in model["a"].modules())
+    with pytest.raises(TypeError, match="modules must be several names"):
+        fuse(model, modules="a")
+
+
+def test_nothing_to_fuse_is_an_error():
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(1))
+    with pytest.raises(ValueError, match="nothing to fuse: no module of the model has layers nn.AdaptiveAvgPool2d"):
+        fuse(model)
+    with pytest.raises(ValueError, match="nothing to fuse: the forward on the example convolves no upsampled map"):
+        fuse(model, example=torch.randn(1, 3, 9, 9))
+    assert not any(isinstance(m, Fused) for m in model.modules())
 
 
 def test_models_on_the_meta_device():
     with torch.device("meta"):
         model = Semseg()
     _, report = fuse(model, return_report=True)
-    assert report.replaced[0].bottleneck == "cls"
+    assert report.fused == ("",)
+    weights, x = Semseg(), torch.randn(1, 3, 40, 40)
+    model.to_empty(device="cpu").load_state_dict(weights.state_dict())
+    torch.testing.assert_close(model.eval()(x), weights.eval()(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

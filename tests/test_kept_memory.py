@@ -86,3 +86,83 @@ def test_what_is_kept_has_a_bound(megabytes, least, most):
         environment["PSPNET_FAST_KEEP_MB"] = megabytes
     done = subprocess.run([sys.executable, "-c", RESIDENT], env=environment, check=True, capture_output=True, text=True)
     assert least <= float(done.stdout) <= most
+
+
+FORKS = """
+import os, signal, threading
+import torch
+from pspnet_fast import ops
+
+torch.set_num_threads(1)
+like, stop = torch.zeros(1, 64, 200, 200), False
+
+def allocate():
+    kept = []
+    while not stop:
+        kept.append(ops.new_concat(like, 64 + len(kept) % 7 * 16))
+        if len(kept) > 3:
+            kept.clear()
+
+threads = [threading.Thread(target=allocate) for _ in range(4)]
+for thread in threads:
+    thread.start()
+statuses = set()
+for _ in range(200):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        ops.new_concat(like, 64)
+        os._exit(0)
+    statuses.add(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+stop = True
+for thread in threads:
+    thread.join()
+print(statuses)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_child_forked_while_threads_allocate_allocates_too():
+    """The child would wait for ever for a lock that a thread of its parent held; its alarm ends it."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKS], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "{0}"
+
+
+THREADS = """
+import random, threading
+import torch
+from pathlib import Path
+from pspnet_fast import ops
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+torch.set_num_threads(1)
+like = torch.zeros(1, 8, 100, 100)
+
+def allocate(seed, count):
+    choice = random.Random(seed)
+    for _ in range(count):
+        ops.new_concat(like, choice.randint(210, 900))[:, :, ::10].fill_(1)  # 8 to 34 MB
+
+def run(count):
+    threads = [threading.Thread(target=allocate, args=(seed, count)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+before = resident()
+run(25)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident set from /proc")
+@pytest.mark.parametrize(("megabytes", "least", "most"), [(None, 100, 275), ("40", 10, 60)])
+def test_what_threads_leave_behind_has_the_same_bound(megabytes, least, most):
+    environment = {k: v for k, v in os.environ.items() if k != "PSPNET_FAST_KEEP_MB"}
+    if megabytes is not None:
+        environment["PSPNET_FAST_KEEP_MB"] = megabytes
+    done = subprocess.run([sys.executable, "-c", THREADS], env=environment, check=True, capture_output=True, text=True)
+    assert least <= float(done.stdout) <= most

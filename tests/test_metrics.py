@@ -30,3 +30,10 @@ def test_absent_class_is_skipped_and_predicted_class_counts_zero() -> None:
 def test_counts_beyond_float32() -> None:
     many = 2**24 + 1
     assert Metrics(torch.tensor([[many, 0], [1, 0]])).iou[0].item() == many / (many + 1)
+
+
+def test_record_has_none_for_what_is_not() -> None:
+    nothing = Metrics(torch.zeros(2, 2, dtype=torch.int64)).record()
+    assert nothing == {"miou": None, "macc": None, "allacc": None, "iou": [None, None]}
+    record = Metrics(torch.tensor([[3, 1], [0, 0]])).record()
+    assert record == {"miou": 0.375, "macc": 0.75, "allacc": 0.75, "iou": [0.75, 0.0]}

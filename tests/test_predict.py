@@ -46,7 +46,28 @@ def test_align_corners_is_that_of_the_model() -> None:
     assert predict_labels(model, images)[0, 0].tolist() == [1, 0, 0, 0, 0, 0, 0, 0]
 
 
-def test_checkpoint_without_a_description() -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metadata": {}}, r"does not describe its model: metadata\['model'\] must be the arguments of PSPNet"),
+        ({"metadata": {"model": "resnet50"}}, "does not describe its model"),
+        ({"metadata": {"model": {"backbone": "resnet18"}}}, "weights are not those of the PSPNet it describes"),
+        ({"metadata": {"model": {"depth": 18}}}, "weights are not those of the PSPNet it describes .*'depth'"),
+        ({"class_names": NAMES[:2]}, "weights are not those of the PSPNet it describes"),
+        ({"class_names": ["x"] * 256}, "has 256 classes; label maps hold at most 255"),
+    ],
+)
+def test_checkpoints_that_cannot_be_predicted_with(change: dict, message: str) -> None:
     _, saved = checkpoint()
-    with pytest.raises(ValueError, match="checkpoint does not describe its model"):
-        Predictor.from_checkpoint({**saved, "metadata": {}}, torch.device("cpu"))
+    with pytest.raises(ValueError, match=message) as error:
+        Predictor.from_checkpoint({**saved, **change}, torch.device("cpu"))
+    assert "\n" not in str(error.value)
+
+
+def test_assumed_normalisation_is_said() -> None:
+    _, saved = checkpoint()
+    saved["metadata"] = {key: value for key, value in saved["metadata"].items() if key not in ("mean", "std")}
+    with pytest.warns(UserWarning, match="ImageNet's is assumed") as warned:
+        predictor = Predictor.from_checkpoint(saved, torch.device("cpu"))
+    assert [str(entry.message).split(":")[0].split()[-1] for entry in warned] == ["mean", "std"]
+    assert predictor.mean == pytest.approx([0.485, 0.456, 0.406])

@@ -1,5 +1,6 @@
 """PSPNet: semseg's names and shapes, forward, layouts, errors."""
 
+import inspect
 from collections.abc import Iterator
 
 import pytest
@@ -139,3 +140,21 @@ def test_bfloat16_autocast_trains() -> None:
 def test_errors(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PSPNet(**{"classes": 3, "backbone": "resnet18", **arguments})
+
+
+@pytest.mark.parametrize("arguments", [{}, {"backbone": "resnet18", "stem": "conv7", "bins": None, "aux": False}])
+def test_config_builds_the_model_again(arguments: dict) -> None:
+    with torch.device("meta"):
+        model = PSPNet(5, **arguments)
+        again = PSPNet(model.classes, **model.config)
+    shapes = [{name: value.shape for name, value in one.state_dict().items()} for one in (model, again)]
+    assert shapes[0] == shapes[1]
+    assert again.config == model.config
+    assert model.config is not None
+    assert model.config.keys() == set(inspect.signature(PSPNet).parameters) - {"classes", "norm_layer"}
+
+
+def test_config_of_what_is_no_plain_data() -> None:
+    assert PSPNet(2, ToyBackbone()).config is None
+    with torch.device("meta"):
+        assert PSPNet(2, "resnet18", norm_layer=lambda channels: nn.GroupNorm(1, channels)).config is None

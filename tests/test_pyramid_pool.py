@@ -129,11 +129,13 @@ def test_constant_maps_and_infinity(device):
     assert torch.equal(ops.pyramid_pool(x, (2,))[0, :, 0].isinf().cpu(), torch.tensor([True, False, False, False]))
 
 
-def test_double_backward_is_refused():
-    x = torch.randn(1, 2, 4, 4, requires_grad=True)
-    (grad,) = torch.autograd.grad(ops.pyramid_pool(x, (2,)).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+def test_the_gradient_of_the_gradient():
+    x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    results = []
+    for module in (ops, reference):
+        (grad,) = torch.autograd.grad(module.pyramid_pool(x, (2,)).pow(3).sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(grad.square().sum(), x))
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,5 @@ def test_the_raw_operator_checks_too():
         torch.ops.pspnet_fast.pyramid_reduce(POOLED, [WEIGHTS[0], torch.zeros(3, 5)], [], [], False, [1, 1, 2, 2])
     with pytest.raises(RuntimeError, match="pooled must be"):
         torch.ops.pspnet_fast.pyramid_reduce(POOLED, WEIGHTS, [], [], False, [1, 1, 3, 3])
-    relu = torch.ops.pspnet_fast.pyramid_reduce(POOLED.clone().requires_grad_(), WEIGHTS, [], [], True, [1, 1, 2, 2])
     with pytest.raises(RuntimeError, match="for inference"):
-        relu.sum().backward()
+        torch.ops.pspnet_fast.pyramid_reduce(POOLED.clone().requires_grad_(), WEIGHTS, [], [], True, [1, 1, 2, 2])

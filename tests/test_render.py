@@ -1,10 +1,13 @@
 """Pictures of label maps."""
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
+from limits import largest_file
 
-from pspnet_fast.inference.render import colorize, overlay, save_png, side_by_side
+from pspnet_fast.inference.render import colorize, overlay, palette, save_png, side_by_side, with_legend
 
 COLORS = [(255, 0, 0), (0, 200, 0)]
 
@@ -66,3 +69,44 @@ def test_png_round_trip(tmp_path) -> None:
     assert cv2.imread(str(tmp_path / "label.png"), cv2.IMREAD_UNCHANGED).tolist() == label.tolist()
     save_png(tmp_path / "color.png", colorize(np.array([[0, 1]]), COLORS))
     assert cv2.imread(str(tmp_path / "color.png")).tolist() == [[[0, 0, 255], [0, 200, 0]]]
+
+
+@pytest.mark.parametrize("width", [1, 41, 400, 2600])
+def test_legend_below_names_what_occurs(width: int) -> None:
+    picture = np.random.default_rng(0).integers(1, 200, (30, width, 3)).astype(np.uint8)
+    colors = [(255, 0, 0), (0, 201, 0), (3, 2, 251)]
+    sheet = with_legend(picture, [0, 2], ["road", "sky", "a rather long name"], colors)
+    assert (sheet[:30, :width] == picture).all()
+    assert sheet.shape[1] >= width
+    below = sheet[30:]
+    assert [(below == color).all(-1).any() for color in colors] == [True, False, True]
+    assert (below == 0).all(-1).sum() > 20  # the names
+
+
+def test_names_are_drawn_in_any_script() -> None:
+    picture = np.zeros((4, 900, 3), np.uint8)
+    plain, accents, chinese = (
+        with_legend(picture, [0], [name], [(9, 9, 9)])[4:] for name in ("Baume", "B\u00e4ume", "\u9053")
+    )
+    assert (plain == accents).all()
+    codes = with_legend(picture, [0], ["\\u9053"], [(9, 9, 9)])[4:]
+    assert (chinese == codes).all()
+
+
+@pytest.mark.parametrize("classes", [1, 19, 150, 255])
+def test_palette_has_a_colour_for_each_class(classes: int) -> None:
+    colors = palette(classes)
+    assert len(colors) == len(set(colors)) == classes
+    assert all(0 <= value <= 255 for color in colors for value in color)
+    assert min(map(max, colors)) > 100  # 255 is drawn black
+
+
+def test_picture_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "p.png"
+    small, large = np.zeros((4, 4, 3), np.uint8), np.random.default_rng(0).integers(256, size=(200, 200, 3))
+    save_png(path, small)
+    with largest_file(1000), pytest.raises(OSError, match=r"cannot be written: .* 0.1 MB needed") as error:
+        save_png(path, large.astype(np.uint8))
+    assert error.value.filename == str(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["p.png"]
+    assert cv2.imread(str(path)).shape == (4, 4, 3)

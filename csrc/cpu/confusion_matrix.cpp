@@ -1,6 +1,4 @@
 // Counts pixels by target and prediction, on the CPU. Values are checked before anything is counted.
-#include <torch/headeronly/util/Exception.h>
-
 #include <atomic>
 
 #include "cpu_kernel.h"
@@ -28,9 +26,9 @@ struct ConfusionMatrix {
     parallel(units(), Check{*this, valid});
     for (int64_t i = 0; !valid && i < a.pixels; ++i) {
       if (!counts(i)) continue;
-      STD_TORCH_CHECK(is_class(target[i]), "target must be in [0, ", a.K, ") or ignore_index = ", a.ignore_index,
+      PSP_CHECK_INDEX(is_class(target[i]), "target must be in [0, ", a.K, ") or ignore_index = ", a.ignore_index,
                       ", but holds ", static_cast<int64_t>(target[i]));
-      STD_TORCH_CHECK(is_class(prediction[i]), "prediction must be in [0, ", a.K, "), but holds ",
+      PSP_CHECK_INDEX(is_class(prediction[i]), "prediction must be in [0, ", a.K, "), but holds ",
                       static_cast<int64_t>(prediction[i]));
     }
   }
@@ -54,7 +52,7 @@ struct ConfusionMatrix {
     const auto add = [&](int64_t cell, int64_t count) {
       std::atomic_ref<int64_t>(a.counts[cell]).fetch_add(count, std::memory_order_relaxed);
     };
-    std::vector<int64_t> own(cells <= kMostPrivateCells ? cells : 0);
+    Scratch<int64_t> own(cells <= kMostPrivateCells ? cells : 0);
     for (int64_t i = first; i < last; ++i) {
       if (!counts(i)) continue;
       const int64_t cell = static_cast<int64_t>(target[i]) * a.K + static_cast<int64_t>(prediction[i]);

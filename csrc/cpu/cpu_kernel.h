@@ -4,12 +4,15 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <vector>
 
 #include "../kernels.h"
+#include "scratch.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define PSP_X86_64 1
@@ -112,15 +115,28 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,prefer-v
 #endif
 
 template <class Task>
-void parallel(int64_t units, const Task& task) {
-  [[maybe_unused]] const Isa set = isa();  // here, where it may throw
-  torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+void run(Isa set, const Task& task, int64_t begin, int64_t end) {
 #if PSP_X86_64
-    if (set == Isa::kAvx512) return run_avx512(task, begin, end);
-    if (set == Isa::kAvx2) return run_avx2(task, begin, end);
+  if (set == Isa::kAvx512) return run_avx512(task, begin, end);
+  if (set == Isa::kAvx2) return run_avx2(task, begin, end);
 #endif
-    run_baseline(task, begin, end);
+  run_baseline(task, begin, end);
+}
+
+// Throws what a thread has thrown first, once all are done: torch hands on that there was an error, not which.
+template <class Task>
+void parallel(int64_t units, const Task& task) {
+  const Isa set = isa();
+  std::atomic<bool> failed = false;
+  std::exception_ptr error;
+  torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+    try {
+      run(set, task, begin, end);
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+    }
   });
+  if (error) std::rethrow_exception(error);
 }
 
 // Chunks of `size` elements so that `outer` x chunks keep every thread busy; a chunk is a multiple of 64 elements, and
@@ -259,8 +275,7 @@ template <class T>
 struct WidePlane {
   const acc_type<T>* data;
 
-  PSP_INLINE WidePlane(const Image& image, int64_t n, int64_t c, int64_t H, int64_t W,
-                       std::vector<acc_type<T>>& scratch) {
+  PSP_INLINE WidePlane(const Image& image, int64_t n, int64_t c, int64_t H, int64_t W, Scratch<acc_type<T>>& scratch) {
     const T* from = at<T>(image, n, c, 0);
     if constexpr (std::is_same_v<T, acc_type<T>>) {
       if (image.stride_h == W) {
@@ -285,7 +300,7 @@ struct WidePlane {
 // Writes a dense plane from the accumulation type.
 template <class T>
 PSP_INLINE void store_wide_plane(const Image& image, int64_t n, int64_t c, int64_t H, int64_t W,
-                                 const std::vector<acc_type<T>>& plane, std::vector<T>& scratch, bool stream) {
+                                 const Scratch<acc_type<T>>& plane, Scratch<T>& scratch, bool stream) {
   if constexpr (std::is_same_v<T, acc_type<T>>) {
     store_plane(image, n, c, H, W, plane.data(), stream);
   } else {

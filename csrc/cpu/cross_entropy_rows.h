@@ -36,8 +36,8 @@ PSP_INLINE void add_to(acc_t* to, Vector<acc_t> v) {
 // One axis: `size` pixels between `count` logits; the pixels of cell i are [begin[i], begin[i + 1]).
 template <class acc_t>
 struct Axis {
-  std::vector<SourceIndex<acc_t>> pixels;
-  std::vector<int64_t> begin;
+  Scratch<SourceIndex<acc_t>> pixels;
+  Scratch<int64_t> begin;
 
   Axis(int64_t count, int64_t size, bool align_corners) : begin(count + 1, size) {
     const acc_t scale = source_scale<acc_t>(static_cast<int>(count), size, align_corners);
@@ -79,9 +79,9 @@ struct Tile {
 template <class acc_t>
 struct Row {
   int64_t index = -1;
-  bool clamped = false;                              // any logit; then smooth is of no use
-  std::vector<acc_t> values, smooth;                 // smooth[x]: the weighted sum over the classes
-  std::vector<acc_t> logits, greatest, least, sums;  // before the interpolation: [K, stride], [stride] each
+  bool clamped = false;                          // any logit; then smooth is of no use
+  Scratch<acc_t> values, smooth;                 // smooth[x]: the weighted sum over the classes
+  Scratch<acc_t> logits, greatest, least, sums;  // before the interpolation: [K, stride], [stride] each
 };
 
 // Two rows that follow each other, and pixels between them.
@@ -103,7 +103,7 @@ struct CrossEntropyBase {
   int64_t blocks;
   bool smoothing;
   acc_t smooth_total = 0;
-  std::vector<acc_t> smooth, focus;
+  Scratch<acc_t> smooth, focus;
 
   CrossEntropyBase(const Args& args, int64_t blocks)
       : a(args),
@@ -211,9 +211,9 @@ struct CrossEntropyBase {
   }
 
   // The logarithms of a pixel's softmax from the logits themselves, for pixels that clamped ones may have part in.
-  __attribute__((noinline, cold)) std::vector<double> log_softmax(int64_t n, int64_t y, int64_t x) const {
+  __attribute__((noinline, cold)) Scratch<double> log_softmax(int64_t n, int64_t y, int64_t x) const {
     const SourceIndex<acc_t>&row = rows.pixels[y], &column = columns.pixels[x];
-    std::vector<double> values(a.K);
+    Scratch<double> values(a.K);
     double greatest = -std::numeric_limits<double>::infinity(), sum = 0;
     for (int64_t k = 0; k < a.K; ++k) {
       const auto mixed = [&](int64_t i) {

@@ -1,6 +1,4 @@
 // Chooses the instruction set that the CPU kernels run with, once a process.
-#include <torch/headeronly/util/Exception.h>
-
 #include <cstdlib>
 #include <string>
 
@@ -34,7 +32,7 @@ Isa choose() {
     if (name == std::string(wanted)) return set;
     allowed += std::string(allowed.empty() ? "" : ", ") + name;
   }
-  STD_TORCH_CHECK(false, "PSPNET_FAST_ISA must be one of ", allowed, " on this processor, but is '", wanted, "'");
+  PSP_CHECK(false, "PSPNET_FAST_ISA must be one of ", allowed, " on this processor, but is '", wanted, "'");
 }
 
 }  // namespace

@@ -46,7 +46,7 @@ struct ContextBase {
 template <class T>
 struct Epilogue {
   using acc_t = acc_type<T>;
-  std::vector<acc_t> scale, shift;  // of every channel, and of as many zeros as a vector needs
+  Scratch<acc_t> scale, shift;  // of every channel, and of as many zeros as a vector needs
   bool relu;
 
   explicit Epilogue(const PyramidContextArgs& a) : scale(a.O + 64, acc_t(1)), shift(a.O + 64, acc_t(0)), relu(a.relu) {
@@ -82,8 +82,8 @@ struct PlanarContext : ContextBase<T, PyramidContextArgs> {
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
     const int64_t blocks = (a.O + Base::kPlanes - 1) / Base::kPlanes, cells = this->seen_cells();
-    std::vector<acc_t> taps(cells * Base::kPlanes), rows(this->vertical.count() * a.W), wide, plane(a.H * a.W);
-    std::vector<T> narrow;
+    Scratch<acc_t> taps(cells * Base::kPlanes), rows(this->vertical.count() * a.W), wide, plane(a.H * a.W);
+    Scratch<T> narrow;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / blocks, first = unit % blocks * Base::kPlanes;
       const int64_t planes = std::min(Base::kPlanes, a.O - first);
@@ -146,7 +146,7 @@ struct ChannelsLastContext : ContextBase<T, PyramidContextArgs> {
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
     const int64_t chunks = (a.O + kChannels - 1) / kChannels, cells = this->seen_cells();
-    std::vector<acc_t> columns(this->horizontal.count() * kChannels);
+    Scratch<acc_t> columns(this->horizontal.count() * kChannels);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / (chunks * a.H), first = unit / a.H % chunks * kChannels, h = unit % a.H;
       const int64_t channels = std::min(kChannels, a.O - first);
@@ -192,8 +192,8 @@ struct PlanarContextBackward : ContextBase<T, PyramidContextBackwardArgs> {
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
     const int64_t blocks = (a.O + Base::kPlanes - 1) / Base::kPlanes, cells = this->seen_cells();
-    std::vector<acc_t> row(a.W), wide;
-    std::vector<T> grads(cells * Base::kPlanes);
+    Scratch<acc_t> row(a.W), wide;
+    Scratch<T> grads(cells * Base::kPlanes);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / blocks, first = unit % blocks * Base::kPlanes;
       const int64_t planes = std::min(Base::kPlanes, a.O - first);
@@ -250,7 +250,7 @@ struct ChannelsLastContextBackward : ContextBase<T, PyramidContextBackwardArgs> 
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
     const int64_t chunks = (a.O + kChannels - 1) / kChannels, cells = this->seen_cells();
-    std::vector<acc_t> grad(a.W * kChannels), columns(this->horizontal.count() * kChannels), sums(cells * kChannels);
+    Scratch<acc_t> grad(a.W * kChannels), columns(this->horizontal.count() * kChannels), sums(cells * kChannels);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / chunks, first = unit % chunks * kChannels, channels = std::min(kChannels, a.O - first);
       std::fill(sums.begin(), sums.end(), acc_t(0));

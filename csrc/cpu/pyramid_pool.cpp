@@ -7,9 +7,9 @@ namespace {
 
 // The pieces into which the bin edges of all levels cut an axis of `size` pixels.
 struct Segments {
-  std::vector<int64_t> edges;              // ascending, from 0 to size
-  std::vector<int64_t> first[kMaxLevels];  // of each bin of each level: its first segment
-  std::vector<int64_t> last[kMaxLevels];   // and the one behind its last
+  Scratch<int64_t> edges;              // ascending, from 0 to size
+  Scratch<int64_t> first[kMaxLevels];  // of each bin of each level: its first segment
+  Scratch<int64_t> last[kMaxLevels];   // and the one behind its last
 
   Segments(const Levels& levels, const int (&bins)[kMaxLevels], int64_t size) : edges{0, size} {
     for (int l = 0; l < levels.count; ++l) {
@@ -71,8 +71,8 @@ struct PlanarPool : PoolBase<T> {
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
     const int64_t blocks = (a.C + kPlanes - 1) / kPlanes, S = this->rows.count(), Q = this->columns.count();
-    std::vector<acc_t> column_sums(a.W), scratch;
-    std::vector<double> cells(S * Q * kPlanes);
+    Scratch<acc_t> column_sums(a.W), scratch;
+    Scratch<double> cells(S * Q * kPlanes);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / blocks, c0 = unit % blocks * kPlanes, planes = std::min(kPlanes, a.C - c0);
       for (int64_t k = 0; k < planes; ++k) {
@@ -135,7 +135,7 @@ struct ChannelsLastPool : PoolBase<T> {
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
     const int64_t S = this->rows.count(), Q = this->columns.count(), chunks = (a.C + chunk - 1) / chunk;
-    std::vector<acc_t> row(chunk);
+    Scratch<acc_t> row(chunk);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / (S * chunks), s = unit / chunks % S, c = unit % chunks * chunk;
       const int64_t channels = std::min(chunk, a.C - c);
@@ -172,7 +172,7 @@ struct ChannelsLastBins : PoolBase<T> {
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
     const int64_t P = a.levels.first[a.levels.count], area = this->rows.count() * this->columns.count();
-    std::vector<double> sum(a.C);
+    Scratch<double> sum(a.C);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / P, p = unit % P;
       int l = 0;
@@ -218,8 +218,8 @@ struct PlanarPoolBackward : PoolBackwardBase<T> {
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
     const int64_t blocks = (a.C + kPlanes - 1) / kPlanes, S = this->rows.count(), Q = this->columns.count();
-    std::vector<acc_t> cells(S * Q * kPlanes), row(a.W), plane(a.H * a.W), wide;
-    std::vector<T> narrow;
+    Scratch<acc_t> cells(S * Q * kPlanes), row(a.W), plane(a.H * a.W), wide;
+    Scratch<T> narrow;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / blocks, c0 = unit % blocks * kPlanes, planes = std::min(kPlanes, a.C - c0);
       for (int64_t cell = 0; cell < S * Q; ++cell) {
@@ -261,8 +261,8 @@ struct ChannelsLastPoolBackward : PoolBackwardBase<T> {
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
     const int64_t S = this->rows.count(), Q = this->columns.count(), chunks = (a.C + chunk - 1) / chunk;
-    std::vector<acc_t> cells(Q * chunk);
-    std::vector<T> out(chunk);
+    Scratch<acc_t> cells(Q * chunk);
+    Scratch<T> out(chunk);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / (S * chunks), s = unit / chunks % S, c = unit % chunks * chunk;
       const int64_t channels = std::min(chunk, a.C - c);
@@ -299,7 +299,7 @@ void pyramid_pool(const PyramidPoolArgs& a) {
     using T = decltype(zero);
     const PoolBase<T> base{a, rows, columns, a.N * a.C * a.H * a.W * static_cast<int64_t>(sizeof(T)) > kStreamBytes};
     if (!a.channels_last) return parallel(a.N * ((a.C + 15) / 16), PlanarPool<T>{base});
-    std::vector<double> cells(a.N * rows.count() * columns.count() * a.C);
+    Scratch<double> cells(a.N * rows.count() * columns.count() * a.C);
     const int64_t chunk = chunk_size(a.N * rows.count(), a.C), chunks = (a.C + chunk - 1) / chunk;
     parallel(a.N * rows.count() * chunks, ChannelsLastPool<T>{base, chunk, cells.data()});
     parallel(a.N * a.levels.first[a.levels.count], ChannelsLastBins<T>{base, cells.data()});

@@ -22,7 +22,7 @@ struct Widened {
   const acc_type<T>* data;
   int64_t stride;
 
-  PSP_INLINE Widened(const T* from, int64_t rows, int64_t n, int64_t from_stride, std::vector<acc_type<T>>& scratch) {
+  PSP_INLINE Widened(const T* from, int64_t rows, int64_t n, int64_t from_stride, Scratch<acc_type<T>>& scratch) {
     if constexpr (std::is_same_v<T, acc_type<T>>) {
       data = from, stride = from_stride;
     } else {
@@ -62,7 +62,7 @@ struct Reduce {
   const acc_t* pooled;  // [N, P, C], widened
 
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
-    std::vector<acc_t> scratch;
+    Scratch<acc_t> scratch;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int l = static_cast<int>(unit % a.levels.count);  // levels differ in work: every thread gets some of each
       const int64_t r0 = unit / a.levels.count * kColumns, columns = std::min<int64_t>(kColumns, a.R - r0);
@@ -132,7 +132,7 @@ struct ReduceBackwardPooled {
   const acc_t* grad;  // [N, P, R], widened
 
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
-    std::vector<acc_t> scratch, padded(a.R * kBlock);
+    Scratch<acc_t> scratch, padded(a.R * kBlock);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int l = static_cast<int>(unit % a.levels.count);
       const int64_t c0 = unit / a.levels.count * kBlock, columns = std::min(kBlock, a.C - c0);
@@ -227,8 +227,8 @@ struct ReduceBackwardWeight {
 
 // Rows of C values in the accumulation type, `padding` zeros behind each.
 template <class T>
-std::vector<acc_type<T>> widen_rows(const void* from, int64_t rows, int64_t C, int64_t padding = 0) {
-  std::vector<acc_type<T>> to(rows * (C + padding));
+Scratch<acc_type<T>> widen_rows(const void* from, int64_t rows, int64_t C, int64_t padding = 0) {
+  Scratch<acc_type<T>> to(rows * (C + padding));
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t k = 0; k < C; ++k) to[i * (C + padding) + k] = to_acc(static_cast<const T*>(from)[i * C + k]);
   }

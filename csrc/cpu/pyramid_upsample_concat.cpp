@@ -9,12 +9,12 @@ namespace {
 // short run: both views are kept.
 template <class acc_t>
 struct Interpolation {
-  std::vector<SourceIndex<acc_t>> rows;
+  Scratch<SourceIndex<acc_t>> rows;
   struct Column {
-    int64_t begin, end;          // where it is non-zero
-    std::vector<acc_t> weights;  // there
+    int64_t begin, end;      // where it is non-zero
+    Scratch<acc_t> weights;  // there
   };
-  std::vector<Column> columns;
+  Scratch<Column> columns;
 
   Interpolation(int bins, int64_t size, bool align_corners) : columns(bins, Column{size, 0, {}}) {
     const acc_t scale = source_scale<acc_t>(bins, size, align_corners);
@@ -36,9 +36,9 @@ struct Interpolation {
 };
 
 template <class acc_t>
-std::vector<Interpolation<acc_t>> interpolations(const Levels& levels, const int (&bins)[kMaxLevels], int64_t size,
-                                                 bool align_corners) {
-  std::vector<Interpolation<acc_t>> result;
+Scratch<Interpolation<acc_t>> interpolations(const Levels& levels, const int (&bins)[kMaxLevels], int64_t size,
+                                             bool align_corners) {
+  Scratch<Interpolation<acc_t>> result;
   for (int l = 0; l < levels.count; ++l) result.emplace_back(bins[l], size, align_corners);
   return result;
 }
@@ -56,7 +56,7 @@ PSP_INLINE void mix(Out* __restrict__ to, const In* __restrict__ low, const In* 
 // to[high] += lambda * row, with the rows of `to` n apart. Four rows between the same pair are taken at once, because
 // each pass over `to` waits for the previous one.
 template <class T, class acc_t = acc_type<T>>
-PSP_INLINE void unmix(acc_t* to, int64_t n_to, const std::vector<SourceIndex<acc_t>>& rows, int64_t begin, int64_t end,
+PSP_INLINE void unmix(acc_t* to, int64_t n_to, const Scratch<SourceIndex<acc_t>>& rows, int64_t begin, int64_t end,
                       const T* from, int64_t stride, int64_t n) {
   for (int64_t i = begin, count; i < end; i += count) {
     count = 1;
@@ -89,7 +89,7 @@ template <class T, class Args>
 struct UpsampleBase {
   using acc_t = acc_type<T>;
   const Args& a;
-  std::vector<Interpolation<acc_t>> vertical, horizontal;
+  Scratch<Interpolation<acc_t>> vertical, horizontal;
   bool stream;
 
   explicit UpsampleBase(const Args& args)
@@ -114,9 +114,9 @@ struct PlanarUpsample : UpsampleBase<T, PyramidUpsampleConcatArgs> {
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
     const T* reduced = static_cast<const T*>(a.reduced);
-    std::vector<acc_t> wide(*std::max_element(a.levels.bins_h, a.levels.bins_h + a.levels.count) * a.W);
-    std::vector<acc_t> plane(a.H * a.W);
-    std::vector<T> narrow;
+    Scratch<acc_t> wide(*std::max_element(a.levels.bins_h, a.levels.bins_h + a.levels.count) * a.W);
+    Scratch<acc_t> plane(a.H * a.W);
+    Scratch<T> narrow;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / (a.levels.count * a.R), channel = unit % (a.levels.count * a.R), r = channel % a.R;
       const int l = static_cast<int>(channel / a.R), bins_h = a.levels.bins_h[l], bins_w = a.levels.bins_w[l];
@@ -155,8 +155,8 @@ struct ChannelsLastUpsample : UpsampleBase<T, PyramidUpsampleConcatArgs> {
     const auto& a = this->a;
     const T* reduced = static_cast<const T*>(a.reduced);
     const int64_t step = this->max_bins_w() * a.R;
-    std::vector<acc_t> rows(a.levels.count * step);
-    std::vector<T> pixel(a.levels.count * a.R);
+    Scratch<acc_t> rows(a.levels.count * step);
+    Scratch<T> pixel(a.levels.count * a.R);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / a.H, h = unit % a.H;
       for (int l = 0; l < a.levels.count; ++l) {
@@ -187,8 +187,8 @@ struct PlanarUpsampleBackward : UpsampleBase<T, PyramidUpsampleConcatBackwardArg
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
     const int64_t blocks = (a.R + kPlanes - 1) / kPlanes, L = a.levels.count;
-    std::vector<acc_t> rows(*std::max_element(a.levels.bins_h, a.levels.bins_h + L) * a.W), wide;
-    std::vector<T> grads(a.levels.first[L] * kPlanes);
+    Scratch<acc_t> rows(*std::max_element(a.levels.bins_h, a.levels.bins_h + L) * a.W), wide;
+    Scratch<T> grads(a.levels.first[L] * kPlanes);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / (L * blocks), r0 = unit % blocks * kPlanes, planes = std::min(kPlanes, a.R - r0);
       const int l = static_cast<int>(unit / blocks % L), bins_h = a.levels.bins_h[l], bins_w = a.levels.bins_w[l];
@@ -228,7 +228,7 @@ struct ChannelsLastUpsampleBackward : UpsampleBase<T, PyramidUpsampleConcatBackw
 
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
-    std::vector<acc_t> row(this->max_bins_w() * chunk), sums(P * chunk);
+    Scratch<acc_t> row(this->max_bins_w() * chunk), sums(P * chunk);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / (kBlocks * chunks), block = unit / chunks % kBlocks, r0 = unit % chunks * chunk;
       const int64_t channels = std::min(chunk, a.R - r0);
@@ -256,7 +256,7 @@ struct SumBlocks {
   int64_t blocks, P;
 
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
-    std::vector<acc_type<T>> sum(a.R);
+    Scratch<acc_type<T>> sum(a.R);
     for (int64_t unit = begin; unit < end; ++unit) {
       std::fill(sum.begin(), sum.end(), acc_type<T>(0));
       add_rows(sum.data(), partial + (unit / P * blocks * P + unit % P) * a.R, P * a.R, blocks, a.R);
@@ -281,7 +281,7 @@ void pyramid_upsample_concat_backward(const PyramidUpsampleConcatBackwardArgs& a
     using T = decltype(zero);
     if (a.channels_last) {
       ChannelsLastUpsampleBackward<T> task(a);
-      std::vector<acc_type<T>> partial(a.N * task.kBlocks * task.P * a.R);
+      Scratch<acc_type<T>> partial(a.N * task.kBlocks * task.P * a.R);
       task.partial = partial.data();
       parallel(a.N * task.kBlocks * task.chunks, task);
       return parallel(a.N * task.P, SumBlocks<T>{a, partial.data(), task.kBlocks, task.P});

@@ -11,15 +11,15 @@ template <class acc_t>
 struct SeenAxis {
   struct Column {
     int level, tap, cell;
-    int64_t begin, end;          // where it is non-zero
-    std::vector<acc_t> weights;  // there
+    int64_t begin, end;      // where it is non-zero
+    Scratch<acc_t> weights;  // there
   };
   struct Term {
     int column;
     acc_t weight;
   };
-  std::vector<Column> columns;
-  std::vector<std::vector<Term>> rows;
+  Scratch<Column> columns;
+  Scratch<Scratch<Term>> rows;
   int first[kMaxLevels];  // the column of (level, tap, cell) is first[level] + tap * bins + cell
 
   SeenAxis(const Levels& levels, const int* bins, int64_t size, int taps, int dilation, bool align_corners)

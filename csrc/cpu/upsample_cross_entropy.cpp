@@ -125,7 +125,7 @@ struct CrossEntropy : CrossEntropyBase<T, UpsampleCrossEntropyArgs> {
 
   // Also makes lse NaN where the softmax is: all logits -infinity.
   __attribute__((noinline, cold)) acc_t exact_loss(const Line& line, int64_t x, int64_t target, acc_t& lse) const {
-    const std::vector<double> logs = this->log_softmax(line.n, line.y, x);
+    const Scratch<double> logs = this->log_softmax(line.n, line.y, x);
     double loss = -static_cast<double>(this->focus[target]) * logs[target];
     for (int64_t k = 0; k < a.K && this->smoothing; ++k) loss -= static_cast<double>(this->smooth[k]) * logs[k];
     if (std::isnan(logs[0])) lse = std::numeric_limits<acc_t>::quiet_NaN();
@@ -147,7 +147,7 @@ void upsample_cross_entropy(const UpsampleCrossEntropyArgs& a) {
     constexpr int64_t kRows = 4;  // of a block
     CrossEntropy<T> task(a, (a.h + kRows - 1) / kRows);
     const int64_t units = a.N * task.blocks;
-    std::vector<double> sums(2 * units);
+    Scratch<double> sums(2 * units);
     std::atomic<int64_t> bad_pixel = a.N * a.H * a.W;
     task.sums = sums.data(), task.bad_pixel = &bad_pixel;
     parallel(units, task);

@@ -28,7 +28,7 @@ struct CrossEntropyBackward : CrossEntropyBase<T, UpsampleCrossEntropyBackwardAr
     RowPair<acc_t> logits;
     Tables tables;
     const int64_t line = a.K * a.w, tile_line = (a.K + kTogether - 1) / kTogether * kTogether * kColumns;
-    std::vector<acc_t> above(tile_line), below(tile_line), rows;
+    Scratch<acc_t> above(tile_line), below(tile_line), rows;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / this->blocks, block = unit % this->blocks;
       const int64_t first = this->first_row(block), last = this->first_row(block + 1);
@@ -134,7 +134,7 @@ struct CrossEntropyBackward : CrossEntropyBase<T, UpsampleCrossEntropyBackwardAr
       for (int64_t x = 0; x < tile.columns; ++x) {
         const int64_t at = r * kColumns + x;
         if (!(tables.lse[at] < kDoubtful<acc_t>)) continue;
-        const std::vector<double> logs = this->log_softmax(n, y + r, tile.first + x);
+        const Scratch<double> logs = this->log_softmax(n, y + r, tile.first + x);
         for (int64_t k = 0; k < a.K; ++k) {
           acc_t grad = static_cast<acc_t>(std::exp(logs[k])) * tables.scale[at] - this->smooth[k] * tables.grad[at];
           if (k == tables.targets[at]) grad -= tables.focus[at];
@@ -213,7 +213,7 @@ struct AddShared {
 
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const int64_t line = first.a.K * first.a.w;
-    std::vector<acc_type<T>> row(line);
+    Scratch<acc_type<T>> row(line);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / first.blocks, block = unit % first.blocks;
       if (block == 0) continue;
@@ -237,7 +237,7 @@ void upsample_cross_entropy_backward(const UpsampleCrossEntropyBackwardArgs& a) 
         std::max<int64_t>(4, kSharedBytes / (unit_elements * static_cast<int64_t>(sizeof(acc_type<T>))));
     task.blocks = std::clamp<int64_t>(std::min(kBlocks, most) / a.N, 1, a.h);
     const int64_t units = a.N * task.blocks;
-    std::vector<acc_type<T>> shared(task.blocks > 1 ? units * unit_elements : 0);
+    Scratch<acc_type<T>> shared(task.blocks > 1 ? units * unit_elements : 0);
     task.shared = shared.data();
     parallel(units, task);
     if (task.blocks > 1) parallel(units, AddShared<T>{task});

@@ -20,7 +20,7 @@ struct UpsampleSoftmaxAccumulate {
 
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     UpsampledRows<T> rows(upsampling);
-    std::vector<acc_t> values(a.K * kColumns);
+    Scratch<acc_t> values(a.K * kColumns);
     for (int64_t number = begin; number < end; ++number) {
       const auto unit = upsampling.unit(number);
       rows.go_to(unit);

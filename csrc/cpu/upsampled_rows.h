@@ -8,8 +8,8 @@
 namespace pspnet_fast::cpu {
 
 template <class acc_t>
-std::vector<SourceIndex<acc_t>> source_indices(int64_t from, int64_t to, bool align_corners) {
-  std::vector<SourceIndex<acc_t>> result(to);
+Scratch<SourceIndex<acc_t>> source_indices(int64_t from, int64_t to, bool align_corners) {
+  Scratch<SourceIndex<acc_t>> result(to);
   const acc_t scale = source_scale<acc_t>(static_cast<int>(from), to, align_corners);
   for (int64_t i = 0; i < to; ++i) {
     result[i] = source_index(i, scale, static_cast<int>(from), align_corners);
@@ -25,7 +25,7 @@ struct Upsampling {
 
   Image logits;
   int64_t K, H, W;
-  std::vector<SourceIndex<acc_type<T>>> rows, columns;
+  Scratch<SourceIndex<acc_type<T>>> rows, columns;
 
   template <class Args>
   explicit Upsampling(const Args& a)
@@ -58,7 +58,7 @@ class UpsampledRows {
   static constexpr int64_t kColumns = Upsampling<T>::kColumns;
 
   PSP_INLINE explicit UpsampledRows(const Upsampling<T>& upsampling)
-      : u_(upsampling), buffers_{std::vector<acc_t>(u_.K * kColumns), std::vector<acc_t>(u_.K * kColumns), {}} {}
+      : u_(upsampling), buffers_{Scratch<acc_t>(u_.K * kColumns), Scratch<acc_t>(u_.K * kColumns), {}} {}
 
   // Goes to a unit; units in turn are the fastest.
   PSP_INLINE void go_to(const typename Upsampling<T>::Unit& unit) {
@@ -71,7 +71,7 @@ class UpsampledRows {
     expand(high_, row.high);
     lambda_ = row.lambda;
     if (lambda_ != 0 || !infinite_[high_]) return;
-    std::vector<acc_t>& copy = buffers_[2];
+    Scratch<acc_t>& copy = buffers_[2];
     copy = buffers_[high_];
     for (acc_t& logit : copy) logit = logit == -kInfinity ? acc_t(0) : logit;
     high_ = 2;
@@ -120,7 +120,7 @@ class UpsampledRows {
 
   static constexpr acc_t kInfinity = std::numeric_limits<acc_t>::infinity();
   const Upsampling<T>& u_;
-  std::vector<acc_t> buffers_[3];  // the last for a row whose weight is 0
+  Scratch<acc_t> buffers_[3];  // the last for a row whose weight is 0
   int64_t n_ = -1, first_ = -1;
   int held_[2] = {-1, -1};  // rows of the logits in the buffers
   bool infinite_[2] = {};   // whether a logit there may be -infinity

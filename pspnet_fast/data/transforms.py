@@ -6,18 +6,15 @@ from the ``numpy.random.Generator`` given, so equal generators give equal result
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pspnet_fast.data import IGNORE_INDEX
-
-Image = NDArray[Any]  # float32 (H, W, 3)
-Label = NDArray[Any]  # uint8 (H, W)
+from pspnet_fast.data.images import Image
+from pspnet_fast.data.labels import Label
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

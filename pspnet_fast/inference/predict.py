@@ -1,5 +1,6 @@
 """Label maps of whole images, of any size."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pspnet_fast import ops
+from pspnet_fast.data import IGNORE_INDEX
+from pspnet_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from pspnet_fast.inference.render import palette
 from pspnet_fast.models import PSPNet
 
 
@@ -43,18 +47,45 @@ class Predictor:
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Mapping[str, Any], device: torch.device) -> "Predictor":
-        """Build the model from a checkpoint that ``pspnet-fast train`` saved.
+        """Build the model from a checkpoint of :func:`pspnet_fast.training.fit`; docs/checkpoints.md has its keys.
+
+        Where the checkpoint names no colours, mean or std, it warns and takes generated colours and ImageNet's values.
 
         Raises:
-            ValueError: the checkpoint does not describe its model (``fit`` was called without ``metadata``).
+            ValueError: the checkpoint does not describe its model, its weights do not fit the description, or it has
+                more classes than labels can hold.
         """
-        metadata, class_names = checkpoint["metadata"], checkpoint["class_names"]
-        if "model" not in metadata:
-            raise ValueError("checkpoint does not describe its model; those of `pspnet-fast train` do")
-        model = PSPNet(len(class_names), **metadata["model"])
-        model.load_state_dict(checkpoint["model"])
-        colors = [(red, green, blue) for red, green, blue in metadata["colors"]]
-        return cls(model.to(device).eval(), class_names, colors, metadata["mean"], metadata["std"])
+        metadata, class_names = checkpoint["metadata"], list(checkpoint["class_names"])
+        if len(class_names) > IGNORE_INDEX:
+            raise ValueError(
+                f"the checkpoint has {len(class_names)} classes; label maps hold at most {IGNORE_INDEX}, "
+                f"since label {IGNORE_INDEX} is ignored"
+            )
+        if not isinstance(metadata.get("model"), Mapping):
+            raise ValueError(
+                "the checkpoint does not describe its model: metadata['model'] must be the arguments of PSPNet, which "
+                "fit stores for a PSPNet of a named backbone and BatchNorm2d; build any other model yourself and load "
+                "the checkpoint's weights, checkpoint['model'], into it"
+            )
+        try:
+            model = PSPNet(len(class_names), **metadata["model"])
+            model.load_state_dict(checkpoint["model"])
+        except (TypeError, RuntimeError) as error:
+            first = " ".join(str(error).split())[:200]
+            raise ValueError(f"the checkpoint's weights are not those of the PSPNet it describes ({first})") from None
+        settings: dict[str, Any] = {
+            "colors": palette(len(class_names)),
+            "mean": list(IMAGENET_MEAN),
+            "std": list(IMAGENET_STD),
+        }
+        assumed = {"colors": "generated ones are used", "mean": "ImageNet's is assumed", "std": "ImageNet's is assumed"}
+        for name in settings:
+            if name in metadata:
+                settings[name] = list(metadata[name])
+            else:
+                warnings.warn(f"the checkpoint's metadata names no {name}: {assumed[name]}", stacklevel=2)
+        colors = [(int(red), int(green), int(blue)) for red, green, blue in settings["colors"]]
+        return cls(model.to(device).eval(), class_names, colors, settings["mean"], settings["std"])
 
     @torch.inference_mode()
     def __call__(self, image: Tensor) -> Tensor:

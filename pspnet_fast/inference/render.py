@@ -1,11 +1,15 @@
 """Pictures of label maps. A picture is uint8 RGB (H, W, 3)."""
 
+import colorsys
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+
+from pspnet_fast.files import replacing
 
 Picture = NDArray[np.uint8]
 Color = Sequence[int]
@@ -19,10 +23,24 @@ _BLACK = (0, 0, 0)
 
 
 def save_png(path: Path, picture: NDArray[np.uint8]) -> None:
-    """Write a picture (H, W, 3), or a map of class indices (H, W), as PNG."""
+    """Write a picture (H, W, 3), or a map of class indices (H, W), as PNG; whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; the message names the file.
+    """
     written, encoded = cv2.imencode(".png", picture[..., ::-1] if picture.ndim == 3 else picture)
     assert written
-    path.write_bytes(encoded.tobytes())
+    with replacing(path, encoded.nbytes) as file:
+        file.write(encoded.tobytes())
+
+
+def palette(classes: int) -> list[tuple[int, int, int]]:
+    """Colours for classes that have none of their own: different ones, neighbours far apart, none of them black."""
+    hues = [index * 0.6180339887 % 1 for index in range(classes)]  # the golden ratio spreads any number of them
+    values = [(1.0, 0.75, 0.9, 0.6)[index // 8 % 4] for index in range(classes)]
+    saturations = [(0.9, 0.55)[index // 32 % 2] for index in range(classes)]
+    colors = map(colorsys.hsv_to_rgb, hues, saturations, values)
+    return [(round(255 * red), round(255 * green), round(255 * blue)) for red, green, blue in colors]
 
 
 def colorize(label: NDArray[np.integer], colors: Sequence[Color]) -> Picture:
@@ -72,8 +90,9 @@ def side_by_side(
         raise ValueError(f"rows must hold pictures of one size, got {sorted(shapes)}")
     height, width, _ = (scale * extent for extent in shapes.pop())
     sheet_width = len(titles) * (width + _GAP) - _GAP
-    entries, legend_lines = _legend_layout(class_names, sheet_width)
-    canvas = np.full((_LINE + len(rows) * (height + _GAP) + legend_lines * _LINE, sheet_width, 3), 255, np.uint8)
+    below = _legend(class_names, colors, sheet_width)
+    table_height = _LINE + len(rows) * (height + _GAP)
+    canvas = np.full((table_height + below.shape[0], sheet_width, 3), 255, np.uint8)
     for column, title in enumerate(titles):
         _write(canvas, title, column * (width + _GAP), 0)
     for row, pictures in enumerate(rows):
@@ -81,13 +100,56 @@ def side_by_side(
         for column, picture in enumerate(pictures):
             left = column * (width + _GAP)
             canvas[top : top + height, left : left + width] = picture.repeat(scale, 0).repeat(scale, 1)
-    for (left, line), name, color in zip(entries, class_names, colors, strict=True):
-        top = canvas.shape[0] - (legend_lines - line) * _LINE
+    canvas[table_height:] = below[:, :sheet_width]
+    return canvas
+
+
+def with_legend(
+    picture: Picture, present: Sequence[int], class_names: Sequence[str], colors: Sequence[Color]
+) -> Picture:
+    """The picture with a legend of the classes ``present`` (indices) below it.
+
+    The picture's pixels keep their places at the top left; where it is narrower than a legend's entry the rest is
+    white. The legend's text grows with the picture.
+    """
+    height, width, _ = picture.shape
+    scale = max(round(width / 1000), 1)
+    names = [class_names[index] for index in present]
+    below = _legend(names, [colors[index] for index in present], width // scale)
+    below = below.repeat(scale, 0).repeat(scale, 1)
+    canvas = np.full((height + below.shape[0], max(width, below.shape[1]), 3), 255, np.uint8)
+    canvas[:height, :width] = picture
+    canvas[height:, : below.shape[1]] = below
+    return canvas
+
+
+def _legend(names: Sequence[str], colors: Sequence[Color], width: int) -> Picture:
+    """A colour and a name for each class, in lines of ``width`` pixels, or as wide as the widest entry."""
+    texts = [_drawable(name) for name in names]
+    entries, lines = _legend_layout(texts, width)
+    widest = max((_advance(text) for text in texts), default=0)
+    canvas = np.full((lines * _LINE, max(width, widest), 3), 255, np.uint8)
+    for (left, line), text, color in zip(entries, texts, colors, strict=True):
+        top = line * _LINE
         corners = (left, top + 4), (left + _SWATCH, top + _LINE - 5)
         cv2.rectangle(canvas, *corners, tuple(map(int, color)), cv2.FILLED)
         cv2.rectangle(canvas, *corners, _BLACK)
-        _write(canvas, name, left + _SWATCH + _GAP // 2, top)
+        _write(canvas, text, left + _SWATCH + _GAP // 2, top)
     return canvas
+
+
+def _drawable(name: str) -> str:
+    """The name in the letters that OpenCV draws: accents fall away, others are written as their code."""
+    letters = unicodedata.normalize("NFKD", name)
+    return (
+        "".join(letter for letter in letters if not unicodedata.combining(letter))
+        .encode("ascii", "backslashreplace")
+        .decode()
+    )
+
+
+def _advance(text: str) -> int:
+    return _SWATCH + _GAP // 2 + cv2.getTextSize(text, _FONT, _FONT_SCALE, 1)[0][0] + 2 * _GAP
 
 
 def _legend_layout(names: Sequence[str], width: int) -> tuple[list[tuple[int, int]], int]:
@@ -95,7 +157,7 @@ def _legend_layout(names: Sequence[str], width: int) -> tuple[list[tuple[int, in
     entries: list[tuple[int, int]] = []
     left = line = 0
     for name in names:
-        advance = _SWATCH + _GAP // 2 + cv2.getTextSize(name, _FONT, _FONT_SCALE, 1)[0][0] + 2 * _GAP
+        advance = _advance(name)
         if left and left + advance > width:
             left, line = 0, line + 1
         entries.append((left, line))

@@ -1,11 +1,12 @@
 """Pyramid Scene Parsing Network (Zhao et al., CVPR 2017)."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from pspnet_fast.head import KeepsSplitWeight, psp_head
+from pspnet_fast.head import psp_head
+from pspnet_fast.layers import runs_only
 from pspnet_fast.models.resnet import NormLayer, initialise_convolutions, resnet
 from pspnet_fast.modules import FusedPPM
 
@@ -23,7 +24,7 @@ def _head(in_channels: int, channels: int, classes: int, dropout: float, norm_la
     )
 
 
-class PSPNet(KeepsSplitWeight):
+class PSPNet(nn.Module):
     """PSPNet whose pyramid pooling module is :class:`pspnet_fast.FusedPPM`.
 
     Names and shapes of the weights with ``stem="deep64"`` are those of semseg (``layer0`` .. ``layer4``, ``ppm``,
@@ -44,6 +45,10 @@ class PSPNet(KeepsSplitWeight):
             :class:`pspnet_fast.FusedPSPHead` does it, "concat" one after the other. The weights are the same.
         head_channels: channels before the classifier; None means those of layer4 // 4. The auxiliary head has those
             of layer3 // 4.
+
+    Attributes:
+        config: the arguments but ``classes`` as plain data, which build the model again: ``PSPNet(classes, **config)``.
+            None with a backbone given as a module or another norm than BatchNorm2d, which are no plain data.
 
     Raises:
         ValueError: an argument is outside its range; the message names it.
@@ -80,7 +85,21 @@ class PSPNet(KeepsSplitWeight):
             raise ValueError(f"head must be one of {', '.join(map(repr, get_args(Head)))}, got {head!r}")
         if head_channels is not None and head_channels < 1:
             raise ValueError(f"head_channels must be None or at least 1, got {head_channels}")
+        self.config: dict[str, Any] | None = None
         if isinstance(backbone, str):
+            if norm_layer is nn.BatchNorm2d:
+                self.config = {
+                    "backbone": backbone,
+                    "stem": stem,
+                    "dilation": dilation,
+                    "output_stride": output_stride,
+                    "bins": None if bins is None else list(bins),
+                    "aux": aux,
+                    "dropout": dropout,
+                    "align_corners": align_corners,
+                    "head": head,
+                    "head_channels": head_channels,
+                }
             backbone = resnet(
                 backbone, stem=stem, dilation=dilation, output_stride=output_stride, norm_layer=norm_layer
             )
@@ -123,10 +142,11 @@ class PSPNet(KeepsSplitWeight):
 
     def _classify(self, features: Tensor) -> Tensor:
         """Pyramid and classifier."""
-        if self.head == "concat" or not isinstance(self.ppm, FusedPPM):
+        layers = list(self.cls) if runs_only(self.cls, nn.Sequential.forward) else []
+        if self.head == "concat" or not isinstance(self.ppm, FusedPPM) or len(layers) < 3:
             return self.cls(self.ppm(features))
-        conv, norm, activation, *rest = self.cls
-        features = psp_head(features, self.ppm, conv, norm, activation, self._split)  # type: ignore[arg-type]
+        conv, norm, activation, *rest = layers
+        features = psp_head(features, self.ppm, conv, norm, activation)  # type: ignore[arg-type]
         for layer in rest:
             features = layer(features)
         return features

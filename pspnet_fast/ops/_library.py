@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 NAMESPACE = "pspnet_fast"
 _LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
@@ -35,24 +36,92 @@ torch.ops.load_library(str(_LIBRARY))
 _fragment = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def register_inplace_autograd(name: str, autograd: Callable[..., Any], *, mutated: int) -> None:
-    """Registers the Autograd kernel of an operator that writes into its argument number `mutated`.
+def transforms_active() -> bool:
+    """Whether tensors may carry tangents (forward-mode AD) or stand for others (torch.func: grad, vmap, jvp, ...)."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
-    torch.library.register_autograd takes functional operators only, so the dispatcher gets the kernel directly. Being
-    below the tracers, it serves eager mode, torch.compile and torch.export alike.
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to record the compiled operator, which does not run on these tensors under a transform."""
+    if not torch.is_grad_enabled() or transforms_active():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def run_plain(plain: Callable[..., Any], *args: Any) -> Any:
+    """plain(*args), where autocast shall not choose the dtypes."""
+    with torch.autocast(next(t for t in args if isinstance(t, Tensor)).device.type, enabled=False):
+        return plain(*args)
+
+
+def register_derivatives(
+    name: str, plain: Callable[..., Any], recorded: Callable[..., Any] | None = None, *, mutated: int | None = None
+) -> None:
+    """Registers what autograd, forward-mode AD and the transforms of torch.func run in place of an operator.
+
+    The kernels know none of these. Under a transform the operator is therefore `plain`, operations of torch that each
+    of them sees through, in any nesting. Being below the tracers, this holds in eager mode and under torch.compile.
+
+    torch.func lets an operator write only into tensors that it has seen being made, but does not tell us which these
+    are. One that mutates is refused here under torch.func; its wrapper calls `plain` itself, which torch checks.
+
+    Args:
+        name: of the operator.
+        plain: the same in operations of torch, with the operator's arguments.
+        recorded: called where reverse mode has to record the operator, by a torch.autograd.Function; `plain` by
+            default, which the backward operators take: backward meets it where it is recorded itself
+            (create_graph=True), so that derivatives of every order are right.
+        mutated: the number of the argument that the operator writes into, if any.
+    """
+    overload = getattr(torch.ops.pspnet_fast, name).default
+
+    def autograd(*args: Any) -> Any:
+        if transforms_active():
+            return transformed(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return recorded(*args) if recorded else run_plain(plain, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
+
+    def transformed(*args: Any) -> Any:
+        if mutated is not None and args[mutated] is not None and torch._C._functorch.maybe_current_level() is not None:
+            raise RuntimeError(
+                f"torch.ops.pspnet_fast.{name} writes in place, which the transforms of torch.func (grad, vmap, jvp, "
+                f"...) do not see: call pspnet_fast.ops.{name}"
+            )
+        return run_plain(plain, *args)
+
+    _fragment.impl(name, autograd, "Autograd")
+    register_batching(name, transformed)
+    if mutated is not None:
+        register_inplace(name, mutated=mutated)
+
+
+def register_inplace(name: str, *, mutated: int) -> None:
+    """Registers what torch's own operators do with an argument that they write into: argument number `mutated`.
+
+    They count up its version, so that autograd notices, and refuse an inference tensor outside inference mode: it has
+    no version.
     """
     overload = getattr(torch.ops.pspnet_fast, name).default
 
     def bump_version(keyset: Any, *args: Any) -> Any:
-        if args[mutated] is not None:
-            torch.autograd.graph.increment_version(args[mutated])
+        written = args[mutated]
+        if written is not None:
+            if written.is_inference() and not torch.is_inference_mode_enabled():
+                raise RuntimeError(
+                    f"{name}: {overload._schema.arguments[mutated].name} is an inference tensor, which is written to "
+                    "in inference mode only: clone() it for an ordinary tensor"
+                )
+            torch.autograd.graph.increment_version(written)
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 
-    _fragment.impl(name, autograd, "Autograd")
     _fragment.impl(name, bump_version, "ADInplaceOrView", with_keyset=True)
 
 
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to record an operation on these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def register_batching(name: str, plain: Callable[..., Any]) -> None:
+    """Registers what vmap runs in place of an operator, as operations of torch that it sees through."""
+    _fragment.impl(name, plain, "FuncTorchBatched")
+    if "Tensor[]" in str(getattr(torch.ops.pspnet_fast, name).default._schema):
+        _fragment.impl(name, plain, "Batched")  # is_grads_batched=True loops over the others by itself

@@ -1,11 +1,15 @@
 """Argument checks of the operators: every message names the argument, what was given and what is allowed."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 Bins = Sequence[int | tuple[int, int]]
+Norm = tuple[Tensor, Tensor, Tensor, Tensor, float]  # weight, bias, running_mean, running_var, eps
+Reduction = Literal["none", "mean", "sum"]
+REDUCTIONS: tuple[Reduction, ...] = ("none", "mean", "sum")  # by their numbers in csrc/kernels.h
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 MAX_LEVELS, MAX_BINS, MAX_CELLS = 16, 4096, 1 << 24  # csrc/pyramid_math.h, csrc/tensors.h

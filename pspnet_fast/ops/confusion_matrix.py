@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from . import _library  # noqa: F401  (loads the operators)
+from . import plain
+from ._library import register_batching, register_inplace, transforms_active
 from .checks import check_shape
 
 _count = torch.ops.pspnet_fast.confusion_matrix_.default
@@ -23,7 +24,7 @@ def confusion_matrix(
         target: classes in [0, K) or ignore_index, of the same shape, in any of these dtypes.
         K: number of classes.
         ignore_index: the target that does not count; it may lie in [0, K).
-        out: (K, K) int64, contiguous: takes the counts in addition, in place.
+        out: (K, K) int64, contiguous: takes the counts in addition, in place. It shares no memory with the others.
 
     Returns:
         out, or a new (K, K) int64 on the device of target: row = target, column = prediction. Exact, so the same on
@@ -31,8 +32,9 @@ def confusion_matrix(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
-        RuntimeError: on a CPU, a value out of range, which the message names; nothing has been counted then. On CUDA,
+        IndexError: on a CPU, a value out of range, which the message names; nothing has been counted then. On CUDA,
             which is not waited for, such pixels do not count.
+        RuntimeError: out shares memory with prediction or target, or is an inference tensor outside inference mode.
     """
     for name, tensor in (("prediction", prediction), ("target", target)):
         if not isinstance(tensor, Tensor) or tensor.dtype not in _INTEGERS:
@@ -45,6 +47,10 @@ def confusion_matrix(
         raise ValueError(f"K must be an int >= 1, but is {K!r}")
     if out is None:
         out = torch.zeros(K, K, dtype=torch.int64, device=target.device)
+        if transforms_active():  # a batch of counts for a batch of either
+            out = out + sum(t.new_zeros(K, K, dtype=torch.int64) for t in (prediction, target))
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out must be a Tensor of int64, but is a {type(out).__name__}")
     if out.dtype != torch.int64 or not out.is_contiguous():
         raise TypeError(f"out must be contiguous and int64, but is {out.dtype} with strides {out.stride()}")
     check_shape("out", out, (K, K), "(K, K)")
@@ -52,6 +58,10 @@ def confusion_matrix(
         raise ValueError(f"out must be on the device of target, {target.device}, but is on {out.device}")
     _count(out, prediction, target, ignore_index)
     return out
+
+
+register_batching("confusion_matrix_", plain.confusion_matrix_)  # there is nothing to differentiate
+register_inplace("confusion_matrix_", mutated=0)
 
 
 @torch.library.register_fake("pspnet_fast::confusion_matrix_")

@@ -4,11 +4,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ._library import needs_grad, register_inplace_autograd
-from .checks import Bins, as_levels, as_window, check_map, check_shape, check_tensor, count_cells, flatten, unflatten
-from .pyramid_reduce import Norm
+from . import plain
+from ._library import needs_grad, register_derivatives, run_plain, transforms_active
+from .checks import (
+    Bins,
+    Norm,
+    as_levels,
+    as_window,
+    check_map,
+    check_shape,
+    check_tensor,
+    count_cells,
+    flatten,
+    unflatten,
+)
 
 _forward = torch.ops.pspnet_fast.pyramid_context_.default
 _backward = torch.ops.pspnet_fast.pyramid_context_backward.default
@@ -54,6 +64,8 @@ def pyramid_context_(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device; norm or relu where a gradient is
             needed.
+        RuntimeError: elements of conv share memory with each other, as expanded ones do, or with taps or norm; conv is
+            an inference tensor outside inference mode; out of memory.
     """
     levels = as_levels(bins)
     size, step = as_window(kernel_size, dilation, levels)
@@ -73,7 +85,11 @@ def pyramid_context_(
         raise ValueError(
             "norm and relu are for inference: leave them out where a gradient is needed, or use torch.no_grad()"
         )
-    _forward(conv, taps, tensors, eps, relu, flatten(levels), list(size), list(step), align_corners)
+    arguments = conv, taps, tensors, eps, relu, flatten(levels), list(size), list(step), align_corners
+    if transforms_active():
+        run_plain(plain.pyramid_context_, *arguments)
+    else:
+        _forward(*arguments)
     return conv
 
 
@@ -89,22 +105,19 @@ class PyramidContextFunction(torch.autograd.Function):
         return conv
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_conv: Tensor) -> Any:
         grad_taps = _backward(grad_conv, *ctx.settings) if ctx.needs_input_grad[1] else None
         return grad_conv, grad_taps, *(None for _ in ctx.settings)
 
 
-def _autograd(conv: Tensor, taps: Tensor, norm: list[Tensor], eps: float, relu: bool, *settings: Any) -> None:
-    if not needs_grad(conv, taps, *norm):
-        with torch._C._AutoDispatchBelowAutograd():
-            return _forward(conv, taps, norm, eps, relu, *settings)
+def _recorded(conv: Tensor, taps: Tensor, norm: list[Tensor], eps: float, relu: bool, *settings: Any) -> None:
     if norm or relu:
         raise RuntimeError("pyramid_context_ has no gradient with norm or relu: they are for inference")
     PyramidContextFunction.apply(conv, taps, *settings)
 
 
-register_inplace_autograd("pyramid_context_", _autograd, mutated=0)
+register_derivatives("pyramid_context_", plain.pyramid_context_, _recorded, mutated=0)
+register_derivatives("pyramid_context_backward", plain.pyramid_context_backward)
 
 
 @torch.library.register_fake("pspnet_fast::pyramid_context_")

@@ -4,19 +4,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ._library import needs_grad, register_inplace_autograd
+from . import plain
+from ._library import register_derivatives, run_plain, transforms_active
 from .checks import (
     Bins,
     as_levels,
     check_channels,
     check_map,
     check_shape,
+    check_tensor,
     count_cells,
     flatten,
     is_channels_last,
-    memory_format,
     unflatten,
 )
 
@@ -45,6 +45,9 @@ def pyramid_pool(input: Tensor, bins: Bins, *, concat: Tensor | None = None, off
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
+        RuntimeError: elements of the channels written share memory with each other, as expanded ones do, or with input,
+            unless they are input, each its own copy already; concat is an inference tensor outside inference mode; out
+            of memory.
     """
     check_map("input", input)
     levels = as_levels(bins)
@@ -54,7 +57,8 @@ def pyramid_pool(input: Tensor, bins: Bins, *, concat: Tensor | None = None, off
     check_channels("concat", concat, offset, input.size(1))
     n, _, h, w = input.shape
     check_shape("concat", concat, (n, concat.size(1), h, w), "(N, K, H, W)")
-    return _forward(input, concat, offset, flatten(levels))
+    arguments = input, concat, offset, flatten(levels)
+    return run_plain(plain.pyramid_pool, *arguments) if transforms_active() else _forward(*arguments)
 
 
 def new_concat(input: Tensor, channels: int) -> Tensor:
@@ -62,11 +66,19 @@ def new_concat(input: Tensor, channels: int) -> Tensor:
 
     On a CPU a large one lies in memory that the package keeps: 256 MB at most while no tensor uses it, or
     PSPNET_FAST_KEEP_MB (0: none). Fresh memory of that size costs more time than everything that is written into it.
+
+    Raises:
+        TypeError, ValueError: an input of the wrong type, shape or dtype, or a number of channels below 0.
+        RuntimeError: out of memory, or more bytes than 64 bits count.
     """
+    check_tensor("input", input, "(N, C, H, W)")
     if torch.compiler.is_compiling():  # the compiler plans memory by itself
-        return _empty_concat(input, channels)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _new_concat(input, channels)
+        return plain.new_concat(input, channels)
+    if not isinstance(channels, int):
+        raise TypeError(f"channels must be an int, but is {channels!r}")
+    if not 0 <= channels < 1 << 63:
+        raise ValueError(f"channels must be from 0 to 2^63 - 1, but are {channels}")
+    return _new_concat(input, channels)
 
 
 class PyramidPoolFunction(torch.autograd.Function):
@@ -75,7 +87,7 @@ class PyramidPoolFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, concat: Tensor | None, offset: int, bins: list[int]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            pooled = _forward(input, concat, offset, bins)
+            pooled = _alone(input, bins) if concat is None else _forward(input, concat, offset, bins)
         ctx.set_materialize_grads(False)
         ctx.offset, ctx.bins, ctx.shape, ctx.channels_last = offset, bins, input.shape, is_channels_last(input)
         # Channels of concat that nobody has written yet: see PyramidUpsampleConcatFunction.
@@ -86,7 +98,6 @@ class PyramidPoolFunction(torch.autograd.Function):
         return pooled, concat
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_pooled: Tensor | None, grad_concat: Tensor | None = None) -> Any:
         n, c, h, w = ctx.shape
         if grad_pooled is None:
@@ -102,28 +113,20 @@ class PyramidPoolFunction(torch.autograd.Function):
         return grad_input, grad_before, None, None
 
 
-def _autograd(input: Tensor, concat: Tensor | None, offset: int, bins: list[int]) -> Tensor:
-    if not needs_grad(input, concat):
-        with torch._C._AutoDispatchBelowAutograd():
-            return _forward(input, concat, offset, bins)
+def _recorded(input: Tensor, concat: Tensor | None, offset: int, bins: list[int]) -> Tensor:
     result = PyramidPoolFunction.apply(input, concat, offset, bins)
     return result if concat is None else result[0]
 
 
-register_inplace_autograd("pyramid_pool", _autograd, mutated=1)
+def _unrecorded(input: Tensor, channels: int) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        return _new_concat(input, channels)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, ctx.bins = inputs
-    ctx.size, ctx.channels_last = input.shape[2:], is_channels_last(input)
-
-
-@once_differentiable
-def _gradient(ctx: Any, grad_pooled: Tensor) -> Any:
-    return _backward(grad_pooled, None, 0, ctx.bins, *ctx.size, ctx.channels_last), None
-
-
-torch.library.register_autograd("pspnet_fast::pyramid_pool_alone", _gradient, setup_context=_setup_context)
+register_derivatives("new_concat", plain.new_concat, _unrecorded)
+register_derivatives("pyramid_pool", plain.pyramid_pool, _recorded, mutated=1)
+register_derivatives("pyramid_pool_alone", plain.pyramid_pool_alone, lambda x, bins: _recorded(x, None, 0, bins))
+register_derivatives("pyramid_pool_backward", plain.pyramid_pool_backward)
 
 
 @torch.library.register_fake("pspnet_fast::pyramid_pool_alone")
@@ -131,11 +134,7 @@ def _(input: Tensor, bins: list[int]) -> Tensor:
     return input.new_empty(input.size(0), count_cells(unflatten(bins)), input.size(1))
 
 
-@torch.library.register_fake("pspnet_fast::new_concat")
-def _empty_concat(input: Tensor, channels: int) -> Tensor:
-    n, _, h, w = input.shape
-    layout = memory_format(input)
-    return torch.empty((n, channels, h, w), dtype=input.dtype, device=input.device, memory_format=layout)
+torch.library.register_fake("pspnet_fast::new_concat", plain.new_concat)
 
 
 @torch.library.register_fake("pspnet_fast::pyramid_pool")

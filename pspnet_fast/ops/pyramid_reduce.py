@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import needs_grad
-from .checks import Bins, as_levels, check_shape, check_tensor, count_cells, flatten
-
-Norm = tuple[Tensor, Tensor, Tensor, Tensor, float]
+from . import plain
+from ._library import needs_grad, register_derivatives
+from .checks import Bins, Norm, as_levels, check_shape, check_tensor, count_cells, flatten
 
 _forward = torch.ops.pspnet_fast.pyramid_reduce.default
 _backward = torch.ops.pspnet_fast.pyramid_reduce_backward.default
@@ -73,22 +72,35 @@ def pyramid_reduce(
     return _forward(pooled, list(weights), tensors, eps, relu, flatten(levels))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pooled, weights, norm, _, relu, ctx.bins = inputs
-    ctx.folded = bool(norm) or relu
-    ctx.save_for_backward(pooled, *weights)
+class PyramidReduceFunction(torch.autograd.Function):
+    """Gradient of pyramid_reduce without norm and ReLU."""
+
+    @staticmethod
+    def forward(ctx: Any, bins: list[int], pooled: Tensor, *weights: Tensor) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            reduced = _forward(pooled, list(weights), [], [], False, bins)
+        ctx.bins = bins
+        ctx.save_for_backward(pooled, *weights)
+        return reduced
+
+    @staticmethod
+    def backward(ctx: Any, grad_reduced: Tensor) -> Any:
+        pooled, *weights = ctx.saved_tensors
+        grad_pooled, grad_weights = _backward(grad_reduced, pooled, weights, ctx.bins)
+        shaped = [grad.view_as(weight) for grad, weight in zip(grad_weights.unbind(), weights, strict=True)]
+        return None, grad_pooled, *shaped
 
 
-def _gradient(ctx: Any, grad_reduced: Tensor) -> Any:
-    if ctx.folded:
+def _recorded(
+    pooled: Tensor, weights: list[Tensor], norm: list[Tensor], eps: list[float], relu: bool, bins: list[int]
+) -> Tensor:
+    if norm or relu:
         raise RuntimeError("pyramid_reduce has no gradient with norm or relu: they are for inference")
-    pooled, *weights = ctx.saved_tensors
-    grad_pooled, grad_weights = _backward(grad_reduced, pooled, weights, ctx.bins)
-    shaped = [grad.view_as(weight) for grad, weight in zip(grad_weights.unbind(), weights, strict=True)]
-    return grad_pooled, shaped, [], [], None, None
+    return PyramidReduceFunction.apply(bins, pooled, *weights)
 
 
-torch.library.register_autograd("pspnet_fast::pyramid_reduce", _gradient, setup_context=_setup_context)
+register_derivatives("pyramid_reduce", plain.pyramid_reduce, _recorded)
+register_derivatives("pyramid_reduce_backward", plain.pyramid_reduce_backward)
 
 
 @torch.library.register_fake("pspnet_fast::pyramid_reduce")

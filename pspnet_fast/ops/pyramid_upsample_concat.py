@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ._library import needs_grad, register_inplace_autograd
+from . import plain
+from ._library import register_derivatives, run_plain, transforms_active
 from .checks import (
     Bins,
     as_levels,
@@ -45,13 +45,19 @@ def pyramid_upsample_concat_(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
+        RuntimeError: elements of the channels written share memory with each other, as expanded ones do, or with
+            reduced; concat is an inference tensor outside inference mode; out of memory.
     """
     levels = as_levels(bins)
     check_map("concat", concat)
     check_tensor("reduced", reduced, "(N, P, R)", concat)
     check_shape("reduced", reduced, (concat.size(0), count_cells(levels), reduced.size(2)), "(N, cells of bins, R)")
     check_channels("concat", concat, offset, len(levels) * reduced.size(2))
-    _forward(concat, reduced, offset, flatten(levels), align_corners)
+    arguments = concat, reduced, offset, flatten(levels), align_corners
+    if transforms_active():
+        run_plain(plain.pyramid_upsample_concat_, *arguments)
+    else:
+        _forward(*arguments)
     return concat
 
 
@@ -68,7 +74,6 @@ class PyramidUpsampleConcatFunction(torch.autograd.Function):
         return concat
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_concat: Tensor) -> Any:
         grad_before = grad_reduced = None
         if ctx.needs_input_grad[1]:
@@ -95,15 +100,12 @@ def _only_other_channels_need_grad(concat: Tensor, first: int, channels: int) ->
     return first >= producer.offset + producer.shape[1] or first + channels <= producer.offset
 
 
-def _autograd(concat: Tensor, reduced: Tensor, offset: int, bins: list[int], align_corners: bool) -> None:
-    if needs_grad(concat, reduced):
-        PyramidUpsampleConcatFunction.apply(concat, reduced, offset, bins, align_corners)
-    else:
-        with torch._C._AutoDispatchBelowAutograd():
-            _forward(concat, reduced, offset, bins, align_corners)
+def _recorded(*args: Any) -> None:
+    PyramidUpsampleConcatFunction.apply(*args)
 
 
-register_inplace_autograd("pyramid_upsample_concat_", _autograd, mutated=0)
+register_derivatives("pyramid_upsample_concat_", plain.pyramid_upsample_concat_, _recorded, mutated=0)
+register_derivatives("pyramid_upsample_concat_backward", plain.pyramid_upsample_concat_backward)
 
 
 @torch.library.register_fake("pspnet_fast::pyramid_upsample_concat_")

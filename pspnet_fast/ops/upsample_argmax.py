@@ -5,7 +5,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ._library import needs_grad
+from . import plain
+from ._library import needs_grad, register_derivatives
 from .checks import check_map, check_size
 
 _forward = torch.ops.pspnet_fast.upsample_argmax.default
@@ -50,8 +51,20 @@ def upsample_argmax(
     height, width = check_size(size)
     if return_confidence and needs_grad(logits):
         raise ValueError("return_confidence has no gradient: detach logits, or use torch.no_grad()")
-    classes, confidence = _forward(logits.detach(), height, width, align_corners, return_confidence)
+    classes, confidence = _forward(logits, height, width, align_corners, return_confidence)
     return (classes, confidence) if return_confidence else classes
+
+
+def _recorded(
+    logits: Tensor, height: int, width: int, align_corners: bool, return_confidence: bool
+) -> tuple[Tensor, Tensor]:
+    if return_confidence:
+        raise RuntimeError("upsample_argmax has no gradient of the confidence: detach logits, or use torch.no_grad()")
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward(logits, height, width, align_corners, return_confidence)
+
+
+register_derivatives("upsample_argmax", plain.upsample_argmax, _recorded)
 
 
 @torch.library.register_fake("pspnet_fast::upsample_argmax")

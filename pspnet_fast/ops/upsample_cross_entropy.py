@@ -1,15 +1,14 @@
 """upsample_cross_entropy: cross entropy at full resolution, of logits that are never upsampled as a whole."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import check_map, memory_format
-
-Reduction = Literal["none", "mean", "sum"]
-REDUCTIONS = ("none", "mean", "sum")  # by their numbers in csrc/kernels.h
+from . import plain
+from ._library import register_derivatives
+from .checks import REDUCTIONS, Reduction, check_map, memory_format
 
 TARGETS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
@@ -55,10 +54,11 @@ def upsample_cross_entropy(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
-        RuntimeError: on a CPU, a target that is neither a class nor ignore_index; the message tells it and where. On a
-            GPU, which could raise this only by waiting for the device, the loss and the gradient around that pixel are
-            NaN instead; under `torch.autograd.set_detect_anomaly(True)` the targets are checked first, and a ValueError
-            tells the value.
+        IndexError: on a CPU, a target that is neither a class nor ignore_index, as in F.cross_entropy; the message
+            tells it and where. On a GPU, which could raise this only by waiting for the device, the loss and the
+            gradient around that pixel are NaN instead; under `torch.autograd.set_detect_anomaly(True)` the targets are
+            checked first.
+        RuntimeError: out of memory.
     """
     check_map("logits", logits)
     _check_target(target, logits)
@@ -99,33 +99,34 @@ def _check_target(target: Tensor, logits: Tensor) -> None:
 def _check_values(target: Tensor, classes: int, ignore_index: int) -> None:
     bad = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
     if bad.numel() > 0:
-        raise ValueError(
+        raise IndexError(
             f"target must be from 0 to {classes - 1} or ignore_index {ignore_index}, but holds {bad[0].item()}"
         )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits, target, weight, *ctx.settings = inputs
-    _, lse, total_weight = output
-    ctx.mark_non_differentiable(lse, total_weight)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, target, weight, lse, total_weight)
+class UpsampleCrossEntropyFunction(torch.autograd.Function):
+    """Gradient of upsample_cross_entropy."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, *settings: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, lse, total_weight = _forward(logits, target, weight, *settings)
+        ctx.settings = settings
+        ctx.mark_non_differentiable(lse, total_weight)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, target, weight, lse, total_weight)
+        return loss, lse, total_weight
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
+        nothing = (None,) * (2 + len(ctx.settings))
+        if grad_loss is None:
+            return None, *nothing
+        return _backward(grad_loss, *ctx.saved_tensors, *ctx.settings), *nothing
 
 
-def _gradient(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
-    if grad_loss is None:
-        return (None,) * 7
-    logits, target, weight, lse, total_weight = ctx.saved_tensors
-    grad_logits = _backward(grad_loss, logits, target, weight, lse, total_weight, *ctx.settings)
-    return grad_logits, *(None,) * 6
-
-
-def _refuse(ctx: Any, *_: Any) -> Any:
-    raise RuntimeError("upsample_cross_entropy has no second derivative")
-
-
-torch.library.register_autograd("pspnet_fast::upsample_cross_entropy", _gradient, setup_context=_setup_context)
-torch.library.register_autograd("pspnet_fast::upsample_cross_entropy_backward", _refuse)
+register_derivatives("upsample_cross_entropy", plain.upsample_cross_entropy, UpsampleCrossEntropyFunction.apply)
+register_derivatives("upsample_cross_entropy_backward", plain.upsample_cross_entropy_backward)
 
 
 @torch.library.register_fake("pspnet_fast::upsample_cross_entropy")

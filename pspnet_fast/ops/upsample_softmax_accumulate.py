@@ -1,9 +1,12 @@
 """upsample_softmax_accumulate_: adds up the probabilities of several predictions of one image."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ._library import needs_grad, register_inplace_autograd
+from . import plain
+from ._library import needs_grad, register_derivatives, run_plain, transforms_active
 from .checks import check_map, check_shape, check_size
 
 _forward = torch.ops.pspnet_fast.upsample_softmax_accumulate_.default
@@ -27,7 +30,8 @@ def upsample_softmax_accumulate_(
     where `mirrored` with `p.flip(3)` in place of p.
 
     Args:
-        probabilities: (N, K, H, W), float32, float64 where logits are; any strides that overlap nowhere.
+        probabilities: (N, K, H, W), float32, float64 where logits are; any strides, each element a place of
+            its own.
         logits: (N, K, h, w), float32, float64, bfloat16 or float16, of any strides. N >= 0, K, h, w >= 1.
         align_corners: as in F.interpolate.
         top, left: the first row and column of the window.
@@ -42,6 +46,8 @@ def upsample_softmax_accumulate_(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, or where a gradient is needed.
+        RuntimeError: elements of the window share memory with each other, as expanded ones do, or with logits;
+            probabilities are an inference tensor outside inference mode; out of memory.
     """
     check_map("logits", logits)
     check_map("probabilities", probabilities)
@@ -64,28 +70,19 @@ def upsample_softmax_accumulate_(
         )
     if needs_grad(probabilities, logits):
         raise ValueError("upsample_softmax_accumulate_ has no gradient: use torch.no_grad()")
-    _forward(probabilities, logits, top, left, height, width, align_corners, mirrored, float(weight))
+    arguments = probabilities, logits, top, left, height, width, align_corners, mirrored, float(weight)
+    if transforms_active():
+        run_plain(plain.upsample_softmax_accumulate_, *arguments)
+    else:
+        _forward(*arguments)
     return probabilities
 
 
-def _autograd(
-    probabilities: Tensor,
-    logits: Tensor,
-    top: int,
-    left: int,
-    height: int,
-    width: int,
-    align_corners: bool,
-    mirrored: bool,
-    weight: float,
-) -> None:
-    if needs_grad(probabilities, logits):
-        raise RuntimeError("upsample_softmax_accumulate_ has no gradient: use torch.no_grad()")
-    with torch._C._AutoDispatchBelowAutograd():
-        _forward(probabilities, logits, top, left, height, width, align_corners, mirrored, weight)
+def _recorded(*_: Any) -> None:
+    raise RuntimeError("upsample_softmax_accumulate_ has no gradient: use torch.no_grad()")
 
 
-register_inplace_autograd("upsample_softmax_accumulate_", _autograd, mutated=0)
+register_derivatives("upsample_softmax_accumulate_", plain.upsample_softmax_accumulate_, _recorded, mutated=0)
 
 
 @torch.library.register_fake("pspnet_fast::upsample_softmax_accumulate_")

@@ -1,7 +1,20 @@
 """Training and evaluation of a PSPNet."""
 
 from pspnet_fast.training.config import ConfigError, TrainConfig, load_config
-from pspnet_fast.training.loop import TrainResult, evaluate, fit
+from pspnet_fast.training.evaluation import evaluate
+from pspnet_fast.training.interruption import Interrupted
+from pspnet_fast.training.loop import TrainResult, fit
 from pspnet_fast.training.metrics import Metrics
+from pspnet_fast.training.run_folder import ResumeError
 
-__all__ = ["ConfigError", "Metrics", "TrainConfig", "TrainResult", "evaluate", "fit", "load_config"]
+__all__ = [
+    "ConfigError",
+    "Interrupted",
+    "Metrics",
+    "ResumeError",
+    "TrainConfig",
+    "TrainResult",
+    "evaluate",
+    "fit",
+    "load_config",
+]

@@ -1,23 +1,30 @@
-"""Checkpoints: written whole or not at all, read as plain data (``weights_only=True``)."""
+"""Checkpoints: written whole or not at all, read as plain data (``weights_only=True``). See docs/checkpoints.md."""
 
-import os
-import pickle
+import re
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-FORMAT = 1
+from pspnet_fast.files import replacing
+
+FORMAT = 2
+READABLE = (1, 2)  # format 1 knows epochs only, no place within one
+KEYS = ("model", "class_names", "metadata", "config", "step", "steps", "history")
+EXPECTED = "expected a checkpoint that `pspnet-fast train` or pspnet_fast.training.fit saved"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` (tensors and plain data) to ``path``; an interruption leaves the file before it untouched."""
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("wb") as file:
+    """Write ``state`` (tensors and plain data) to ``path``; a failure leaves the file before it untouched.
+
+    Raises:
+        OSError: it cannot be written; the message names the file, and the bytes needed and free.
+    """
+    with replacing(path, _bytes(state)) as file:
         torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -25,14 +32,68 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is damaged, holds more than plain data, or was not written by :func:`save_checkpoint`.
+        ValueError: the file is damaged, holds more than plain data, or was not written by :func:`fit`; the message says
+            what it is.
     """
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; {EXPECTED}")
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
+    if wrong := _wrong_archive(path):
+        raise ValueError(f"{path}: {wrong}; {EXPECTED}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path}: is damaged or no checkpoint ({str(error).splitlines()[0]})") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path}: is no checkpoint of pspnet_fast (format {FORMAT})")
+    except Exception as error:  # whatever the reader trips over; what it says is of no use to whoever has the file
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"holds Python objects ({found[1]})" if found else "cannot be read as tensors and plain data"
+        raise ValueError(f"{path}: is damaged or no checkpoint: {what}; {EXPECTED}") from None
+    if not isinstance(state, dict) or "format" not in state:
+        raise ValueError(f"{path}: is no checkpoint of pspnet_fast: it holds {_contents(state)}; {EXPECTED}")
+    if state["format"] not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise ValueError(f"{path}: is a checkpoint of format {state['format']}; this version reads {known}")
+    if missing := [key for key in KEYS if key not in state]:
+        raise ValueError(f"{path}: is no whole checkpoint: it lacks {', '.join(missing)}; {EXPECTED}")
     return state
+
+
+def _wrong_archive(path: Path) -> str | None:
+    """What is wrong with the file before torch looks at it. torch checks no checksums: damaged weights would load."""
+    with path.open("rb") as file:
+        begin = file.read(64)
+    if not begin:
+        return "is empty"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if not any(name.endswith("/data.pkl") for name in archive.namelist()):
+                return "is a zip archive, but none that torch.save wrote"
+            try:
+                damaged = archive.testzip()
+            except (zipfile.BadZipFile, OSError, NotImplementedError):
+                damaged = "its table of contents"
+        return f"is damaged ({damaged} is not as it was written)" if damaged else None
+    if begin.startswith(b"PK"):
+        return "is damaged: its end is missing, so it was not copied or downloaded whole"
+    if begin.startswith(b"\x80"):
+        return None  # a pickle: what torch.save wrote before 1.6; torch says what is in it
+    text = all(byte in b"\t\n\r\f" or byte >= 32 for byte in begin)
+    return f"is damaged or no checkpoint: {'a text file' if text else 'no archive'} that begins with {begin[:24]!r}"
+
+
+def _contents(state: Any) -> str:
+    """What a file of another program holds, for a message."""
+    if not isinstance(state, Mapping):
+        return f"a {type(state).__name__}"
+    tensors = sum(isinstance(value, Tensor) for value in state.values())
+    keys = ", ".join(repr(key) for key in list(state)[:4]) + (", ..." if len(state) > 4 else "")
+    what = f"a state_dict of {tensors} tensors" if state and tensors == len(state) else "a mapping"
+    return f"{what} with the keys {keys}" if state else "an empty mapping"
+
+
+def _bytes(value: Any) -> int:
+    """Bytes of all tensors in nested plain data; what else a checkpoint holds is small beside them."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(map(_bytes, value.values()))
+    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0

@@ -1,11 +1,21 @@
-"""Typed configuration: dataclasses, filled from a YAML file and ``key=value`` overrides through OmegaConf."""
+"""Typed configuration: dataclasses, filled from a YAML file and ``key=value`` overrides through OmegaConf.
+
+The docstring of a field is its meaning and RULES holds what it may be: for the check, its message, and the comments of
+:func:`pspnet_fast.training.config_text.to_yaml`.
+"""
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+import json
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from pspnet_fast.data.conventions import CONVENTIONS, Remap
+from pspnet_fast.models.pspnet import Head
+from pspnet_fast.models.resnet import BACKBONES, DILATIONS, OUTPUT_STRIDES, STEMS
 
 
 class ConfigError(ValueError):
@@ -17,24 +27,96 @@ def _check(holds: bool, key: str, value: object, allowed: str) -> None:
         raise ConfigError(f"{key} must be {allowed}, got {value!r}")
 
 
+@dataclass(frozen=True)
+class Rule:
+    """What a setting may be, in words and as a test; null passes where the type allows it."""
+
+    allowed: str
+    holds: Callable[[Any], bool]
+
+
+def _at_least(low: float) -> Rule:
+    return Rule(f"at least {low}", lambda value: low <= value)
+
+
+def _one_of(values: Collection[object]) -> Rule:
+    return Rule(f"one of {', '.join(map(repr, values))}", lambda value: value in values)
+
+
+_ABOVE_0 = Rule("above 0", lambda value: value > 0)
+
+RULES = {
+    "model.backbone": _one_of(BACKBONES),
+    "model.stem": _one_of(STEMS),
+    "model.dilation": _one_of(DILATIONS),
+    "model.output_stride": _one_of(OUTPUT_STRIDES),
+    "model.bins": Rule("one or more numbers of at least 1", lambda value: bool(value) and min(value) >= 1),
+    "model.dropout": Rule("at least 0 and below 1", lambda value: 0 <= value < 1),
+    "model.head": _one_of(get_args(Head)),
+    "model.head_channels": _at_least(1),
+    "data.labels": _one_of(CONVENTIONS),
+    "train.epochs": _at_least(1),
+    "train.batch_size": _at_least(1),
+    "train.val_batch_size": _at_least(1),
+    "train.lr": _ABOVE_0,
+    "train.head_lr_factor": _ABOVE_0,
+    "train.power": _ABOVE_0,
+    "train.momentum": Rule("at least 0 and below 1", lambda value: 0 <= value < 1),
+    "train.weight_decay": _at_least(0),
+    "train.aux_weight": _at_least(0),
+    "train.label_smoothing": Rule("from 0 to 1", lambda value: 0 <= value <= 1),
+    "train.class_weights": Rule(
+        "at least 0 each and not all 0", lambda value: min(value, default=-1) >= 0 and max(value) > 0
+    ),
+    "train.ohem_threshold": Rule("above 0 and at most 1", lambda value: 0 < value <= 1),
+    "train.ohem_min_kept": _at_least(0),
+    "train.seed": _at_least(0),
+    "train.workers": _at_least(0),
+    "train.log_every": _at_least(1),
+}
+
+
+def _check_rules(section: str, settings: Any) -> None:
+    """Raise ConfigError for the first field that its rule does not allow, or that is no finite number."""
+    for entry in dataclasses.fields(settings):
+        key, value = f"{section}.{entry.name}", getattr(settings, entry.name)
+        for number in value if isinstance(value, list) else [value]:
+            _check(not isinstance(number, float) or math.isfinite(number), key, value, "finite")
+        if key in RULES and value is not None:
+            _check(RULES[key].holds(value), key, value, RULES[key].allowed)
+
+
 def _check_size(key: str, value: Sequence[int]) -> None:
     _check(len(value) == 2 and min(value) >= 1, key, list(value), "[height, width], both at least 1")
 
 
 @dataclass
 class ModelConfig:
-    """Arguments of :class:`pspnet_fast.models.PSPNet`, which checks their values."""
+    """Arguments of :class:`pspnet_fast.models.PSPNet`."""
 
     backbone: str = "resnet50"
+    """The encoder."""
     stem: str = "deep64"
+    """First layers: three 3x3 convolutions with 64 (semseg) or 32 channels, or one 7x7."""
     dilation: str = "full"
+    """Of the first block of a stage that lost its stride: as in the others, or half (contracted)."""
     output_stride: int = 8
+    """Size of the image over that of the logits; 16 is about a third of the work of 8."""
     bins: list[int] | None = field(default_factory=lambda: [1, 2, 3, 6])
+    """Sizes of the pyramid's grids; null leaves the pyramid out."""
     aux: bool = True
+    """Train a second classifier on layer3."""
     dropout: float = 0.1
+    """Probability of dropping a channel before the classifiers."""
     align_corners: bool = True
+    """Convention of all upsampling."""
     head: str = "fused"
+    """Without the concatenation, or with it; the weights are the same."""
     head_channels: int | None = None
+    """Before the classifier; null takes a quarter of the backbone's."""
+
+    def __post_init__(self) -> None:
+        _check_rules("model", self)
 
 
 @dataclass
@@ -42,16 +124,27 @@ class DataConfig:
     """Files and transforms. A relative ``root`` starts at the current directory, the files at ``root``."""
 
     root: str = "data"
+    """Folder of the data."""
     train_list: str = "train.txt"
+    """A line an image: IMAGE LABEL, relative to root."""
     val_list: str = "val.txt"
+    """Likewise, for validation."""
     names: str = "names.txt"
+    """A class a line, by index."""
     colors: str = "colors.txt"
+    """R G B a line, by index; without this file the classes get colours that differ well."""
+    labels: str = "index"
+    """What the values of label files mean (docs/data.md)."""
+    remap: dict[Any, Any] = field(default_factory=dict)
+    """Class of each label value, in place of labels: {0: 0, 255: 1, other: 255}; 255 is ignored."""
     crop: list[int] = field(default_factory=lambda: [473, 473])
     """Height and width of a training crop."""
     val_crop: list[int] | None = None
     """Height and width of the validation crop from the image's centre; null validates on whole images."""
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    """Of each channel, for images in 0..1."""
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    """Likewise, the standard deviation."""
     scale: list[float] = field(default_factory=lambda: [0.5, 2.0])
     """Range of the random resize factor."""
     degrees: list[float] = field(default_factory=lambda: [-10.0, 10.0])
@@ -65,6 +158,11 @@ class DataConfig:
             _check_size("data.val_crop", self.val_crop)
         for key, value in (("data.mean", self.mean), ("data.std", self.std)):
             _check(len(value) == 3, key, value, "three numbers, for images in 0..1")
+        _check_rules("data", self)
+        try:
+            Remap.parse(self.remap)
+        except ValueError as error:
+            raise ConfigError(f"data.remap {error}") from None
         _check(min(self.std) > 0, "data.std", self.std, "above 0")
         _check(len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1], "data.scale", self.scale, "0 < low <= high")
         _check(
@@ -77,7 +175,9 @@ class TrainConfig:
     """Optimisation, schedule and machine; what :func:`pspnet_fast.training.fit` needs."""
 
     epochs: int = 50
+    """Passes over the training list."""
     batch_size: int = 16
+    """Images an iteration; an incomplete last batch is left out."""
     val_batch_size: int = 1
     """More than 1 needs validation images of one size (see data.val_crop)."""
     lr: float = 0.01
@@ -85,10 +185,15 @@ class TrainConfig:
     head_lr_factor: float = 10.0
     """Learning rate of ppm, cls and aux over that of the backbone."""
     power: float = 0.9
+    """Of the poly schedule."""
     momentum: float = 0.9
+    """Of SGD."""
     weight_decay: float = 1e-4
+    """Of all parameters."""
     aux_weight: float = 0.4
+    """Factor of the auxiliary loss."""
     label_smoothing: float = 0.0
+    """Share of the target that goes to all classes alike."""
     class_weights: list[float] | None = None
     """A factor a class, for both losses."""
     ohem: bool = False
@@ -98,28 +203,20 @@ class TrainConfig:
     ohem_min_kept: int = 100000
     """Pixels an image that count at least."""
     seed: int = 0
+    """Of initial weights, order, transforms and dropout."""
     bf16: bool = False
     """Run the model under bfloat16 autocast; weights, losses and metrics stay float32."""
     channels_last: bool = False
+    """Memory format; often faster for convolutions."""
     device: str = "auto"
-    """"auto" (CUDA where there is a GPU), "cpu", "cuda" or "cuda:N"."""
+    """auto (CUDA where there is a GPU), cpu, cuda or cuda:N."""
     workers: int = 2
     """DataLoader processes; 0 loads in the main process. The results do not depend on it."""
     log_every: int = 10
     """Iterations between two looks at the losses (each costs one wait for a GPU)."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "val_batch_size", "log_every"):
-            _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
-        for name in ("lr", "head_lr_factor", "power"):
-            _check(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "above 0")
-        for name in ("weight_decay", "aux_weight", "seed", "workers", "ohem_min_kept"):
-            _check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "at least 0")
-        _check(0 <= self.label_smoothing <= 1, "train.label_smoothing", self.label_smoothing, "from 0 to 1")
-        _check(0 < self.ohem_threshold <= 1, "train.ohem_threshold", self.ohem_threshold, "above 0 and at most 1")
-        if self.class_weights is not None:
-            _check(min(self.class_weights, default=-1) >= 0, "train.class_weights", self.class_weights, "at least 0")
-        _check(0 <= self.momentum < 1, "train.momentum", self.momentum, "at least 0 and below 1")
+        _check_rules("train", self)
 
 
 @dataclass
@@ -136,8 +233,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises:
         FileNotFoundError: no such file.
-        ConfigError: the file is no YAML mapping, a key is unknown (the message names the nearest valid one), a value
-            has the wrong type or lies outside its range.
+        ConfigError: the file is no YAML mapping, a key is unknown (the message names one that is near, or lists those
+            there are), a value has the wrong type or lies outside its range.
     """
     from omegaconf import OmegaConf
     from yaml import YAMLError  # type: ignore[import-untyped]
@@ -150,10 +247,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
     config = _merge(OmegaConf.structured(Config), document, str(path))
-    config = _merge(config, OmegaConf.from_dotlist(list(overrides)), "command line")
+    config = _merge(config, OmegaConf.from_dotlist([_literal(override) for override in overrides]), "command line")
     result = OmegaConf.to_object(config)
     assert isinstance(result, Config)
     return result
+
+
+def _literal(override: str) -> str:
+    """The override with a text's value quoted, so that it is no YAML: a folder's name may hold ": " or " #"."""
+    key, _, value = override.partition("=")
+    return f"{key}={json.dumps(value)}" if _types().get(key) is str else override
 
 
 def _merge(config: Any, document: Any, source: str) -> Any:
@@ -167,6 +270,8 @@ def _merge(config: Any, document: Any, source: str) -> Any:
     except OmegaConfBaseException as error:
         key = str(error.full_key).partition("[")[0]
         allowed = types[key].__name__ if types[key] in (bool, int, float, str) else types[key]
+        if types[key] == dict[Any, Any]:
+            allowed = 'a mapping, with blanks and on a command line in quotes: "{0: 0, 255: 1}"'
         raise ConfigError(f"{source}: {key} must be {allowed}, got {OmegaConf.select(document, key)!r}") from None
 
 
@@ -174,13 +279,39 @@ def _check_keys(document: Any, source: str) -> dict[str, Any]:
     """Refuse keys that no dataclass has, naming the nearest that exists; return the type of each that does."""
     if not isinstance(document, Mapping):
         raise ConfigError(f"{source}: must be a mapping with the keys model, data and train")
-    sections: dict[str, Any] = {section.name: section.type for section in dataclasses.fields(Config)}
-    types = {f"{name}.{entry.name}": entry.type for name in sections for entry in dataclasses.fields(sections[name])}
+    types = _types()
+    sections = {key.partition(".")[0] for key in types}
     for name, values in document.items():
         if name in sections and not isinstance(values, Mapping):
             raise ConfigError(f"{source}: {name} must be a mapping, got {values!r}")
         for key in [f"{name}.{entry}" for entry in values] if isinstance(values, Mapping) else [str(name)]:
             if key not in types:
-                nearest = difflib.get_close_matches(key, types, n=1, cutoff=0.0)[0]
-                raise ConfigError(f"{source}: unknown key {key!r}; the nearest valid key is {nearest!r}")
+                raise ConfigError(f"{source}: unknown key {key!r}; {_instead(key, types)}")
     return types
+
+
+def _types() -> dict[str, Any]:
+    """Type of each setting by its key."""
+    return {
+        f"{section.name}.{entry.name}": entry.type
+        for section in dataclasses.fields(Config)
+        for entry in dataclasses.fields(section.type)  # type: ignore[arg-type]
+    }
+
+
+def _instead(key: str, valid: Collection[str]) -> str:
+    """What could be meant by an unknown key: one that is near, else all there are in its section."""
+    section, _, name = key.rpartition(".")
+    names: dict[str, list[str]] = {}
+    for other in valid:
+        names.setdefault(other.partition(".")[0], []).append(other.partition(".")[2])
+    near_section = difflib.get_close_matches(section, names, n=1)
+    if near_section:
+        near = difflib.get_close_matches(name, names[near_section[0]], n=1)
+        if near or section != near_section[0]:
+            return f"the nearest valid key is '{near_section[0]}.{near[0] if near else '...'}'"
+    if elsewhere := [other for other in valid if other.endswith(f".{name}")]:
+        return f"the nearest valid key is {elsewhere[0]!r}"
+    if near_section:
+        return f"{section} has the keys {', '.join(names[section])}"
+    return f"the keys are {', '.join(f'{other}.*' for other in names)}; --print-config lists them"

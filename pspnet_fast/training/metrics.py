@@ -1,6 +1,8 @@
 """Intersection over union and accuracies from the int64 counts of ops.confusion_matrix."""
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -40,3 +42,16 @@ class Metrics:
     def allacc(self) -> float:
         """Share of all labelled pixels that are predicted right."""
         return (self.confusion.diag().sum().double() / self.confusion.sum()).item()
+
+    def record(self) -> dict[str, Any]:
+        """All scores as plain data: miou, macc, allacc, and iou by class; None where there is nothing to score."""
+        return {
+            "miou": _known(self.miou),
+            "macc": _known(self.macc),
+            "allacc": _known(self.allacc),
+            "iou": [_known(value) for value in self.iou.tolist()],
+        }
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value

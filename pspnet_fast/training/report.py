@@ -2,16 +2,22 @@
 
 import json
 import math
-import os
 import sys
+import time
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from pspnet_fast.files import replacing
+
 LOG = "log.jsonl"
+SCORES = {"miou": "mIoU", "macc": "mAcc", "allacc": "allAcc"}
+QUIET = 600  # seconds between two lines where there is no progress bar
 
 
 class Report:
@@ -20,21 +26,24 @@ class Report:
     Args:
         out_dir: an existing folder.
         header: first record of the log: configuration, class names, number of iterations.
-        step: iterations already done; 0 starts new files, else the records up to ``step`` are kept and later ones,
-            of an interrupted epoch, dropped.
-        images: training images of the whole run, for the progress bar.
+        step, epochs: iterations and epochs already done; 0 starts new files, else the records of these are kept and
+            later ones, of what was lost, dropped.
+        images: training images of the whole run, for the progress bar. Where stderr is no terminal a line every
+            ten minutes takes the bar's place.
+
+    Raises:
+        OSError: a file cannot be written; the message names it.
     """
 
-    def __init__(self, out_dir: Path, header: Mapping[str, Any], step: int, images: int) -> None:
+    def __init__(self, out_dir: Path, header: Mapping[str, Any], step: int, epochs: int, images: int) -> None:
         self._curves = out_dir / "curves.png"
         self._class_names: list[str] = header["class_names"]
         self._path = out_dir / LOG
         records = [{"event": "config", **header}]
-        if step:
-            records += [record for record in read_log(self._path)[1:] if record["step"] <= step]
-        partial = self._path.with_name(LOG + ".tmp")
-        partial.write_text("".join(map(_line, records)), encoding="utf-8")
-        os.replace(partial, self._path)
+        if step and self._path.exists():
+            records += [record for record in read_log(self._path)[1:] if _is_done(record, step, epochs)]
+        with replacing(self._path) as file:
+            file.write("".join(map(_line, records)).encode())
         self._log = self._path.open("a", encoding="utf-8")
 
         tensorboard = out_dir / "tensorboard"
@@ -43,12 +52,11 @@ class Report:
                 events.unlink()
         self._tensorboard = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else None)
         self._epochs: int = header["config"]["epochs"]
+        self._steps: int = header["steps"]
+        self._told = time.monotonic()
+        terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            total=images,
-            initial=images * step // header["steps"],
-            unit="img",
-            desc="train",
-            mininterval=0.1 if sys.stderr.isatty() else 10,
+            total=images, initial=images * step // self._steps, unit="img", desc="train", disable=not terminal
         )
 
     def __enter__(self) -> "Report":
@@ -56,8 +64,10 @@ class Report:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-        self._log.close()
-        self._tensorboard.close()
+        with suppress(OSError):  # what could not be written has raised already
+            self._log.close()
+        with suppress(OSError):
+            self._tensorboard.close()
 
     def advance(self, images: int) -> None:
         """Move the progress bar by the images of one iteration."""
@@ -65,39 +75,64 @@ class Report:
 
     def iterations(self, first: int, lrs: Sequence[float], losses: Sequence[float]) -> None:
         """Record consecutive iterations; ``first`` is the number of the first of them, from 1."""
-        for step, (lr, loss) in enumerate(zip(lrs, losses, strict=True), first):
-            self._write({"event": "iteration", "step": step, "loss": loss, "lr": lr})
-            self._tensorboard.add_scalar("train/loss", loss, step)
-            self._tensorboard.add_scalar("train/lr", lr, step)
-        self._log.flush()
+        steps = range(first, first + len(losses))
+        self._write(
+            [
+                {"event": "iteration", "step": step, "loss": loss, "lr": lr}
+                for step, lr, loss in zip(steps, lrs, losses, strict=True)
+            ]
+        )
+        for step, lr, loss in zip(steps, lrs, losses, strict=True):
+            self._scalars(step, {"train/loss": loss, "train/lr": lr})
         self._bar.set_postfix(loss=f"{losses[-1]:.3f}", lr=f"{lrs[-1]:.2g}", refresh=False)
+        if self._bar.disable and time.monotonic() - self._told >= QUIET:
+            self._told = time.monotonic()
+            print(f"iteration {steps[-1]} of {self._steps}: loss {losses[-1]:.4f}, lr {lrs[-1]:.2g}", flush=True)
 
     def epoch(self, record: Mapping[str, Any]) -> None:
         """Record an epoch: epoch, step, loss, miou, macc, allacc, iou (one per class), seconds, images_per_second."""
-        self._write({"event": "epoch", **record})
-        self._log.flush()
-        step = record["step"]
-        for name in ("miou", "macc", "allacc"):
-            self._tensorboard.add_scalar(f"val/{name}", record[name], step)
-        for name, iou in zip(self._class_names, record["iou"], strict=True):
-            self._tensorboard.add_scalar(f"val_iou/{name}", iou, step)
-        self._tensorboard.add_scalar("train/images_per_second", record["images_per_second"], step)
+        self._write([{"event": "epoch", **record}])
+        scores = {f"val/{name}": record[name] for name in SCORES}
+        scores |= {f"val_iou/{name}": iou for name, iou in zip(self._class_names, record["iou"], strict=True)}
+        self._scalars(record["step"], {**scores, "train/images_per_second": record["images_per_second"]})
+        shown = ", ".join(f"{title} {_text(record[name])}" for name, title in SCORES.items())
         self._bar.write(
-            f"epoch {record['epoch']}/{self._epochs}: loss {record['loss']:.4f}, mIoU {record['miou']:.4f}, "
-            f"mAcc {record['macc']:.4f}, allAcc {record['allacc']:.4f}, {record['images_per_second']:.1f} images/s"
+            f"epoch {record['epoch']}/{self._epochs}: loss {record['loss']:.4f}, {shown}, "
+            f"{record['images_per_second']:.1f} images/s"
         )
 
     def draw_curves(self) -> None:
         """Draw ``curves.png`` from the log."""
         draw_curves(read_log(self._path), self._curves)
 
-    def _write(self, record: Mapping[str, Any]) -> None:
-        self._log.write(_line(record))
+    def _write(self, records: Sequence[Mapping[str, Any]]) -> None:
+        try:
+            self._log.write("".join(map(_line, records)))
+            self._log.flush()
+        except OSError as error:
+            raise OSError(error.errno, f"cannot be written: {error.strerror}", str(self._path)) from None
+
+    def _scalars(self, step: int, values: Mapping[str, float | None]) -> None:
+        try:
+            for name, value in values.items():
+                if value is not None:
+                    self._tensorboard.add_scalar(name, value, step)
+        except OSError as error:  # of its writing thread
+            folder = str(self._path.with_name("tensorboard"))
+            raise OSError(error.errno, f"cannot be written: {error.strerror}", folder) from None
+
+
+def _is_done(record: Mapping[str, Any], step: int, epochs: int) -> bool:
+    return record["epoch"] <= epochs if record["event"] == "epoch" else record["step"] <= step
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Records of a ``log.jsonl``: first the configuration, then iterations and epochs as they happened."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Records of a ``log.jsonl``: first the configuration, then iterations and epochs as they happened.
+
+    A last line that a crash has cut off is left out.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def draw_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -124,7 +159,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     loss_axes.legend()
     lr_axes.plot(steps, [record["lr"] for record in iterations])
     lr_axes.set(title="learning rate of the backbone", xlabel="iteration", ylim=(0, None))
-    for name, title in (("allacc", "allAcc"), ("macc", "mAcc"), ("miou", "mIoU")):
+    for name, title in SCORES.items():
         score_axes.plot(at, [_number(record[name]) for record in epochs], marker=".", label=title)
     score_axes.set(title="validation", xlabel="epoch", ylim=(0, 1))
     score_axes.legend()
@@ -147,7 +182,9 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axes in figure.axes:
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    FigureCanvasAgg(figure).print_png(str(path))
+    with replacing(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a name in a script that the font lacks
+        FigureCanvasAgg(figure).print_png(file)
 
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:
@@ -161,6 +198,10 @@ def _running_mean(values: Sequence[float], window: int) -> list[float]:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -1,0 +1,69 @@
+"""Reading photographs."""
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from pspnet_fast.data import DataError
+
+Image = NDArray[Any]  # float32 (H, W, 3)
+
+_FORMATS = "JPEG, PNG, WebP, TIFF, BMP, GIF, AVIF and JPEG 2000"
+
+
+def read_image(path: Path, oriented: bool = True) -> Image:
+    """Read an image as float32 RGB (H, W, 3), 0..255.
+
+    Grey, palette and CMYK images become RGB, an alpha channel is dropped, 16 bits are scaled to 0..255, and of several
+    frames the first is read.
+
+    Args:
+        oriented: turn the image as its EXIF orientation says, as viewers show it.
+
+    Raises:
+        DataError: the file is missing, not whole, no image that OpenCV can read, or not of 8 or 16 bits.
+    """
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
+    content = read_content(path)
+    pixels = _decode(path, content, flags if oriented else flags | cv2.IMREAD_IGNORE_ORIENTATION)
+    if pixels is None:
+        pixels = _decode(path, content, cv2.IMREAD_UNCHANGED)  # only to say why
+    if pixels is None:
+        raise DataError(f"{path}: is not an image that OpenCV can decode, or not whole; it reads {_FORMATS}")
+    if pixels.dtype not in (np.uint8, np.uint16):
+        raise DataError(
+            f"{path}: has pixels of {pixels.dtype}, whose black and white are unknown; save it with 8 or 16 bits"
+        )
+    image = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB).astype(np.float32)
+    return image / 257 if pixels.dtype == np.uint16 else image  # 65535 = 257 * 255
+
+
+def read_content(path: Path) -> bytes:
+    """All bytes of a file.
+
+    Raises:
+        DataError: it cannot be read, or is empty.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    if not content:
+        raise DataError(f"{path}: is empty")
+    return content
+
+
+def _decode(path: Path, content: bytes, flags: int) -> NDArray[Any] | None:
+    # OpenCV also tells on stderr what it does not know or like in a file; a user shall read one message, ours.
+    level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    try:
+        return cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+    except cv2.error as error:
+        if "CV_IO_MAX_IMAGE" in error.err:
+            raise DataError(f"{path}: has more pixels than OpenCV reads (2**30, or 2**20 a side); cut it up") from None
+        raise DataError(f"{path}: OpenCV cannot decode it ({' '.join(error.err.split())})") from None
+    finally:
+        cv2.utils.logging.setLogLevel(level)

@@ -1,0 +1,67 @@
+"""Files written whole or not at all."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def replacing(path: Path, needed: int = 0) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of ``path`` once the block has ended well; until then ``path`` stays as it was.
+
+    Args:
+        path: in an existing folder.
+        needed: bytes that the block will write, for the message where they do not fit.
+
+    Raises:
+        OSError: the file cannot be written; it names ``path``, the reason and, where known, the bytes needed and free.
+            Nothing of the new file stays.
+    """
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        try:
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+    except Exception as error:
+        cause = _os_error(error)
+        if cause is None:
+            raise
+        reason = f"cannot be written: {cause.strerror or cause}"
+        if needed:
+            reason += f"; {megabytes(needed)} needed"
+            with suppress(OSError):
+                reason += f", {megabytes(shutil.disk_usage(path.parent).free)} free"
+        if path.exists():
+            reason += "; the file before it is whole"
+        raise OSError(cause.errno, reason, str(path)) from None
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Raise OSError if the disk of ``folder`` has less than ``needed`` bytes free for ``what``."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        reason = f"no space for {what}: {megabytes(needed)} needed, {megabytes(free)} free"
+        raise OSError(errno.ENOSPC, reason, str(folder))
+
+
+def megabytes(count: int) -> str:
+    """A number of bytes for people."""
+    return f"{count / 1e6:.1f} MB"
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error behind ``error``; torch hides it behind one of its own."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error

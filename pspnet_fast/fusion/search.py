@@ -1,0 +1,165 @@
+"""Which modules of a model to fuse: by the pyramids in it, or by what a forward on an example computes."""
+
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.random import fork_rng
+
+from .lazy import Concat, Lazy
+from .scope import Scope
+
+
+@dataclass(frozen=True)
+class LowResolution:
+    """A convolution that took upsampled maps at their own resolution in the forward on the example.
+
+    Attributes:
+        module: its name, or that of the module whose forward calls F.conv2d.
+        scope: the module in whose forward the maps are upsampled and the convolution runs: what fuse changes.
+        channels, of: how many of its input channels are upsampled ones.
+        saved: the share of its multiply-adds that goes.
+    """
+
+    module: str
+    scope: str
+    channels: int
+    of: int
+    saved: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.module!r}, in {self.scope!r}: {self.channels} of {self.of} input channels convolved before their "
+            f"upsampling, {self.saved:.0%} of its multiply-adds saved"
+        )
+
+
+def pyramids(model: nn.Module) -> dict[str, str]:
+    """The modules that look like pyramids, and for each the one to fuse.
+
+    A pyramid has layers nn.AdaptiveAvgPool2d of more than one size, or its code calls adaptive_avg_pool2d and
+    interpolate. The one to fuse is the nearest module above with a forward: the concatenation and the convolution of
+    it, if these are not the pyramid's own, are there.
+    """
+    found: list[str] = []
+    for name, module in model.named_modules():
+        sizes = {str(m.output_size) for m in module.modules() if isinstance(m, nn.AdaptiveAvgPool2d)}
+        called = _called(type(module))
+        by_functions = "adaptive_avg_pool2d" in called and not called.isdisjoint(("interpolate", "upsample"))
+        if (len(sizes) > 1 or by_functions) and _has_forward(module):
+            found = [other for other in found if other and not name.startswith(other + ".")]
+            found.append(name)
+    return {name: _above(model, name) for name in found}
+
+
+def _called(cls: type) -> set[str]:
+    """The global names and attributes in the code of a class's methods, torch's own layers left out."""
+    names: set[str] = set()
+    codes = [
+        function.__code__
+        for base in cls.__mro__
+        if not base.__module__.startswith("torch.")
+        for function in vars(base).values()
+        if isinstance(function, types.FunctionType)
+    ]
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names)
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return names
+
+
+def _above(model: nn.Module, name: str) -> str:
+    while name:
+        name = name.rpartition(".")[0]
+        if _has_forward(model.get_submodule(name)):
+            break
+    return name
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
+
+
+def trial(model: nn.Module, example: Any) -> list[LowResolution]:
+    """What a forward on an example convolves at low resolution, in evaluation, without gradients.
+
+    Args:
+        example: a tensor, the tuple of the positional arguments, or the dictionary of the keyword arguments.
+    """
+    watched = _Trial(model)
+    modes = [(module, module.training) for module in model.modules()]
+    args: Any = () if isinstance(example, Mapping) else (example,) if isinstance(example, Tensor) else example
+    kwargs: Any = example if isinstance(example, Mapping) else {}
+    model.eval()
+    try:
+        with fork_rng(), torch.no_grad(), watched.stack_kept(), watched:
+            model(*args, **kwargs)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return watched.found
+
+
+class _Trial(Scope):
+    """A scope that notes where maps are upsampled and where they are convolved."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names = {module: name for name, module in model.named_modules()}
+        self.stack: list[str] = []
+        self.found: list[LowResolution] = []
+
+    @contextmanager
+    def stack_kept(self) -> Iterator[None]:
+        """Keeps the names of the modules whose forward runs."""
+
+        def enter(module: nn.Module, args: Any) -> None:
+            self.stack.append(self.names.get(module, self.stack[-1] if self.stack else ""))
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            self.stack.pop()
+
+        hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        lazy: Any = next((a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Lazy)), None)
+        watched = function is torch.conv2d and lazy is not None and lazy.pending()
+        result = super().__torch_function__(function, types, args, kwargs)
+        if isinstance(result, Lazy):
+            given: Any = args[0] if args else (kwargs or {}).get("tensors")
+            parts: Any = [p for p in given if isinstance(p, Lazy)] if isinstance(result, Concat) else []
+            made: Any = result
+            made.made = _common([self.stack, *(p.made for p in parts)])
+        elif watched and lazy.pending():
+            self._note(lazy, result)
+        return result
+
+    def _note(self, lazy: Any, output: Tensor) -> None:
+        corners = lazy.align_corners if isinstance(lazy, Concat) else (lazy.align_corners,)
+        levels = [s for s, c in zip(lazy._sources, corners, strict=True) if c is not None]
+        channels = sum(z.size(1) for z in levels)
+        dense, cells = lazy.size(1) * output[0, 0].numel(), sum(z.size(1) * z[0, 0].numel() for z in levels)
+        saved = (channels * output[0, 0].numel() - cells) / dense
+        scope = _common([self.stack, lazy.made])[-1]
+        self.found.append(LowResolution(self.stack[-1], scope, channels, lazy.size(1), saved))
+
+
+def _common(stacks: Sequence[Sequence[str]]) -> list[str]:
+    """The longest beginning that stacks of names share."""
+    shared: list[str] = []
+    for names in zip(*stacks, strict=False):
+        if len(set(names)) > 1:
+            break
+        shared.append(names[0])
+    return shared

@@ -1,0 +1,131 @@
+"""The weight of a convolution split by input channels: those of dense maps, and those of levels with few cells."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+Channels = tuple[int, int]  # the first input channel of a part, and how many
+
+
+def split_product(
+    weight: Tensor, dense: Sequence[Channels], parts: Sequence[Channels], levels: Sequence[Tensor]
+) -> tuple[Tensor | None, Tensor]:
+    """A copy of the dense maps' part of a weight, and the products of the levels' parts with the levels.
+
+    Nothing is kept between two calls: the copy, as F.conv2d would make it, and the rearranged parts lie in memory that
+    is (ops.new_concat), which makes them cheap.
+
+    Args:
+        weight: (O, C, kh, kw).
+        dense: the input channels of the dense maps, in their order.
+        parts: those of each level.
+        levels: (N, cells of l, channels of l) each, in the dtype of the result.
+
+    Returns:
+        (O, dense channels, kh, kw) in the dtype of weight, or None where there are none; taps (N, P, kh * kw, O) in the
+        dtype of the levels, as ops.pyramid_context_ takes them.
+    """
+    if torch.compiler.is_compiling():  # the compiler plans by itself what to copy and to keep
+        return _plain(weight, dense, parts, levels)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (weight, *levels)):
+        result: Any = SplitProduct.apply(weight, tuple(dense), tuple(parts), *levels)
+        return result
+    return _dense_weight(weight, dense), _taps(weight, parts, levels)
+
+
+class SplitProduct(torch.autograd.Function):
+    """split_product with its gradient.
+
+    The levels' part is rearranged a level at a time, in backward once more, so that no copy of the whole is kept; the
+    gradient of the whole is written once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, dense: Any, parts: Any, *levels: Tensor) -> tuple[Tensor | None, Tensor]:
+        ctx.save_for_backward(weight, *levels)
+        ctx.dense, ctx.parts = dense, parts
+        return _dense_weight(weight, dense), _taps(weight, parts, levels)
+
+    @staticmethod
+    def backward(ctx: Any, grad_dense: Tensor | None, grad_taps: Tensor) -> Any:
+        weight, *levels = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a second derivative
+            grad_weight, *grad_levels = _differentiable(ctx, weight, levels, grad_dense, grad_taps)
+            return grad_weight, None, None, *grad_levels
+        o, _, kh, kw = weight.shape
+        grad_weight = ops.new_concat(weight, weight.size(1))
+        at = 0
+        for start, channels in ctx.dense:
+            grad_weight.narrow(1, start, channels).copy_(grad_dense.narrow(1, at, channels))  # type: ignore[union-attr]
+            at += channels
+        grad_levels = []
+        cells = [z.size(1) for z in levels]
+        for (start, channels), z, g in zip(ctx.parts, levels, grad_taps.split(cells, 1), strict=True):
+            rows = g.reshape(-1, kh * kw * o)
+            matrix = _by_taps(weight.narrow(1, start, channels), z.dtype)
+            grad_levels.append((rows @ matrix).view(z.shape))
+            products = (rows.t() @ z.flatten(0, 1)).view(kh, kw, o, channels)
+            grad_weight.narrow(1, start, channels).copy_(products.permute(2, 3, 0, 1))
+        return grad_weight, None, None, *grad_levels
+
+
+def _differentiable(
+    ctx: Any, weight: Tensor, levels: Sequence[Tensor], grad_dense: Tensor | None, grad_taps: Tensor
+) -> list[Tensor | None]:
+    """The gradients as plain torch computes them, which can be differentiated again."""
+    results, grads = _plain(weight, ctx.dense, ctx.parts, levels), (grad_dense, grad_taps)
+    given = [(r, g) for r, g in zip(results, grads, strict=True) if r is not None and g is not None and r.requires_grad]
+    inputs = [weight, *levels]
+    wanted = [t for t in inputs if t.requires_grad]
+    outputs, grad_outputs = zip(*given, strict=True)
+    found = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=True, allow_unused=True))
+    return [next(found) if t.requires_grad else None for t in inputs]
+
+
+def _plain(
+    weight: Tensor, dense: Sequence[Channels], parts: Sequence[Channels], levels: Sequence[Tensor]
+) -> tuple[Tensor | None, Tensor]:
+    o, _, kh, kw = weight.shape
+    first = torch.cat([weight.narrow(1, *channels) for channels in dense], 1) if dense else None
+    products = []
+    for channels, z in zip(parts, levels, strict=True):
+        matrix = weight.narrow(1, *channels).permute(2, 3, 0, 1).reshape(kh * kw * o, -1).to(z.dtype)
+        products.append((z.flatten(0, 1) @ matrix.t()).unflatten(0, z.shape[:2]))
+    return first, torch.cat(products, 1).unflatten(2, (kh * kw, o))
+
+
+def _dense_weight(weight: Tensor, dense: Sequence[Channels]) -> Tensor | None:
+    if not dense:
+        return None
+    first = ops.new_concat(weight, sum(channels for _, channels in dense))
+    at = 0
+    for start, channels in dense:
+        first.narrow(1, at, channels).copy_(weight.narrow(1, start, channels))
+        at += channels
+    return first
+
+
+def _taps(weight: Tensor, parts: Sequence[Channels], levels: Sequence[Tensor]) -> Tensor:
+    o, _, kh, kw = weight.shape
+    products = []
+    for channels, z in zip(parts, levels, strict=True):
+        part, rows = weight.narrow(1, *channels), z.flatten(0, 1)
+        if part.stride(1) == 1 or kh * kw == 1:  # a view that a matrix product takes as it is
+            matrix = part.permute(0, 2, 3, 1).flatten(0, 2).to(z.dtype)
+            product = (rows @ matrix.t()).unflatten(1, (o, kh * kw)).transpose(1, 2)
+        else:
+            product = (rows @ _by_taps(part, z.dtype).t()).unflatten(1, (kh * kw, o))
+        products.append(product.unflatten(0, z.shape[:2]))
+    return torch.cat(products, 1)
+
+
+def _by_taps(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """(O, C, kh, kw) -> (kh * kw * O, C), a copy."""
+    o, c, kh, kw = part.shape
+    matrix = ops.new_concat(part.to(dtype) if part.dtype != dtype else part, c)
+    rows = matrix.as_strided((kh, kw, o, c), (kw * o * c, o * c, c, 1))  # the same memory, whatever its layout
+    return rows.copy_(part.permute(2, 3, 0, 1)).view(kh * kw * o, c)

@@ -1,0 +1,42 @@
+"""No arguments, through torch.ops either, end the process or are written outside of (hostile_arguments.py)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hostile_arguments
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the memory of a process")
+
+
+def run(*arguments: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    command = [sys.executable, str(HERE / "hostile_arguments.py"), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    last = done.stdout.splitlines()[-1:] or ["no call"]
+    assert done.returncode == 0, f"status {done.returncode} after {last[0]}\n{done.stderr[-2000:]}"
+    assert int(last[0].removeprefix("raised ")) > 20, "the arguments are not hostile"
+
+
+def test_every_operator_is_tried():
+    registered = {
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("pspnet_fast::")
+    }
+    assert registered - {"build_info", "cpu_instruction_set"} == set(hostile_arguments.SOUND)
+
+
+@pytest.mark.parametrize("operator", hostile_arguments.SOUND)
+def test_hostile_arguments_end_no_process(operator):
+    run(operator)
+
+
+@pytest.mark.parametrize("device", ["cuda_on_cpu"], indirect=True)
+@pytest.mark.parametrize("operator", hostile_arguments.SOUND)
+def test_hostile_arguments_end_no_process_of_the_cuda_sources(device, operator):
+    run(operator, "--cuda-on-cpu")
