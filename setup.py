@@ -5,8 +5,10 @@ USE_CUDA=auto|0|1 (default auto), TORCH_CUDA_ARCH_LIST, MAX_JOBS and DEBUG=0|1 a
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import setup
@@ -47,6 +49,45 @@ def missing_for_cuda() -> str | None:
     return None
 
 
+# What the kernels need of the language: C++20, and g++'s vectors.
+CXX_PROBE = """
+#include <bit>
+#include <vector>
+typedef float Floats __attribute__((vector_size(64)));
+typedef int Ints __attribute__((vector_size(64)));
+Floats shuffle(Floats v, Ints at) { return __builtin_shuffle(v, at + static_cast<int>(std::bit_width(1u))); }
+"""
+
+
+def compiles(command: list[str], suffix: str, text: str) -> str | None:
+    """What the compiler says if it cannot make an object of this text: the first line that tells an error."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, f"probe{suffix}")
+        source.write_text(text)
+        try:
+            done = subprocess.run([*command, str(source), "-o", f"{source}.o"], capture_output=True, text=True)
+        except OSError as error:
+            return f"it cannot be run ({error.strerror})"
+    lines = (done.stdout + done.stderr).strip().splitlines() or [f"it ends with status {done.returncode}"]
+    return next((line for line in lines if "error" in line.lower()), lines[0]) if done.returncode else None
+
+
+def check_compilers(nvcc: Path | None) -> None:
+    """Stops with one sentence where a compiler is missing or of no use, before the build prints hundreds of lines."""
+    cxx = os.environ.get("CXX") or "c++"  # torch's choice
+    if problem := compiles([*shlex.split(cxx), "-std=c++20", "-c"], ".cpp", CXX_PROBE):
+        sys.exit(
+            f"pspnet_fast needs g++ >= 11 to build, but {cxx!r} will not do: {problem.strip()}. Install it (apt-get "
+            "install g++, dnf install gcc-c++, conda install gxx) or name one in CXX"
+        )
+    host = ["-ccbin", os.environ["CC"]] if os.environ.get("CC") else []  # likewise
+    if nvcc and (problem := compiles([str(nvcc), *host, "-std=c++17", "-c", "-E"], ".cu", "")):
+        sys.exit(
+            f"{nvcc} does not work with this C++ compiler: {problem.strip()}. Name one that it takes in CC and CXX, or "
+            "set USE_CUDA=0 to build the CPU kernels alone"
+        )
+
+
 def sources(folder: str, suffix: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).glob(f"*{suffix}"))
 
@@ -64,6 +105,7 @@ if use_cuda == "1" and missing:
     sys.exit(f"USE_CUDA=1, but {missing}: mend that, or set USE_CUDA=0 to build the CPU kernels alone")
 with_cuda = use_cuda != "0" and not missing
 debug = switch("DEBUG", "0", "1") == "1"
+check_compilers(Path(CUDA_HOME, "bin", "nvcc") if with_cuda else None)
 os.environ["MAX_JOBS"] = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
 if with_cuda and not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
     os.environ["TORCH_CUDA_ARCH_LIST"] = DEFAULT_CUDA_ARCHITECTURES
@@ -89,6 +131,7 @@ if with_cuda:
 print(f"pspnet_fast: MAX_JOBS={os.environ['MAX_JOBS']}, DEBUG={int(debug)}")
 
 setup(
+    license="BSD-3-Clause",  # here, not in pyproject.toml, where no one form is valid for both old and new setuptools
     ext_modules=[
         (CUDAExtension if with_cuda else CppExtension)(
             "pspnet_fast._C",

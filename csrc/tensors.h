@@ -18,6 +18,7 @@
 
 #if defined(PSPNET_FAST_WITH_CUDA) || defined(PSPNET_FAST_CUDA_ON_CPU)
 #include <cuda_runtime.h>
+#include <torch/csrc/stable/macros.h>
 #endif
 #ifndef PSPNET_FAST_NAMESPACE
 #define PSPNET_FAST_NAMESPACE pspnet_fast

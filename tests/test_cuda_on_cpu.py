@@ -89,7 +89,8 @@ def samples() -> Iterator[dict[str, list[Future]]]:
     """The runs of all modes, side by side."""
     for sanitizer in backend.SANITIZERS:
         backend.build_operators(sanitizer)
-    files = [str(backend.ROOT / "tests" / f"test_{path.stem}.py") for path in backend.sources()]
+    names = [f"test_{path.stem}*.py" for path in backend.sources()]
+    files = [str(path) for name in names for path in sorted((backend.ROOT / "tests").glob(name))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {
             mode: [pool.submit(run_sample, mode, files[i::parts]) for i in range(parts)]

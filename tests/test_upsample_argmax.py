@@ -92,14 +92,33 @@ def test_nan_is_the_greatest_as_in_torch(device, dtype, layout):
     assert torch.equal(confidence.isnan(), values.isnan().any(1))
 
 
-def test_infinite_logits(device):
-    """A class switched off by -inf never wins, and the probabilities of the others are finite."""
-    logits = make((1, 20, 4, 4), "contiguous", torch.float32, device)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("size", "align_corners"), [((4, 5), True), ((7, 9), True), ((7, 7), False), ((70, 90), False)]
+)
+def test_infinite_logits_count_only_with_their_weights(device, size, align_corners, layout):
+    """A class switched off by -inf never wins, the others are as without it; where all are off, it is class 0, NaN."""
+    logits = make((1, 20, 4, 5), layout, torch.float32, device)
+    remaining = torch.tensor([k for k in range(20) if k != 5], device=device)
+    expected = ops.upsample_argmax(logits[:, remaining], size, align_corners=align_corners, return_confidence=True)
     logits[:, 5] = -torch.inf
-    classes, confidence = ops.upsample_argmax(logits, (7, 7), align_corners=False, return_confidence=True)
-    expected, probability = reference.upsample_argmax(logits, (7, 7), align_corners=False, return_confidence=True)
-    assert torch.equal(classes, expected)
-    torch.testing.assert_close(confidence, probability, equal_nan=True)
+    classes, confidence = ops.upsample_argmax(logits, size, align_corners=align_corners, return_confidence=True)
+    assert torch.equal(classes, remaining[expected[0].long()].to(torch.uint8))
+    torch.testing.assert_close(confidence, expected[1])
+    logits[:] = -torch.inf
+    classes, confidence = ops.upsample_argmax(logits, size, align_corners=align_corners, return_confidence=True)
+    assert not classes.any()
+    assert confidence.isnan().all()
+
+
+@pytest.mark.parametrize("extreme", [torch.inf, torch.nan, -torch.inf, 3e38, -3e38])
+def test_extreme_values_as_torch(device, extreme):
+    """Where nothing is interpolated; a pixel beside one that is not finite is as ever."""
+    logits = make((1, 20, 6, 7), "contiguous", torch.float32, device)
+    logits[0, 3, 2, 3] = extreme
+    classes, confidence = ops.upsample_argmax(logits, (6, 7), align_corners=False, return_confidence=True)
+    assert torch.equal(classes.long(), logits.argmax(1))
+    torch.testing.assert_close(confidence, logits.softmax(1).amax(1), equal_nan=True)
 
 
 @pytest.mark.parametrize("return_confidence", [False, True])

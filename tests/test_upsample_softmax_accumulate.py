@@ -60,6 +60,33 @@ def test_mirrored_logits_of_a_mirrored_image(device):
     torch.testing.assert_close(straight.sum(1), torch.ones_like(straight[:, 0]), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_infinite_logits_count_only_with_their_weights(device, align_corners, layout):
+    """A class switched off by -inf has probability 0, and the others are as without it."""
+    logits = make((2, 6, 3, 5), layout, torch.float32, device)
+    remaining = torch.tensor([0, 1, 2, 4, 5], device=device)
+    for size, mirrored in (((3, 5), False), ((5, 9), True), ((24, 80), False)):
+        probabilities, expected = (torch.zeros(2, k, *size, device=device) for k in (6, 5))
+        options = {"align_corners": align_corners, "mirrored": mirrored}
+        ops.upsample_softmax_accumulate_(expected, logits[:, remaining], **options)
+        ops.upsample_softmax_accumulate_(
+            probabilities, logits.index_fill(1, remaining.new_tensor(3), -torch.inf), **options
+        )
+        torch.testing.assert_close(probabilities[:, remaining], expected)
+        assert not probabilities[:, 3].any()
+
+
+@pytest.mark.parametrize("extreme", [torch.inf, torch.nan, -torch.inf, 3e38, -3e38])
+def test_extreme_values_as_torch(device, extreme):
+    """Where nothing is interpolated; a pixel beside one that is not finite is as ever."""
+    logits = make((1, 20, 6, 7), "contiguous", torch.float32, device)
+    logits[0, 3, 2, 3] = extreme
+    logits[0, :, 4, 4] = extreme
+    probabilities = ops.upsample_softmax_accumulate_(torch.zeros_like(logits), logits, align_corners=False)
+    torch.testing.assert_close(probabilities, logits.softmax(1), equal_nan=True)
+
+
 def test_great_differences_and_nan(device):
     logits = torch.tensor([[0.0, -1e4, 50.0], [100.0, 0.0, torch.nan]], device=device).view(2, 3, 1, 1)
     probabilities = torch.zeros(2, 3, 1, 1, device=device)

@@ -5,12 +5,22 @@
 // focus[t] = (1 - label_smoothing) * weight[t], smooth[k] = label_smoothing / K * weight[k].
 #pragma once
 
+#include <cmath>
+#include <limits>
+
 #include "vector_exp.h"
 
 namespace pspnet_fast::cpu {
 
 constexpr int kIgnored = -1, kBad = -2;  // in place of a class
-constexpr float kNever = -1e30f;         // in place of -infinity, whose differences are no numbers
+
+// Logits are clamped at kNever below the greatest of their pixel, which keeps differences finite. An upsampled logit
+// may hold a part of a clamped one only if it is below kDoubtful: the least weight of a neighbour is far above their
+// ratio.
+template <class acc_t>
+constexpr acc_t kNever = sizeof(acc_t) == 4 ? acc_t(-0x1p126) : acc_t(-0x1p1022);
+template <class acc_t>
+constexpr acc_t kDoubtful = sizeof(acc_t) == 4 ? acc_t(-0x1p40) : acc_t(-0x1p900);
 
 template <class acc_t>
 PSP_INLINE acc_t mix(acc_t low, acc_t high, acc_t lambda) {
@@ -26,8 +36,8 @@ PSP_INLINE void add_to(acc_t* to, Vector<acc_t> v) {
 // One axis: `size` pixels between `count` logits; the pixels of cell i are [begin[i], begin[i + 1]).
 template <class acc_t>
 struct Axis {
-  std::vector<SourceIndex<acc_t>> pixels;
-  std::vector<int64_t> begin;
+  Scratch<SourceIndex<acc_t>> pixels;
+  Scratch<int64_t> begin;
 
   Axis(int64_t count, int64_t size, bool align_corners) : begin(count + 1, size) {
     const acc_t scale = source_scale<acc_t>(static_cast<int>(count), size, align_corners);
@@ -37,6 +47,8 @@ struct Axis {
     }
     std::reverse(pixels.begin(), pixels.end());
     for (int64_t i = count - 1; i >= 0; --i) begin[i] = std::min(begin[i], begin[i + 1]);  // cells without pixels
+    if (count != size) return;
+    for (SourceIndex<acc_t>& pixel : pixels) pixel.high = pixel.low;  // a copy, as in torch: no NaN beside a NaN
   }
 };
 
@@ -67,8 +79,18 @@ struct Tile {
 template <class acc_t>
 struct Row {
   int64_t index = -1;
-  std::vector<acc_t> values, smooth;          // smooth[x]: the weighted sum over the classes
-  std::vector<acc_t> logits, greatest, sums;  // before the interpolation: [K, stride], [stride], [stride]
+  bool clamped = false;                          // any logit; then smooth is of no use
+  Scratch<acc_t> values, smooth;                 // smooth[x]: the weighted sum over the classes
+  Scratch<acc_t> logits, greatest, least, sums;  // before the interpolation: [K, stride], [stride] each
+};
+
+// Two rows that follow each other, and pixels between them.
+template <class acc_t>
+struct RowPair {
+  Row<acc_t> rows[2];
+  const Row<acc_t>*low = nullptr, *high = nullptr;
+
+  PSP_INLINE bool clamped() const { return low->clamped || high->clamped; }
 };
 
 template <class T, class Args>
@@ -81,7 +103,7 @@ struct CrossEntropyBase {
   int64_t blocks;
   bool smoothing;
   acc_t smooth_total = 0;
-  std::vector<acc_t> smooth, focus;
+  Scratch<acc_t> smooth, focus;
 
   CrossEntropyBase(const Args& args, int64_t blocks)
       : a(args),
@@ -104,6 +126,17 @@ struct CrossEntropyBase {
   // The first row of logits of a block: blocks are the units of work, whatever the number of threads.
   PSP_INLINE int64_t first_row(int64_t block) const { return block * a.h / blocks; }
 
+  // Row i and the one below. Where no row is interpolated, that is row i again: no NaN from below a pixel, as in torch.
+  PSP_INLINE void read(RowPair<acc_t>& pair, const Tile<acc_t>& tile, int64_t n, int64_t i) const {
+    const int64_t below = a.h == a.H ? i : std::min(i + 1, a.h - 1);
+    const int first = pair.rows[1].index == i;
+    read(pair.rows[first], tile, n, i);
+    pair.low = pair.high = &pair.rows[first];
+    if (below == i) return;
+    read(pair.rows[1 - first], tile, n, below);
+    pair.high = &pair.rows[1 - first];
+  }
+
   PSP_INLINE void read(Row<acc_t>& row, const Tile<acc_t>& tile, int64_t n, int64_t i) const {
     if (row.index == i) return;
     row.index = i;
@@ -122,26 +155,35 @@ struct CrossEntropyBase {
         for (int64_t j = 0; j < count; ++j) to[j] = to_acc(from[j]);
       }
     }
-    subtract_greatest(row, stride);
+    subtract_greatest(row, count, stride);
     interpolate(row, tile);
   }
 
-  PSP_INLINE void subtract_greatest(Row<acc_t>& row, int64_t stride) const {
+  PSP_INLINE void subtract_greatest(Row<acc_t>& row, int64_t count, int64_t stride) const {
     row.greatest.assign(row.logits.begin(), row.logits.begin() + stride);
+    row.least.assign(stride, acc_t(0));
     row.sums.assign(stride, acc_t(0));
-    acc_t* __restrict__ greatest = row.greatest.data(), * __restrict__ sums = row.sums.data();
+    acc_t *__restrict__ greatest = row.greatest.data(), *__restrict__ least = row.least.data(),
+                        *__restrict__ sums = row.sums.data();
     for (int64_t k = 1; k < a.K; ++k) {
       const acc_t* __restrict__ logits = &row.logits[k * stride];
       for (int64_t j = 0; j < stride; ++j) greatest[j] = greatest[j] < logits[j] ? logits[j] : greatest[j];
     }
+    // where all are -infinity, they still are after the subtraction, not NaN
+    constexpr acc_t kLowest = std::numeric_limits<acc_t>::lowest();
+    for (int64_t j = 0; j < stride; ++j) greatest[j] = greatest[j] < kLowest ? kLowest : greatest[j];
     for (int64_t k = 0; k < a.K; ++k) {
       acc_t* __restrict__ logits = &row.logits[k * stride];
       for (int64_t j = 0; j < stride; ++j) {
-        const acc_t value = (logits[j] - greatest[j]) * acc_t(kLog2E);
-        logits[j] = value < kNever ? acc_t(kNever) : value;
+        logits[j] = (logits[j] - greatest[j]) * acc_t(kLog2E);
+        least[j] = logits[j] < least[j] ? logits[j] : least[j];
         sums[j] += smooth[k] * logits[j];
       }
     }
+    row.clamped = false;
+    for (int64_t j = 0; j < count; ++j) row.clamped |= least[j] < kNever<acc_t>;
+    if (!row.clamped) return;
+    for (acc_t& logit : row.logits) logit = logit < kNever<acc_t> ? kNever<acc_t> : logit;
   }
 
   PSP_INLINE void interpolate(Row<acc_t>& row, const Tile<acc_t>& tile) const {
@@ -166,6 +208,30 @@ struct CrossEntropyBase {
     };
     for (int64_t k = 0; k < a.K; ++k) line(&row.values[k * kColumns], &row.logits[k * tile.stride]);
     line(row.smooth.data(), row.sums.data());
+  }
+
+  // The logarithms of a pixel's softmax from the logits themselves, for pixels that clamped ones may have part in.
+  __attribute__((noinline, cold)) Scratch<double> log_softmax(int64_t n, int64_t y, int64_t x) const {
+    const SourceIndex<acc_t>&row = rows.pixels[y], &column = columns.pixels[x];
+    Scratch<double> values(a.K);
+    double greatest = -std::numeric_limits<double>::infinity(), sum = 0;
+    for (int64_t k = 0; k < a.K; ++k) {
+      const auto mixed = [&](int64_t i) {
+        const T* line = at<T>(a.logits, n, k, i);
+        return mix_infinite(to_acc(line[column.low * a.logits.stride_w]), to_acc(line[column.high * a.logits.stride_w]),
+                            column.lambda);
+      };
+      values[k] = mix_infinite(mixed(row.low), mixed(row.high), row.lambda);
+      greatest = std::max(greatest, values[k]);
+    }
+    for (const double value : values) sum += std::exp(value - greatest);
+    for (double& value : values) value -= greatest, value -= std::log(sum);
+    return values;
+  }
+  // A logit of -infinity does not count where its weight is 0.
+  static double mix_infinite(double low, double high, double lambda) {
+    if (low == high || (lambda == 0 && high == -std::numeric_limits<double>::infinity())) return low;
+    return (1 - lambda) * low + lambda * high;
   }
 
   // The targets of a tile's pixels in a line as classes, kIgnored or kBad.

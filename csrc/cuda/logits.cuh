@@ -1,11 +1,17 @@
 // Logits at the pixels of an upsampled map: a thread owns a pixel and walks over the classes.
 #pragma once
 
+#include <cmath>
+#include <limits>
+
 #include "common.cuh"
 
 namespace pspnet_fast::cuda {
 
 constexpr int kTileX = 32, kTileY = kThreads / kTileX;  // pixels of a block
+
+template <class A>
+constexpr A kLowest = std::numeric_limits<A>::lowest();
 
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
@@ -33,6 +39,11 @@ __device__ __forceinline__ A bilinear(A top_left, A top_right, A bottom_left, A 
          bottom * ((1 - right) * bottom_left + right * bottom_right);
 }
 
+template <class A>
+__device__ __forceinline__ A mix_infinite(A low, A high, A lambda) {
+  return low == high || (lambda == 0 && high == -INFINITY) ? low : (1 - lambda) * low + lambda * high;
+}
+
 // The four pixels of the logits around one of the map, with their weights.
 template <class T>
 struct Corners {
@@ -47,16 +58,19 @@ struct Corners {
         source_index<acc_t<T>>(y, source_scale<acc_t<T>>(h, args.H, args.align_corners), h, args.align_corners);
     const auto column =
         source_index<acc_t<T>>(x, source_scale<acc_t<T>>(w, args.W, args.align_corners), w, args.align_corners);
+    // a copy where nothing is interpolated, as in torch: no NaN beside a NaN
+    const int below = h == args.H ? row.low : row.high, beside = w == args.W ? column.low : column.high;
     top_left = pixel<const T>(args.logits, n, 0, row.low, column.low);
-    top_right = pixel<const T>(args.logits, n, 0, row.low, column.high);
-    bottom_left = pixel<const T>(args.logits, n, 0, row.high, column.low);
-    bottom_right = pixel<const T>(args.logits, n, 0, row.high, column.high);
+    top_right = pixel<const T>(args.logits, n, 0, row.low, beside);
+    bottom_left = pixel<const T>(args.logits, n, 0, below, column.low);
+    bottom_right = pixel<const T>(args.logits, n, 0, below, beside);
     right = column.lambda, bottom = row.lambda;
   }
 
   // The interpolated logits of the classes [k, k + V); V > 1 needs channels-last logits in aligned vectors.
+  // A logit of -infinity makes them NaN where its weight is 0, and does not count there if `careful`.
   template <int V>
-  __device__ __forceinline__ void at(int k, acc_t<T> (&values)[V]) const {
+  __device__ __forceinline__ void at(int k, acc_t<T> (&values)[V], bool careful) const {
     const int64_t offset = k * stride_c;
     acc_t<T> a[V], b[V], c[V], d[V];
     load_wide(top_left + offset, a);
@@ -64,7 +78,13 @@ struct Corners {
     load_wide(bottom_left + offset, c);
     load_wide(bottom_right + offset, d);
 #pragma unroll
-    for (int v = 0; v < V; ++v) values[v] = bilinear(a[v], b[v], c[v], d[v], right, bottom);
+    for (int v = 0; v < V; ++v) {
+      if (careful) {
+        values[v] = mix_infinite(mix_infinite(a[v], b[v], right), mix_infinite(c[v], d[v], right), bottom);
+      } else {
+        values[v] = bilinear(a[v], b[v], c[v], d[v], right, bottom);
+      }
+    }
   }
 };
 

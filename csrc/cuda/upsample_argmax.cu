@@ -16,25 +16,31 @@ __global__ void __launch_bounds__(kThreads) argmax_pixels(const __grid_constant_
   const Corners<T> corners(args, at.n, at.x, at.y);
   const int64_t to = (at.n * H + at.y) * W + at.x;
 
-  acc_t<T> best = 0, values[V];
-  int found = -1;
-  for (int k = 0; k < K; k += V) {
-    corners.template at<V>(k, values);
+  acc_t<T> best, values[V];
+  int found;
+  bool careful = false;
+  for (;;) {
+    best = 0, found = -1;
+    for (int k = 0; k < K; k += V) {
+      corners.template at<V>(k, values, careful);
 #pragma unroll
-    for (int v = 0; v < V; ++v) {
-      // As in torch.argmax, the first of equals wins, and NaN is the greatest.
-      if (found < 0 || (best == best && !(values[v] <= best))) {
-        best = values[v];
-        found = k + v;
+      for (int v = 0; v < V; ++v) {
+        // As in torch.argmax, the first of equals wins, and NaN is the greatest.
+        if (found < 0 || (best == best && !(values[v] <= best))) {
+          best = values[v];
+          found = k + v;
+        }
       }
     }
+    if (best == best || careful) break;
+    careful = true;
   }
   static_cast<Class*>(args.classes)[to] = static_cast<Class>(found);
 
   if (args.confidence == nullptr) return;
   acc_t<T> sum = 0;
   for (int k = 0; k < K; k += V) {
-    corners.template at<V>(k, values);
+    corners.template at<V>(k, values, careful);
 #pragma unroll
     for (int v = 0; v < V; ++v) sum += exponential(values[v] - best);
   }

@@ -3,8 +3,6 @@
 //
 // A pixel's loss: focus[t] * (lse - z_t) + sum over k of smooth[k] * (lse - z_k), t the target,
 // focus[t] = (1 - label_smoothing) * weight[t], smooth[k] = label_smoothing / K * weight[k].
-#include <cmath>
-
 #include "axis.cuh"
 #include "logits.cuh"
 
@@ -77,28 +75,38 @@ __global__ void __launch_bounds__(kThreads, 2)
     } else if (target != args.ignore_index) {
       const Corners<T> corners(args, at.n, at.x, at.y);
       const bool smoothing = args.label_smoothing > 0;
-      acc_t<T> greatest = -3e38f, sum = 0, logit = 0, smooth = 0, smooth_total = 0, values[V];
-      for (int k = 0; k < K; k += V) {
-        corners.template at<V>(k, values);
+      const auto share = static_cast<acc_t<T>>(args.label_smoothing / K);
+      acc_t<T> greatest, sum, logit, smooth, smooth_total, values[V];  // logit is as it is, smooth less the greatest
+      bool careful = false;
+      for (;;) {
+        greatest = kLowest<acc_t<T>>, sum = 0, logit = 0, smooth = 0, smooth_total = 0;
+        for (int k = 0; k < K; k += V) {
+          corners.template at<V>(k, values, careful);
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
-          if (values[v] > greatest) {
-            sum *= exponential(greatest - values[v]);
-            greatest = values[v];
-          }
-          sum += exponential(values[v] - greatest);
-          if (k + v == target) logit = values[v];
-          if (smoothing) {
-            const acc_t<T> weight = weight_of<T>(args, k + v);
-            smooth += weight * values[v];
-            smooth_total += weight;
+          for (int v = 0; v < V; ++v) {
+            if (values[v] > greatest) {
+              if (sum > 0) {
+                sum *= exponential(greatest - values[v]);
+                smooth += smooth_total * (greatest - values[v]);
+              }
+              greatest = values[v];
+            }
+            sum += exponential(values[v] - greatest);
+            if (k + v == target) logit = values[v];
+            if (smoothing) {
+              const acc_t<T> weight = share * weight_of<T>(args, k + v);
+              smooth += weight * (values[v] - greatest);
+              smooth_total += weight;
+            }
           }
         }
+        if (sum == sum || careful) break;
+        careful = true;
       }
       const acc_t<T> log_sum = logarithm(sum);
-      lse = greatest + log_sum;
+      lse = sum > 0 ? greatest + log_sum : static_cast<acc_t<T>>(NAN);  // NaN where all logits are -infinity, too
       loss = focus_of<T>(args, static_cast<int>(target)) * (log_sum - (logit - greatest));
-      if (smoothing) loss += static_cast<acc_t<T>>(args.label_smoothing / K) * (smooth_total * lse - smooth);
+      if (smoothing) loss += smooth_total * log_sum - smooth;
       loss_sum = static_cast<double>(loss);
       weight_sum = static_cast<double>(weight_of<T>(args, static_cast<int>(target)));
     }
@@ -127,7 +135,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x != 0) return;
   *static_cast<acc_t<T>*>(args.total_weight) = static_cast<acc_t<T>>(weight);
   if (args.reduction == Reduction::kNone) return;
-  if (args.reduction == Reduction::kMean) loss = weight == 0 ? 0 : loss / weight;
+  if (args.reduction == Reduction::kMean) loss = weight == 0 ? 0 * loss : loss / weight;  // a NaN stays
   *static_cast<acc_t<T>*>(args.loss) = static_cast<acc_t<T>>(loss);
 }
 
@@ -199,7 +207,8 @@ __global__ void __launch_bounds__(kMost, 1)
 #pragma unroll
     for (int q = 0; q < R + 2; ++q) {
       const int row = min(max(first_row - 1 + q, 0), h - 1);
-      values[q] = mine ? widen(*pixel<const T>(args.logits, n, k, row, column)) : A(0);
+      const A logit = mine ? widen(*pixel<const T>(args.logits, n, k, row, column)) : A(0);
+      values[q] = logit == -INFINITY ? kLowest<A> : logit;  // of softmax 0 as well, and no NaN where its weight is 0
     }
   };
   const int last_column = min(first_column + kColumns, w);
@@ -215,6 +224,11 @@ __global__ void __launch_bounds__(kMost, 1)
     for (int q = 0; q <= R; ++q) {
       const int row = first_row - 1 + q;
       if (row < 0 || row >= h) continue;
+      // Where the neighbours below or beside are the pixels themselves: at the edges and where nothing is interpolated.
+      const bool bottom_row = row == h - 1 || h == args.H, last = column == w - 1 || w == args.W;
+      const A top_left = here[q], top_right = last ? here[q] : next[q];
+      const A bottom_left = bottom_row ? top_left : here[q + 1];
+      const A bottom_right = bottom_row ? top_right : last ? here[q + 1] : next[q + 1];
       const int64_t count = static_cast<int64_t>(begin[q + 1] - begin[q]) * width;
       A sums[4] = {};
       for (int64_t start = 0; start < count; start += kBatch) {
@@ -231,7 +245,7 @@ __global__ void __launch_bounds__(kMost, 1)
         __syncthreads();
         for (int i = 0; i < size; ++i) {
           const Terms<A> t = batch[i];
-          const A logit = bilinear(here[q], next[q], here[q + 1], next[q + 1], t.right, t.bottom);
+          const A logit = bilinear(top_left, top_right, bottom_left, bottom_right, t.right, t.bottom);
           A grad = exponential(logit - t.lse) * t.scale - t.smooth * weight;
           if (k == t.target) grad -= t.focus;
           const A below = t.bottom * grad, above = grad - below;
@@ -241,11 +255,10 @@ __global__ void __launch_bounds__(kMost, 1)
           sums[3] += t.right * below;
         }
       }
-      // In the last row and column both neighbours are one.
-      if (row == h - 1) sums[0] += sums[2], sums[1] += sums[3];
-      if (column == w - 1) sums[0] += sums[1], sums[2] += sums[3];
+      if (bottom_row) sums[0] += sums[2], sums[1] += sums[3];
+      if (last) sums[0] += sums[1], sums[2] += sums[3], sums[1] = sums[3] = 0;
       if (q > 0) left[q - 1] += sums[0], right[q - 1] += sums[1];
-      if (q < R && row < h - 1) left[q] += sums[2], right[q] += sums[3];
+      if (q < R && !bottom_row) left[q] += sums[2], right[q] += sums[3];
     }
     if (column < first_column || !mine) continue;
 #pragma unroll

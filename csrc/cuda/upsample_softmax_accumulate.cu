@@ -15,22 +15,27 @@ __global__ void __launch_bounds__(kThreads) softmax_pixels(const __grid_constant
   if (at.x >= W || at.y >= H) return;
   const Corners<T> corners(args, at.n, args.mirrored ? W - 1 - at.x : at.x, at.y);
 
-  acc_t<T> values[V];
-  corners.template at<V>(0, values);
-  acc_t<T> greatest = values[0], sum = 0;
-  for (int k = 0; k < K; k += V) {
-    corners.template at<V>(k, values);
+  acc_t<T> greatest, sum, values[V];
+  bool careful = false;
+  for (;;) {
+    corners.template at<V>(0, values, careful);
+    greatest = values[0], sum = 0;
+    for (int k = 0; k < K; k += V) {
+      corners.template at<V>(k, values, careful);
 #pragma unroll
-    for (int v = 0; v < V; ++v) greatest = values[v] > greatest ? values[v] : greatest;
-  }
-  for (int k = 0; k < K; k += V) {
-    corners.template at<V>(k, values);
+      for (int v = 0; v < V; ++v) greatest = values[v] > greatest ? values[v] : greatest;
+    }
+    for (int k = 0; k < K; k += V) {
+      corners.template at<V>(k, values, careful);
 #pragma unroll
-    for (int v = 0; v < V; ++v) sum += exponential(values[v] - greatest);
+      for (int v = 0; v < V; ++v) sum += exponential(values[v] - greatest);
+    }
+    if (sum == sum || careful) break;
+    careful = true;
   }
   const acc_t<T> scale = static_cast<acc_t<T>>(args.weight) / sum;
   for (int k = 0; k < K; k += V) {
-    corners.template at<V>(k, values);
+    corners.template at<V>(k, values, careful);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       *pixel<acc_t<T>>(args.probabilities, at.n, k + v, at.y, at.x) += scale * exponential(values[v] - greatest);

@@ -2,6 +2,7 @@
 
 import click
 
+from pspnet_fast import __version__
 from pspnet_fast.cli.eval import evaluate
 from pspnet_fast.cli.group import EXTRAS, Group
 from pspnet_fast.cli.info import info
@@ -12,6 +13,7 @@ __all__ = ["EXTRAS", "main"]
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, message="pspnet_fast %(version)s")
 @click.option("--traceback", is_flag=True, help="Show where in the code an error arose.")
 def main(traceback: bool) -> None:
     """Train a PSPNet, measure it, and label images with it.

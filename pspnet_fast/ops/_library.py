@@ -1,5 +1,6 @@
 """Loads the compiled operators and registers what torch needs to know of them from Python."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,25 @@ from torch.autograd import forward_ad
 NAMESPACE = "pspnet_fast"
 _LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
 
-if not _LIBRARY.exists():
-    raise ImportError(
+
+def _missing() -> str:
+    """What is wrong and what helps where the kernels are not beside this package."""
+    package = _LIBRARY.parent
+    others = [Path(folder or ".").resolve() / package.name for folder in sys.path]
+    for other in others:
+        if other != package and (other / _LIBRARY.name).exists():
+            return (
+                f"{package.parent} is a source folder without compiled kernels, and it hides the installed {other}: "
+                "start Python in another folder, or build the kernels here with `pip install -e .`"
+            )
+    return (
         f"the compiled kernels are missing ({_LIBRARY}): build them with `pip install .` or `pip install -e .` "
         "in the source folder"
     )
+
+
+if not _LIBRARY.exists():
+    raise ImportError(_missing())
 torch.ops.load_library(str(_LIBRARY))
 
 _fragment = torch.library.Library(NAMESPACE, "FRAGMENT")

@@ -38,8 +38,9 @@ def upsample_argmax(
     Returns:
         classes (N, H, W), uint8 where K <= 256, else int32; with `return_confidence` (classes, confidence), confidence
         (N, H, W) float32, float64 for float64 logits. Among equal logits the lowest class wins. As in torch.argmax, NaN
-        counts as the greatest; the confidence is NaN there. A weight of 0 times an infinite or NaN logit is NaN, as in
-        F.interpolate, which copies where size is (h, w), however. Arithmetic is float32, float64 for float64; the same
+        counts as the greatest; the confidence is NaN there, and where a logit is +inf or all are -inf. As in
+        F.interpolate, +inf and NaN make NaN where their weight is 0; other than there, -inf does not count there, so
+        that a class switched off never wins. Arithmetic is float32, float64 for float64; the same
         bits on every run. No gradient.
 
     Raises:

@@ -29,10 +29,12 @@ def upsample_cross_entropy(
     """Cross entropy of bilinearly upsampled logits, holding one float a pixel instead of K.
 
     Equivalent to `F.cross_entropy(F.interpolate(logits.float(), size, mode="bilinear", align_corners=align_corners),
-    target.long(), weight, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction)`, with two
-    differences: the mean over no pixel (all ignored, or of weight 0) is 0 with zero gradient instead of NaN; and a bad
-    target on a GPU does not end the process. A pixel's logits are interpolated in registers, forward for their
-    log-sum-exp, and again backward.
+    target.long(), weight, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction)`, also for
+    logits that are infinite, huge or NaN (a target of -inf costs inf), with these differences: the mean over no pixel
+    (all ignored, or of weight 0) is 0 with zero gradient instead of NaN; a bad target on a GPU does not abort it;
+    a logit of -inf does not count where its weight is 0, which F.interpolate makes NaN (0 * inf); and at ignored pixels
+    NaN or +inf makes NaN of that logit's gradient alone. A pixel's logits are interpolated in registers, forward for
+    their log-sum-exp, and again backward.
 
     Args:
         logits: (N, K, h, w), K >= 1, float32, float64, bfloat16 or float16. Contiguous and channels-last maps and

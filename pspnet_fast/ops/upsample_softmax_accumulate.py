@@ -40,8 +40,9 @@ def upsample_softmax_accumulate_(
         weight: of this prediction.
 
     Returns:
-        probabilities. A pixel with NaN among its logits becomes NaN. Probabilities below 1.2e-38 (float64: 1e-307) of
-        the greatest count as 0. The same bits on every run. No gradient.
+        probabilities. A pixel with NaN or +inf among its logits, or -inf alone, becomes NaN; a class of -inf adds 0,
+        also where its weight is 0, which F.interpolate makes NaN. Probabilities below 1.2e-38 (float64: 1e-307) of the
+        greatest count as 0. The same bits on every run. No gradient.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, or where a gradient is needed.
