@@ -40,7 +40,7 @@ def upsample_argmax(
         (N, H, W) float32, float64 for float64 logits. Among equal logits the lowest class wins. As in torch.argmax, NaN
         counts as the greatest; the confidence is NaN there. A weight of 0 times an infinite or NaN logit is NaN, as in
         F.interpolate, which copies where size is (h, w), however. Arithmetic is float32, float64 for float64; the same
-        bits on every run. No gradient.
+        bits on every run. No gradient; forward-mode derivatives of the confidence and vmap: docs/derivatives.md.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or dtype; return_confidence where a gradient is

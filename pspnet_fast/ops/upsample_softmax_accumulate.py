@@ -40,7 +40,7 @@ def upsample_softmax_accumulate_(
 
     Returns:
         probabilities. A pixel with NaN among its logits becomes NaN. Probabilities below 1.2e-38 (float64: 1e-307) of
-        the greatest count as 0. The same bits on every run. No gradient.
+        the greatest count as 0. The same bits on every run. No gradient; forward-mode and vmap: docs/derivatives.md.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, or where a gradient is needed.
