@@ -13,7 +13,8 @@ demo: .venv/installed
 	$(BIN)/python -m pspnet_fast.demo --out runs/demo
 
 test: lint types check-cuda
-	$(BIN)/python -m pytest
+	@echo "tests: half an hour on 2 cores"
+	PYTHONUNBUFFERED=1 $(BIN)/python -m pytest
 
 test-peers: .venv-peers/installed
 	PYTHONPATH=$(CURDIR) .venv-peers/bin/python -m pytest tests/peers
@@ -24,6 +25,7 @@ lint: .venv/installed
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
 types: .venv/installed
+	@echo "types: a minute the first time"
 	$(BIN)/mypy
 
 # nvcc alone: no GPU and no CUDA build of torch are needed
@@ -49,7 +51,7 @@ clean:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "needs Python >= 3.10: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install "$(TORCH)"
-	@echo "Compiling the kernels: a few minutes"
+	@echo "Compiling the kernels: 2 to 10 minutes"
 	$(BIN)/pip install --editable ".[dev]"
 	touch $@
 

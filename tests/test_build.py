@@ -1,6 +1,7 @@
 """What the build decides and says before it compiles, and that its product needs no certain Python."""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -13,7 +14,7 @@ import torch
 import pspnet_fast
 
 ROOT = Path(__file__).parents[1]
-SWITCHES = ("USE_CUDA", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "DEBUG", "PYTHONPATH")
+SWITCHES = ("USE_CUDA", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "DEBUG", "PYTHONPATH", "CC", "CXX")
 FAKE_CPP_EXTENSION = """
 import os
 from setuptools.command.build_ext import build_ext as BuildExtension
@@ -48,12 +49,18 @@ class Machine:
         (self.folder / "torch" / "utils" / "__init__.py").touch()
         (self.folder / "torch" / "utils" / "cpp_extension.py").write_text(FAKE_CPP_EXTENSION)
 
-    def install_nvcc(self, release: str) -> str:
-        nvcc = self.folder / "toolkit" / "bin" / "nvcc"
-        nvcc.parent.mkdir(parents=True)
-        nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
-        nvcc.chmod(0o755)
-        return str(nvcc.parents[1])
+    def install_nvcc(self, release: str, says: str = "") -> str:
+        """With something to say it compiles nothing."""
+        fails = f'[ "$1" = --version ] || {{ echo "{says}" >&2; exit 1; }}' if says else ""
+        script = f"{fails}\necho 'Cuda compilation tools, release {release}, V{release}.88'"
+        return str(self.install("toolkit/bin/nvcc", script).parents[1])
+
+    def install(self, path: str, script: str) -> Path:
+        program = self.folder / path
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        return program
 
     def build(self, **switches: str) -> subprocess.CompletedProcess[str]:
         return run([sys.executable, "setup.py", "--version"], PYTHONPATH=str(self.folder), **switches)
@@ -87,6 +94,47 @@ def test_old_torch(machine: Machine) -> None:
 def test_unknown_value_of_a_switch(machine: Machine, name: str, allowed: str) -> None:
     machine.install_torch("2.13.0+cpu", None)
     assert machine.refuses(**{name: "bogus"}) == f"{name} must be one of {allowed}, but is 'bogus'"
+
+
+def test_no_compiler(machine: Machine) -> None:
+    machine.install_torch("2.13.0+cpu", None)
+    message = machine.refuses(CXX="no-such-c++")
+    assert message.startswith("pspnet_fast needs g++ >= 11 to build, but 'no-such-c++' will not do: it cannot be run (")
+    assert "apt-get install g++" in message
+    assert "CXX" in message
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        (
+            "echo \"c++: error: unrecognized option '-std=c++20'\" >&2; exit 1",
+            "error: unrecognized option '-std=c++20'",
+        ),
+        (
+            "echo 'In file included from'; echo 'probe.cpp:6: error: no __builtin_shuffle' >&2; exit 1",
+            "__builtin_shuffle",
+        ),
+        ("exit 4", "it ends with status 4"),
+    ],
+)
+def test_a_compiler_that_does_not_compile(machine: Machine, script: str, reason: str) -> None:
+    """Too old, not g++, or broken."""
+    machine.install_torch("2.13.0+cpu", None)
+    message = machine.refuses(CXX=str(machine.install("bin/c++", script)))
+    assert "pspnet_fast needs g++ >= 11 to build" in message
+    assert reason in message
+
+
+def test_a_compiler_that_nvcc_refuses(machine: Machine) -> None:
+    machine.install_torch("2.14.1+cu130", "13.0")
+    toolkit = machine.install_nvcc("13.0", says="host_config.h: fatal error: unsupported GNU version")
+    message = machine.refuses(CUDA_HOME=toolkit)
+    assert message.startswith(
+        f"{toolkit}/bin/nvcc does not work with this C++ compiler: host_config.h: fatal error: uns"
+    )
+    assert "USE_CUDA=0" in message
+    assert "CUDA kernels off" in machine.build(CUDA_HOME=toolkit, USE_CUDA="0").stdout
 
 
 def test_torch_without_cuda(machine: Machine) -> None:
@@ -138,6 +186,27 @@ def test_real_torch() -> None:
     output = run([sys.executable, "setup.py", "--version"]).stdout
     assert f"pspnet_fast: torch {torch.__version__} at {Path(torch.__file__).parent}" in output
     assert output.splitlines()[-1] == pspnet_fast.__version__
+
+
+def test_the_licence_is_no_matter_of_setuptools_version(machine: Machine) -> None:
+    """pyproject.toml can hold it in a form for setuptools before 77 or after, not for both."""
+    machine.install_torch("2.13.0+cpu", None)
+    asked = run([sys.executable, "setup.py", "--license"], PYTHONPATH=str(machine.folder))
+    assert asked.stdout.splitlines()[-1] == "BSD-3-Clause"
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert not [line for line in text.splitlines() if line.startswith("license")]
+    assert 'dynamic = ["license"]' in text
+
+
+def test_a_source_folder_that_hides_the_installed_package_says_so(tmp_path: Path) -> None:
+    installed, checkout = Path(pspnet_fast.__file__).parent, tmp_path / "check out"
+    shutil.copytree(installed, checkout / "pspnet_fast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    code = f"import os; os.chdir({str(checkout)!r}); import pspnet_fast"  # as `python` would, started there
+    error = run([sys.executable, "-c", code], PYTHONPATH=str(installed.parent)).stderr.splitlines()[-1]
+    assert error == (
+        f"ImportError: {checkout} is a source folder without compiled kernels, and it hides the installed {installed}: "
+        "start Python in another folder, or build the kernels here with `pip install -e .`"
+    )
 
 
 @pytest.mark.parametrize(

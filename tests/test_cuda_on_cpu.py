@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 from cuda_on_cpu import backend
+from patience import run_patiently
 
 try:
     backend.cuda_include()
@@ -25,6 +26,7 @@ MODES = {
     "thread": ("thread", {}),
     "blocks": ("thread", {"CUDA_ON_CPU_BLOCKS": "unordered"}),
 }
+CPU_SECONDS = 3600  # of a process, some ten times what the longest takes; deadlocks of threads show at once
 RACE, OVERFLOW = "ThreadSanitizer: data race", "AddressSanitizer: heap-buffer-overflow"
 # The bugs of planted_bugs.cu, by number: which modes must find each, and what they say.
 PLANTED = [
@@ -47,7 +49,7 @@ def run(mode: str, command: list[str], **more: str) -> subprocess.CompletedProce
     fixed = ["setarch", "-R"] if sanitizer != "none" and shutil.which("setarch") else []
     options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1:atexit_sleep_ms=0"}  # leaks: Python's
     environment = {**os.environ, **options, **settings, **more}
-    return subprocess.run([*fixed, *command], capture_output=True, text=True, env=environment, timeout=600)
+    return run_patiently([*fixed, *command], CPU_SECONDS, env=environment)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -85,8 +87,10 @@ SAMPLED = {"blocks": 3, "address": 1, "random": 1, "reverse": 1}
 
 
 @pytest.fixture(scope="module")
-def samples() -> Iterator[dict[str, list[Future]]]:
+def samples(request: pytest.FixtureRequest) -> Iterator[dict[str, list[Future]]]:
     """The runs of all modes, side by side."""
+    terminal = request.config.pluginmanager.get_plugin("terminalreporter")
+    terminal.write_line("\nthe CUDA sources on the CPU, under sanitizers: some minutes to build, some more to run")
     for sanitizer in backend.SANITIZERS:
         backend.build_operators(sanitizer)
     names = [f"test_{path.stem}*.py" for path in backend.sources()]

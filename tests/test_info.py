@@ -2,11 +2,14 @@
 
 import json
 import platform
+import subprocess
+import sys
 
+import pytest
 import torch
 from click.testing import CliRunner
 
-from pspnet_fast import info
+from pspnet_fast import __version__, info
 from pspnet_fast.cli import main
 
 
@@ -42,3 +45,12 @@ def test_command() -> None:
     assert result.exit_code == 0
     assert result.output.strip() == info.format(info.collect())
     assert json.loads(CliRunner().invoke(main, ["info", "--json"]).output) == info.collect()
+
+
+@pytest.mark.parametrize("option", ["--version", "info"])
+def test_version_and_the_package_as_a_program(option: str) -> None:
+    command = [sys.executable, "-m", "pspnet_fast", option]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = CliRunner().invoke(main, [option])
+    assert done.stdout == result.output
+    assert option != "--version" or result.output == f"pspnet_fast {__version__}\n"

@@ -58,7 +58,7 @@ def test_extreme_values_with_weights_as_torch(device, dtype):
         ignored = (target == 255)[:, None].expand_as(logits)  # torch: NaN for every class if one is not finite
         results = gradient[~ignored], exact_gradient[~ignored]
         torch.testing.assert_close(*results, equal_nan=True, msg=lambda m, case=case: f"{case}: {m}")
-        if extreme < 1e38:
+        if not (logits.isnan() | logits.isposinf()).any():  # 1e30 is infinite in float16
             assert not gradient[ignored].any()
 
 

@@ -207,8 +207,7 @@ __global__ void __launch_bounds__(kMost, 1)
 #pragma unroll
     for (int q = 0; q < R + 2; ++q) {
       const int row = min(max(first_row - 1 + q, 0), h - 1);
-      const A logit = mine ? widen(*pixel<const T>(args.logits, n, k, row, column)) : A(0);
-      values[q] = logit == -INFINITY ? kLowest<A> : logit;  // of softmax 0 as well, and no NaN where its weight is 0
+      values[q] = mine ? widen(*pixel<const T>(args.logits, n, k, row, column)) : A(0);
     }
   };
   const int last_column = min(first_column + kColumns, w);
@@ -229,6 +228,7 @@ __global__ void __launch_bounds__(kMost, 1)
       const A top_left = here[q], top_right = last ? here[q] : next[q];
       const A bottom_left = bottom_row ? top_left : here[q + 1];
       const A bottom_right = bottom_row ? top_right : last ? here[q + 1] : next[q + 1];
+      const bool infinite = fmin(fmin(top_left, top_right), fmin(bottom_left, bottom_right)) == -INFINITY;
       const int64_t count = static_cast<int64_t>(begin[q + 1] - begin[q]) * width;
       A sums[4] = {};
       for (int64_t start = 0; start < count; start += kBatch) {
@@ -245,7 +245,11 @@ __global__ void __launch_bounds__(kMost, 1)
         __syncthreads();
         for (int i = 0; i < size; ++i) {
           const Terms<A> t = batch[i];
-          const A logit = bilinear(top_left, top_right, bottom_left, bottom_right, t.right, t.bottom);
+          A logit = bilinear(top_left, top_right, bottom_left, bottom_right, t.right, t.bottom);
+          if (infinite) {
+            logit = mix_infinite(mix_infinite(top_left, top_right, t.right),
+                                 mix_infinite(bottom_left, bottom_right, t.right), t.bottom);
+          }
           A grad = exponential(logit - t.lse) * t.scale - t.smooth * weight;
           if (k == t.target) grad -= t.focus;
           const A below = t.bottom * grad, above = grad - below;

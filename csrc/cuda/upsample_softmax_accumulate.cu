@@ -1,4 +1,6 @@
 // Adds the softmax of upsampled logits to a map of probabilities.
+#include <type_traits>
+
 #include "logits.cuh"
 
 namespace pspnet_fast::cuda {
@@ -15,11 +17,12 @@ __global__ void __launch_bounds__(kThreads) softmax_pixels(const __grid_constant
   if (at.x >= W || at.y >= H) return;
   const Corners<T> corners(args, at.n, args.mirrored ? W - 1 - at.x : at.x, at.y);
 
-  acc_t<T> greatest, sum, values[V];
-  bool careful = false;
-  for (;;) {
+  // Two instances of the whole, since a flag would cost registers. False: nothing is added, the sum is NaN.
+  const auto add = [&](auto chosen) {
+    constexpr bool careful = decltype(chosen)::value;
+    acc_t<T> values[V];
     corners.template at<V>(0, values, careful);
-    greatest = values[0], sum = 0;
+    acc_t<T> greatest = values[0], sum = 0;
     for (int k = 0; k < K; k += V) {
       corners.template at<V>(k, values, careful);
 #pragma unroll
@@ -30,17 +33,18 @@ __global__ void __launch_bounds__(kThreads) softmax_pixels(const __grid_constant
 #pragma unroll
       for (int v = 0; v < V; ++v) sum += exponential(values[v] - greatest);
     }
-    if (sum == sum || careful) break;
-    careful = true;
-  }
-  const acc_t<T> scale = static_cast<acc_t<T>>(args.weight) / sum;
-  for (int k = 0; k < K; k += V) {
-    corners.template at<V>(k, values, careful);
+    if (!careful && sum != sum) return false;
+    const acc_t<T> scale = static_cast<acc_t<T>>(args.weight) / sum;
+    for (int k = 0; k < K; k += V) {
+      corners.template at<V>(k, values, careful);
 #pragma unroll
-    for (int v = 0; v < V; ++v) {
-      *pixel<acc_t<T>>(args.probabilities, at.n, k + v, at.y, at.x) += scale * exponential(values[v] - greatest);
+      for (int v = 0; v < V; ++v) {
+        *pixel<acc_t<T>>(args.probabilities, at.n, k + v, at.y, at.x) += scale * exponential(values[v] - greatest);
+      }
     }
-  }
+    return true;
+  };
+  if (!add(std::false_type{})) add(std::true_type{});
 }
 
 }  // namespace

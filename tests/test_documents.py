@@ -1,0 +1,61 @@
+"""Every example in README.md and docs/ as it stands: blocks of Python run, commands are such as the programs take."""
+
+from pathlib import Path
+
+import click
+import pytest
+from documents import ROOT, commands, python_blocks
+from toy_command import Workspace
+
+from pspnet_fast.cli import main
+from pspnet_fast.training.config import load_config
+
+BLOCKS = python_blocks(of_peers=False)
+COMMANDS = commands("pspnet-fast")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the blocks run. It stands in for a folder in which CamVid was trained: with a checkpoint of toy images."""
+    work = Workspace(tmp_path_factory.mktemp("toy"))
+    runs = tmp_path_factory.mktemp("examples")
+    (runs / "runs").mkdir()
+    work.out.rename(runs / "runs" / "camvid")
+    return runs
+
+
+@pytest.mark.parametrize("place", BLOCKS)
+def test_python_block(place: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    exec(compile(BLOCKS[place], place, "exec"), {"__name__": "__main__"})
+
+
+def test_the_readme_has_its_blocks() -> None:
+    assert len([place for place in BLOCKS if place.startswith("README.md:")]) >= 4
+    assert any("FusedPSPHead(" in block for block in BLOCKS.values())
+    assert len(python_blocks(of_peers=True)) == 1
+
+
+@pytest.mark.parametrize("place", COMMANDS)
+def test_command(place: str) -> None:
+    """Its options exist, so do its configuration and the keys that it changes."""
+    name, *arguments = COMMANDS[place]
+    command = main.commands[name]
+    _, given, _ = command.make_parser(click.Context(command)).parse_args(arguments)
+    given = [argument for argument in given if argument not in ("[key=value", "...]")]
+    if name in ("train", "eval"):
+        load_config(ROOT / given[0], given[1:])
+    else:
+        assert name == "predict" or not given
+
+
+def test_commands_are_found() -> None:
+    assert {"train", "eval", "predict", "info"} <= {arguments[0] for arguments in COMMANDS.values()}
+    with pytest.raises(click.NoSuchOption):
+        main.commands["eval"].make_parser(click.Context(main.commands["eval"])).parse_args(["x.yaml", "--picture", "4"])
+
+
+@pytest.mark.parametrize("place", commands("make"))
+def test_make_target(place: str) -> None:
+    target = commands("make")[place][0]
+    assert f"\n{target}:" in (ROOT / "Makefile").read_text(encoding="utf-8")
