@@ -140,6 +140,6 @@ def _folded(norm: nn.Module, dtype: torch.dtype) -> Norm | None:
     if not is_batch_norm(norm) or norm.training or not norm.affine or norm.running_mean is None:
         return None
     tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var
-    if any(t.dtype not in (torch.float32, dtype) or t.dtype != tensors[0].dtype for t in tensors):  # type: ignore[union-attr]
+    if any(t.dtype not in (torch.float32, dtype) or t.dtype != tensors[0].dtype for t in tensors):
         return None
     return (*tensors, norm.eps)  # type: ignore[return-value]

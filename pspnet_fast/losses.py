@@ -17,6 +17,7 @@ class UpsampleCrossEntropyLoss(nn.Module):
     `threshold`, or, where these are fewer than `min_kept` times N, that many of the greatest loss, and whatever equals
     the last of them. The mean or sum is over the kept pixels; a mean counts each as 1. Loss means what the operator
     gives for the pixel, class weight and label smoothing included. It takes some numbers a pixel, but no logits.
+    Derivatives beyond the first, forward-mode AD and torch.func are right, but hold the upsampled logits.
 
     Args:
         align_corners, weight, ignore_index, label_smoothing, reduction: as in ops.upsample_cross_entropy. `weight` is

@@ -48,6 +48,9 @@ class FusedPPM(nn.Module):
     In evaluation, batch norm and ReLU run inside the 1x1 convolutions. In training, a level with one value a channel
     (batch 1 and bin 1, in one process) has no batch statistics, which makes the stock module raise: here this level is
     normalised by its running statistics, which stay as they are, and one warning says so.
+
+    Derivatives of any order, forward-mode AD and torch.func (jvp, vmap, hessian, functional_call with batches of
+    parameters) are those of the stock module, at its speed (docs/derivatives.md).
     """
 
     def __init__(
@@ -173,8 +176,6 @@ class FusedPPM(nn.Module):
         n, _, r = reduced.shape
         parts = reduced.split([count_cells((level,)) for level in self.levels], 1)
         maps = [z.transpose(1, 2).reshape(n, r, *level) for z, level in zip(parts, self.levels, strict=True)]
-        if transforms_active():  # torch's derivatives of group norm need it
-            maps = [z.contiguous() for z in maps]
         return torch.cat([function(i, z).to(reduced.dtype).flatten(2) for i, z in enumerate(maps)], 2).transpose(1, 2)
 
     def extra_repr(self) -> str:
@@ -198,6 +199,8 @@ def _affine(norm: nn.Module, bias: Tensor | None) -> Norm | None:
 
 def _normalize(norm: nn.Module, z: Tensor) -> Tensor:
     """norm(z), but by running statistics where training batch norm has one value a channel and no batch statistics."""
+    if not isinstance(norm, (_BatchNorm, nn.Identity)):
+        return norm(z.contiguous())  # torch's derivatives of group norm of higher order know no other layout
     if not (isinstance(norm, _BatchNorm) and norm.training and z.size(0) * z.size(2) * z.size(3) == 1):
         return norm(z)
     if norm.running_mean is None or (isinstance(norm, nn.SyncBatchNorm) and _world_size(norm) > 1):

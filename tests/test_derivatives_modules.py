@@ -176,7 +176,7 @@ def test_compiled_transforms(backend):
     x = torch.randn(3, 2, 3, 5, 4, dtype=DOUBLE)
 
     def transformed(module, x):
-        return jvp(module, (x[0],), (x[1],)), vmap(module)(x), grad(lambda x: module(x).sin().sum())(x[2])
+        return jvp(module, (x[0],), (x[1],)), vmap(lambda x: module(x))(x), grad(lambda x: module(x).sin().sum())(x[2])
 
     same(torch.compile(transformed, fullgraph=True, backend=backend)(fused, x), transformed(stock, x))
 

@@ -39,4 +39,4 @@ def test_hostile_arguments_end_no_process(operator):
 @pytest.mark.parametrize("device", ["cuda_on_cpu"], indirect=True)
 @pytest.mark.parametrize("operator", hostile_arguments.SOUND)
 def test_hostile_arguments_end_no_process_of_the_cuda_sources(device, operator):
-    run(operator, "--cuda-on-cpu")
+    run(operator, "--cuda-on-cpu", "--pairs", "30")

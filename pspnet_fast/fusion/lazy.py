@@ -71,8 +71,11 @@ class Lazy(Tensor):
         """The map itself; from now on it stays that tensor."""
         if self._value is None:
             with torch._C.DisableTorchFunction():
-                # a torch.autograd.Function may have handed it on as its result: then what it is made of has no graph
-                self._value = self._evaluate() if self.grad_fn is self._edge else self.clone()
+                if self.grad_fn is self._edge:
+                    self._value = self._evaluate()
+                else:  # a torch.autograd.Function has handed it on as its result: what it is made of has no graph
+                    with torch.enable_grad():
+                        self._value = self.clone()
         return self._value
 
     def sources(self) -> tuple[Tensor, ...]:

@@ -38,13 +38,13 @@ class Fused(nn.Module):
 def apply(module: nn.Module) -> None:
     """Fuses a module, in place."""
     if not isinstance(module, Fused):
-        module.__class__ = _derived_class(type(module))  # type: ignore[assignment]
+        module.__class__ = _derived_class(type(module))
 
 
 def remove(module: Any) -> Any:
     """The inverse of apply; returns the module."""
     if isinstance(module, Fused):
-        module.__class__ = type(module)._stock
+        module.__class__ = type(module)._stock  # type: ignore[assignment]
     return module
 
 

@@ -76,7 +76,7 @@ def _concatenate(tensors: Any, dim: Any = 0) -> Any:
     maps = [s for s, c in zip(sources, corners, strict=True) if c is None]
     if len(maps) == len(sources) or not all(map(_is_map, maps)):
         return NotImplemented
-    if any(t.dim() != 4 or [t.size(0), *t.shape[2:]] != [n, *size] or t.device != maps[0].device for t in tensors):
+    if any(t.dim() != 4 or [t.size(0), *t.shape[2:]] != [n, *size] or t.device != tensors[0].device for t in tensors):
         return NotImplemented
     dtype = tensors[0].dtype
     for part in tensors:

@@ -59,7 +59,8 @@ def pyramid_context_(
 
     Returns:
         conv. Sums are taken in float32 (float64 for float64). The same bits on every run, forward and backward. Its
-        gradient is handed on as it is; backward reads it once for the gradient of taps.
+        gradient is handed on as it is; backward reads it once for the gradient of taps. Derivatives of
+        any order, forward-mode and torch.func: docs/derivatives.md.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device; norm or relu where a gradient is

@@ -41,7 +41,8 @@ def pyramid_pool(input: Tensor, bins: Bins, *, concat: Tensor | None = None, off
 
     Returns:
         (N, P, C), P the number of cells of all levels, level by level and row by row, in the dtype of input. Sums are
-        taken in float32 (float64 for float64). The same bits on every run, forward and backward.
+        taken in float32 (float64 for float64). The same bits on every run, forward and backward. Derivatives of any
+        order, forward-mode and torch.func: docs/derivatives.md.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device.

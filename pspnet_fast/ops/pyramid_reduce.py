@@ -33,6 +33,7 @@ def pyramid_reduce(
 
     Returns:
         (N, P, R) in the dtype of pooled; products are summed in float32 (float64 for float64), in a fixed order.
+        Derivatives of any order, forward-mode and torch.func: docs/derivatives.md.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device; norm or relu where a gradient is

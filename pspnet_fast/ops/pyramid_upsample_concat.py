@@ -41,7 +41,7 @@ def pyramid_upsample_concat_(
 
     Returns:
         concat. Interpolation is done in float32 (float64 for float64). The same bits on every run, forward and
-        backward: no atomics.
+        backward: no atomics. Derivatives of any order, forward-mode and torch.func: docs/derivatives.md.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device.

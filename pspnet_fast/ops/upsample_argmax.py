@@ -40,8 +40,8 @@ def upsample_argmax(
         (N, H, W) float32, float64 for float64 logits. Among equal logits the lowest class wins. As in torch.argmax, NaN
         counts as the greatest; the confidence is NaN there, and where a logit is +inf or all are -inf. As in
         F.interpolate, +inf and NaN make NaN where their weight is 0; other than there, -inf does not count there, so
-        that a class switched off never wins. Arithmetic is float32, float64 for float64; the same
-        bits on every run. No gradient.
+        that a class switched off never wins. Arithmetic is float32, float64 for float64; the same bits on every run. No
+        gradient; forward-mode derivatives of the confidence and vmap: docs/derivatives.md.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or dtype; return_confidence where a gradient is

@@ -50,7 +50,8 @@ def upsample_cross_entropy(
     Returns:
         A number, for "none" (N, H, W) with 0 at ignored pixels; in float32 for logits of 16 or 32 bits, else float64,
         as is all arithmetic; the log-sum-exp is kept so, too, which leaves softmax off by that number's rounding. The
-        same bits on every run, forward and backward: no atomics. No second derivative.
+        same bits on every run, forward and backward: no atomics. Second and forward-mode derivatives and
+        torch.func are right, but hold the upsampled logits (docs/derivatives.md).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.

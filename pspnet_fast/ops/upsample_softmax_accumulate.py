@@ -42,7 +42,7 @@ def upsample_softmax_accumulate_(
     Returns:
         probabilities. A pixel with NaN or +inf among its logits, or -inf alone, becomes NaN; a class of -inf adds 0,
         also where its weight is 0, which F.interpolate makes NaN. Probabilities below 1.2e-38 (float64: 1e-307) of the
-        greatest count as 0. The same bits on every run. No gradient.
+        greatest count as 0. The same bits on every run. No gradient; forward-mode and vmap: docs/derivatives.md.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, or where a gradient is needed.

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pspnet_fast import fuse, unfuse
-from pspnet_fast.fusion.patch import Fused
+from pspnet_fast import fuse, ops, unfuse
+from pspnet_fast.fusion import Fused, rules
 
 PACKAGES = ("torchvision", "segmentation_models_pytorch", "timm", "transformers")
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
@@ -36,21 +36,18 @@ def psp(encoder: str, **arguments: int) -> nn.Module:
     return smp.PSPNet(encoder, encoder_weights=None, classes=11, **arguments)
 
 
-# name: builds the model; the pyramid, its bottleneck, align_corners, order
+# name: builds the model, the size of an image, the module to fuse, the convolution that gains
 MODELS = {
-    "smp resnet18": (lambda: psp("resnet18"), "decoder.psp", "decoder.conv", True, "input_last"),
+    "smp resnet18": (lambda: psp("resnet18"), (64, 96), "decoder", "decoder.conv.0"),
     "smp resnet50": (
         lambda: psp("resnet50", encoder_depth=5, output_stride=8),
-        *("decoder.psp", "decoder.conv", True, "input_last"),
+        *((64, 96), "decoder", "decoder.conv.0"),
     ),
     "smp upernet": (
         lambda: smp.UPerNet("resnet18", encoder_weights=None, classes=11, decoder_channels=32),
-        *("decoder.psp", "decoder.psp", False, "input_first"),
+        *((256, 288), "decoder.psp", "decoder.psp.out_conv.0"),
     ),
-    "transformers upernet": (
-        upernet,
-        *("decode_head.psp_modules", "decode_head.bottleneck", False, "input_first"),
-    ),
+    "transformers upernet": (upernet, (256, 288), "decode_head", "decode_head.bottleneck.conv"),
 }
 
 
@@ -66,19 +63,28 @@ def run(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_fuse(name):
-    build, pyramid, bottleneck, align_corners, concat = MODELS[name]
+@pytest.mark.parametrize("by_example", [False, True])
+def test_fuse(name, by_example, monkeypatch):
+    monkeypatch.setattr(rules, "LEAST_ELEMENTS", 0)  # these models are narrow
+    build, size, scope, convolution = MODELS[name]
     torch.manual_seed(0)
     model = build().double()
     original, keys = copy.deepcopy(model), list(model.state_dict())
     parameters = list(model.parameters())
-    _, report = fuse(model, return_report=True)
-    (replaced,) = report.replaced
-    found = (replaced.pyramid, replaced.bottleneck, replaced.align_corners, replaced.concat)
-    assert found == (pyramid, bottleneck, align_corners, concat)
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    if by_example:
+        _, report = fuse(model, example=x, return_report=True)
+        found = {c.module: c for c in report.convolutions}
+        assert convolution in found
+        assert found[convolution].scope == scope
+        assert found[convolution].saved > 0.1
+    else:
+        fuse(model)
     assert list(model.state_dict()) == keys
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
-    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    calls = []
+    pyramid_context_ = ops.pyramid_context_
+    monkeypatch.setattr(ops, "pyramid_context_", lambda *a, **k: calls.append(1) or pyramid_context_(*a, **k))
     for training in (True, False):
         ours, expected = run(model.train(training), x), run(original.train(training), x)
         assert ours.keys() == expected.keys()
@@ -86,6 +92,7 @@ def test_fuse(name):
             # a gradient that is 0 but for rounding (a bias before a norm) is measured against 1
             error = (ours[key] - truth).double().norm() / truth.double().norm().clamp_min(1)
             assert error <= 1e-10, (key, error)
+    assert calls
     assert not any(isinstance(m, Fused) for m in unfuse(model).modules())
     unfuse(model).load_state_dict(original.state_dict())
     assert torch.equal(run(model, x)["output"], run(original, x)["output"])
