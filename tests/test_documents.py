@@ -41,12 +41,13 @@ def test_command(place: str) -> None:
     """Its options exist, so do its configuration and the keys that it changes."""
     name, *arguments = COMMANDS[place]
     command = main.commands[name]
-    _, given, _ = command.make_parser(click.Context(command)).parse_args(arguments)
-    given = [argument for argument in given if argument not in ("[key=value", "...]")]
+    given, unknown, _ = command.make_parser(click.Context(command)).parse_args(arguments)
+    assert not unknown
+    for parameter in command.params:
+        assert parameter.name in given or not parameter.required
     if name in ("train", "eval"):
-        load_config(ROOT / given[0], given[1:])
-    else:
-        assert name == "predict" or not given
+        keys = [override for override in given["overrides"] if override not in ("[key=value", "...]")]
+        load_config(ROOT / given["config"], keys)
 
 
 def test_commands_are_found() -> None:

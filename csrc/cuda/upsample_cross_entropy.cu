@@ -151,7 +151,7 @@ template <class T>
 __device__ __forceinline__ Terms<acc_t<T>> terms_of(const UpsampleCrossEntropyBackwardArgs& args, int64_t pixel,
                                                     acc_t<T> factor, acc_t<T> smooth_total) {
   const int64_t target = target_at(args, pixel);
-  if (target == args.ignore_index) return {0, 0, acc_t<T>(3e38f), 0, 0, 0, -1};  // exp(z - lse) is 0, not infinite
+  if (target == args.ignore_index) return {0, 0, -kLowest<acc_t<T>>, 0, 0, 0, -1};  // exp(z - lse) is 0, not infinite
   const auto* const lse = static_cast<const acc_t<T>*>(args.lse);
   if (target < 0 || target >= args.K) return {0, 0, lse[pixel], 1, 0, 0, -1};  // NaN, for so is its lse
   const acc_t<T> grad =
