@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from . import ops
 from .layers import is_batch_norm, is_convolution, is_identity, is_relu, runs_only
 from .modules import FusedPPM
+from .ops._library import transforms_active
 from .ops.checks import check_map
 from .ops.pyramid_reduce import Norm
 from .split_weight import Channels, split_product
@@ -98,7 +99,9 @@ def psp_head(input: Tensor, ppm: FusedPPM, conv: nn.Conv2d, norm: nn.Module, act
 
 def _is_fused(input: Tensor, ppm: nn.Module, conv: nn.Module) -> bool:
     """Whether the plain form would compute the same, at a higher price: whatever became of the modules since."""
-    if not (isinstance(ppm, FusedPPM) and runs_only(ppm, FusedPPM.forward) and is_convolution(conv)):
+    if transforms_active() or not isinstance(ppm, FusedPPM) or not runs_only(ppm, FusedPPM.forward):
+        return False
+    if not is_convolution(conv):
         return False
     if why_no_bottleneck(ppm, conv):
         return False

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import ops
 
+_BATCHED: Any = torch._C._parse_dispatch_key("Batched")
 Channels = tuple[int, int]  # the first input channel of a part, and how many
 
 
@@ -53,7 +54,7 @@ class SplitProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_dense: Tensor | None, grad_taps: Tensor) -> Any:
         weight, *levels = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for a second derivative
+        if torch.is_grad_enabled() or _in_batches(grad_dense) or _in_batches(grad_taps):
             grad_weight, *grad_levels = _differentiable(ctx, weight, levels, grad_dense, grad_taps)
             return grad_weight, None, None, *grad_levels
         o, _, kh, kw = weight.shape
@@ -76,14 +77,21 @@ class SplitProduct(torch.autograd.Function):
 def _differentiable(
     ctx: Any, weight: Tensor, levels: Sequence[Tensor], grad_dense: Tensor | None, grad_taps: Tensor
 ) -> list[Tensor | None]:
-    """The gradients as plain torch computes them, which can be differentiated again."""
-    results, grads = _plain(weight, ctx.dense, ctx.parts, levels), (grad_dense, grad_taps)
+    """The gradients as plain torch computes them, which can be differentiated again and come in batches."""
+    again, grads = torch.is_grad_enabled(), (grad_dense, grad_taps)
+    with torch.enable_grad():
+        results = _plain(weight, ctx.dense, ctx.parts, levels)
     given = [(r, g) for r, g in zip(results, grads, strict=True) if r is not None and g is not None and r.requires_grad]
     inputs = [weight, *levels]
     wanted = [t for t in inputs if t.requires_grad]
     outputs, grad_outputs = zip(*given, strict=True)
-    found = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=again, allow_unused=True))
     return [next(found) if t.requires_grad else None for t in inputs]
+
+
+def _in_batches(tensor: Tensor | None) -> bool:
+    """Whether torch.autograd.grad(is_grads_batched=True) has made it: then nothing can be written in place."""
+    return tensor is not None and torch._C._dispatch_keys(tensor).has(_BATCHED)
 
 
 def _plain(

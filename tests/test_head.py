@@ -254,3 +254,37 @@ def test_pspnet_is_the_same_with_either_head(training):
 def test_pspnet_refuses_other_heads():
     with pytest.raises(ValueError, match="head must be one of 'fused', 'concat', got 'plain'"):
         PSPNet(3, "resnet18", head="plain")
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_derivatives_of_every_order_and_transforms(align_corners):
+    torch.manual_seed(0)
+    module = make_head(4, 3, 2, bins=(1, 2), align_corners=align_corners, activation=nn.Tanh).double().eval()
+    stock, x = StockHead(module).eval(), torch.randn(2, 4, 5, 4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(module, x.requires_grad_(), check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(module, x)
+    for transform in (
+        lambda m: torch.func.hessian(lambda v: m(v).square().sum())(x.detach()[:1]),
+        lambda m: torch.func.vmap(m)(x.detach()[:, None]),
+        lambda m: torch.func.jvp(torch.func.grad(lambda v: m(v).sum()), (x.detach(),), (x.detach(),))[1],
+    ):
+        torch.testing.assert_close(transform(module), transform(stock), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_gradients_of_gradients_reach_all_parameters(batched):
+    results = []
+    module = make_head().double().eval()
+    for m in (module, StockHead(module).eval()):
+        x = torch.randn(2, 8, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = m(x)
+        if batched:
+            wanted = [x, m.bottleneck[0].weight, m.ppm.features[1][1].weight]
+            directions = torch.randn(3, *y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
+            results.append(torch.autograd.grad(y, wanted, directions, is_grads_batched=True))
+            continue
+        (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        grad.square().sum().backward()
+        results.append([p.grad for p in m.parameters()] + [x.grad])
+    for ours, truth in zip(*results, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)
