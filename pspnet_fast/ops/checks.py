@@ -108,6 +108,7 @@ def check_tensor(name: str, tensor: Tensor, shape: str, like: Tensor | None = No
         raise ValueError(f"{name} must have shape {shape}, but has {tuple(tensor.shape)}")
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, but is {_name(tensor.dtype)}")
+    check_dense(name, tensor)
     if like is None:
         return
     if tensor.dtype != like.dtype:
@@ -118,6 +119,44 @@ def check_tensor(name: str, tensor: Tensor, shape: str, like: Tensor | None = No
         raise ValueError(
             f"{name} must be on the device of the first argument, {like.device}, but is on {tensor.device}"
         )
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Checks that a tensor has strides: that it is no sparse one."""
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, but its layout is {tensor.layout}")
+
+
+def check_number(name: str, value: float) -> float:
+    """A real number as a float."""
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise TypeError(f"{name} must be a number, but is {value!r}") from None
+
+
+def check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, but is {value!r}")
+
+
+def as_norm(norm: Norm | None) -> tuple[list[Tensor], float]:
+    """The tensors of a norm, whose own properties are not checked, and its eps; none where there is no norm."""
+    if norm is None:
+        return [], 0.0
+    if not isinstance(norm, Sequence) or len(norm) != 5:
+        raise TypeError(f"norm must be (weight, bias, running_mean, running_var, eps), but is {norm!r}")
+    return list(norm[:4]), check_number("eps of norm", norm[4])
+
+
+def check_integer(name: str, value: int) -> None:
+    """Checks an int of 64 bits."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, but is {value!r}")
+    if not -(1 << 63) <= value < 1 << 63:
+        raise ValueError(f"{name} must be an int of 64 bits, but is {value!r}")
 
 
 def check_map(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
@@ -132,10 +171,10 @@ def check_size(size: Sequence[int]) -> tuple[int, int]:
     if isinstance(size, str) or not isinstance(size, Sequence) or len(size) != 2:
         raise TypeError(f"size must be a pair (height, width), but is {size!r}")
     height, width = size
-    if not isinstance(height, int) or not isinstance(width, int):
+    if not all(isinstance(s, int) and not isinstance(s, bool) for s in size):
         raise TypeError(f"size must hold ints, but is {size!r}")
-    if height < 1 or width < 1:
-        raise ValueError(f"size must be at least 1 x 1, but is {tuple(size)}")
+    if not (1 <= height < 1 << 31 and 1 <= width < 1 << 31):
+        raise ValueError(f"size must be from 1 x 1 to 2^31 - 1 each way, but is {tuple(size)}")
     return height, width
 
 

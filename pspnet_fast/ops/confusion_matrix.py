@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import plain
 from ._library import register_batching, register_inplace, transforms_active
-from .checks import check_shape
+from .checks import check_dense, check_integer, check_shape
 
 _count = torch.ops.pspnet_fast.confusion_matrix_.default
 _INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -40,11 +40,13 @@ def confusion_matrix(
         if not isinstance(tensor, Tensor) or tensor.dtype not in _INTEGERS:
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{name} must be a Tensor of uint8, int16, int32 or int64, but is {kind}")
+        check_dense(name, tensor)
     check_shape("prediction", prediction, target.shape, "that of target")
     if prediction.device != target.device:
         raise ValueError(f"prediction must be on the device of target, {target.device}, but is on {prediction.device}")
     if not isinstance(K, int) or K < 1:
         raise ValueError(f"K must be an int >= 1, but is {K!r}")
+    check_integer("ignore_index", ignore_index)
     if out is None:
         out = torch.zeros(K, K, dtype=torch.int64, device=target.device)
         if transforms_active():  # a batch of counts for a batch of either

@@ -11,7 +11,9 @@ from .checks import (
     Bins,
     Norm,
     as_levels,
+    as_norm,
     as_window,
+    check_flag,
     check_map,
     check_shape,
     check_tensor,
@@ -74,7 +76,7 @@ def pyramid_context_(
     check_tensor("taps", taps, "(N, P, kh * kw, O)", conv)
     n, o, _, _ = conv.shape
     check_shape("taps", taps, (n, count_cells(levels), size[0] * size[1], o), "(N, cells of bins, kh * kw, O)")
-    tensors, eps = list(norm[:4]) if norm is not None else [], float(norm[4]) if norm is not None else 0.0
+    tensors, eps = as_norm(norm)
     for t in tensors:
         check_tensor("norm", t, "(O)")
         check_shape("norm", t, (o,), "(O,)")
@@ -86,6 +88,8 @@ def pyramid_context_(
         raise ValueError(
             "norm and relu are for inference: leave them out where a gradient is needed, or use torch.no_grad()"
         )
+    check_flag("align_corners", align_corners)
+    check_flag("relu", relu)
     arguments = conv, taps, tensors, eps, relu, flatten(levels), list(size), list(step), align_corners
     if transforms_active():
         run_plain(plain.pyramid_context_, *arguments)

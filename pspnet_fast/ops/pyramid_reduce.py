@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import plain
 from ._library import needs_grad, register_derivatives
-from .checks import Bins, Norm, as_levels, check_shape, check_tensor, count_cells, flatten
+from .checks import Bins, Norm, as_levels, as_norm, check_flag, check_shape, check_tensor, count_cells, flatten
 
 _forward = torch.ops.pspnet_fast.pyramid_reduce.default
 _backward = torch.ops.pspnet_fast.pyramid_reduce_backward.default
@@ -43,6 +43,8 @@ def pyramid_reduce(
     check_tensor("pooled", pooled, "(N, P, C)")
     n, _, c = pooled.shape
     check_shape("pooled", pooled, (n, count_cells(levels), c), "(N, cells of bins, C)")
+    if not isinstance(weights, Sequence):
+        raise TypeError(f"weights must hold one tensor a level, but is {weights!r}")
     if len(weights) != len(levels):
         raise ValueError(
             f"weights must hold one tensor a level, {len(levels)} for bins {bins!r}, but holds {len(weights)}"
@@ -55,9 +57,12 @@ def pyramid_reduce(
         check_shape(
             name, weight, (weights[0].size(0), c, 1, 1)[: weight.dim()], "(R, C, 1, 1)"[: 6 * weight.dim() // 2]
         )
+    if norm is not None and not isinstance(norm, Sequence):
+        raise TypeError(f"norm must hold one tuple a level, but is {norm!r}")
     if norm is not None and len(norm) != len(levels):
         raise ValueError(f"norm must hold one tuple a level, {len(levels)} for bins {bins!r}, but holds {len(norm)}")
-    tensors = [t for level in norm or () for t in level[:4]]
+    norms = [as_norm(level) for level in norm or ()]
+    tensors = [t for level, _ in norms for t in level]
     for t in tensors:
         check_tensor("norm", t, "(R)")
         check_shape("norm", t, (weights[0].size(0),), "(R,)")
@@ -69,8 +74,8 @@ def pyramid_reduce(
         raise ValueError(
             "norm and relu are for inference: leave them out where a gradient is needed, or use torch.no_grad()"
         )
-    eps = [float(level[4]) for level in norm or ()]
-    return _forward(pooled, list(weights), tensors, eps, relu, flatten(levels))
+    check_flag("relu", relu)
+    return _forward(pooled, list(weights), tensors, [eps for _, eps in norms], relu, flatten(levels))
 
 
 class PyramidReduceFunction(torch.autograd.Function):

@@ -11,6 +11,7 @@ from .checks import (
     Bins,
     as_levels,
     check_channels,
+    check_flag,
     check_map,
     check_shape,
     check_tensor,
@@ -53,6 +54,7 @@ def pyramid_upsample_concat_(
     check_tensor("reduced", reduced, "(N, P, R)", concat)
     check_shape("reduced", reduced, (concat.size(0), count_cells(levels), reduced.size(2)), "(N, cells of bins, R)")
     check_channels("concat", concat, offset, len(levels) * reduced.size(2))
+    check_flag("align_corners", align_corners)
     arguments = concat, reduced, offset, flatten(levels), align_corners
     if transforms_active():
         run_plain(plain.pyramid_upsample_concat_, *arguments)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import plain
 from ._library import needs_grad, register_derivatives
-from .checks import check_map, check_size
+from .checks import check_flag, check_map, check_size
 
 _forward = torch.ops.pspnet_fast.upsample_argmax.default
 _MOST_BYTE_CLASSES = 256  # csrc/upsample_argmax.cpp
@@ -49,6 +49,8 @@ def upsample_argmax(
     """
     check_map("logits", logits)
     height, width = check_size(size)
+    check_flag("align_corners", align_corners)
+    check_flag("return_confidence", return_confidence)
     if return_confidence and needs_grad(logits):
         raise ValueError("return_confidence has no gradient: detach logits, or use torch.no_grad()")
     classes, confidence = _forward(logits, height, width, align_corners, return_confidence)

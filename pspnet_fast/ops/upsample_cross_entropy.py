@@ -8,7 +8,17 @@ from torch import Tensor
 
 from . import plain
 from ._library import register_derivatives
-from .checks import REDUCTIONS, Reduction, check_map, memory_format
+from .checks import (
+    REDUCTIONS,
+    Reduction,
+    check_dense,
+    check_flag,
+    check_integer,
+    check_map,
+    check_number,
+    check_size,
+    memory_format,
+)
 
 TARGETS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
@@ -63,17 +73,21 @@ def upsample_cross_entropy(
     """
     check_map("logits", logits)
     _check_target(target, logits)
-    if size is not None and tuple(size) != tuple(target.shape[1:]):
+    if size is not None and check_size(size) != tuple(target.shape[1:]):
         raise ValueError(f"size must be that of target, {tuple(target.shape[1:])}, but is {tuple(size)}")
     accumulator = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if weight is not None:
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             raise TypeError(f"weight must be a Tensor of floating-point numbers, shape (K,), but is {weight!r}")
+        check_dense("weight", weight)
         if weight.shape != (logits.size(1),):
             raise ValueError(f"weight must have shape (K,) = ({logits.size(1)},), but has {tuple(weight.shape)}")
         if weight.device != logits.device:
             raise ValueError(f"weight must be on the device of logits, {logits.device}, but is on {weight.device}")
         weight = weight.detach().to(accumulator)
+    check_flag("align_corners", align_corners)
+    check_integer("ignore_index", ignore_index)
+    label_smoothing = check_number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be from 0 to 1, but is {label_smoothing!r}")
     if reduction not in REDUCTIONS:
@@ -81,7 +95,7 @@ def upsample_cross_entropy(
     if target.device.type != "cpu" and torch.is_anomaly_enabled():
         _check_values(target, logits.size(1), ignore_index)
     number = REDUCTIONS.index(reduction)
-    loss, _, _ = _forward(logits, target, weight, align_corners, ignore_index, float(label_smoothing), number)
+    loss, _, _ = _forward(logits, target, weight, align_corners, ignore_index, label_smoothing, number)
     return loss
 
 
@@ -89,6 +103,7 @@ def _check_target(target: Tensor, logits: Tensor) -> None:
     if not isinstance(target, Tensor) or target.dtype not in TARGETS:
         kind = target.dtype if isinstance(target, Tensor) else type(target).__name__
         raise TypeError(f"target must be a Tensor of uint8, int16, int32 or int64, but is {kind}")
+    check_dense("target", target)
     if target.dim() != 3 or target.size(0) != logits.size(0) or target.size(1) < 1 or target.size(2) < 1:
         raise ValueError(
             f"target must have shape (N, H, W), N = {logits.size(0)}, H >= 1 and W >= 1, but has {tuple(target.shape)}"

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import plain
 from ._library import needs_grad, register_derivatives, run_plain, transforms_active
-from .checks import check_map, check_shape, check_size
+from .checks import check_flag, check_integer, check_map, check_number, check_shape, check_size
 
 _forward = torch.ops.pspnet_fast.upsample_softmax_accumulate_.default
 
@@ -60,6 +60,8 @@ def upsample_softmax_accumulate_(
         )
     n, k, h, w = probabilities.shape
     check_shape("logits", logits, (n, k, *logits.shape[2:]), "(N and K of probabilities, h, w)")
+    check_integer("top", top)
+    check_integer("left", left)
     if top < 0 or left < 0:
         raise ValueError(f"top and left must be at least 0, but are {top} and {left}")
     height, width = check_size((h - top, w - left) if size is None else size)
@@ -68,9 +70,12 @@ def upsample_softmax_accumulate_(
             f"the window must lie in probabilities ({h} x {w}), but has top {top}, left {left} and size "
             f"{(height, width)}"
         )
+    check_flag("align_corners", align_corners)
+    check_flag("mirrored", mirrored)
+    number = check_number("weight", weight)
     if needs_grad(probabilities, logits):
         raise ValueError("upsample_softmax_accumulate_ has no gradient: use torch.no_grad()")
-    arguments = probabilities, logits, top, left, height, width, align_corners, mirrored, float(weight)
+    arguments = probabilities, logits, top, left, height, width, align_corners, mirrored, number
     if transforms_active():
         run_plain(plain.upsample_softmax_accumulate_, *arguments)
     else:
