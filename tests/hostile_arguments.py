@@ -244,14 +244,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("operator", choices=SOUND)
     parser.add_argument("--cuda-on-cpu", action="store_true")
-    parser.add_argument("--pairs", type=int, default=300)
+    parser.add_argument("--pairs", type=int, default=80)
     options = parser.parse_args()
     torch.set_num_threads(2)
     with contextlib.ExitStack() as stack:
         if options.cuda_on_cpu:
             from cuda_on_cpu import backend
 
-            SIZES.remove(2**22)  # minutes
+            SIZES.remove(2**22)  # each of these takes minutes
+            HOSTILE["bins"].remove([4096, 64])
             stack.enter_context(backend.instead_of_cpu_kernels())
         operator = getattr(torch.ops.pspnet_fast, options.operator)
         operator(*itertools.starmap(sound, SOUND[options.operator]))
