@@ -73,6 +73,7 @@ def test_what_an_example_shows(name):
     assert found.saved == pytest.approx((found.channels - levels * cells / pixels) / found.of)
     assert [m.training for m in model.modules()] == mode
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert fuse(model, example=x, return_report=True)[1] == report  # of a model that is fused
 
 
 @pytest.mark.parametrize("name", MODELS)

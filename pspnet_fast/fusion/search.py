@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.random import fork_rng
 
 from .lazy import Concat, Lazy
+from .patch import Fused, apply, remove
 from .scope import Scope
 
 
@@ -94,8 +95,11 @@ def trial(model: nn.Module, example: Any) -> list[LowResolution]:
     """
     watched = _Trial(model)
     modes = [(module, module.training) for module in model.modules()]
+    fused = [module for module in model.modules() if isinstance(module, Fused)]
     args: Any = () if isinstance(example, Mapping) else (example,) if isinstance(example, Tensor) else example
     kwargs: Any = example if isinstance(example, Mapping) else {}
+    for module in fused:  # whose scopes would be others
+        remove(module)
     model.eval()
     try:
         with fork_rng(), torch.no_grad(), watched.stack_kept(), watched:
@@ -103,6 +107,8 @@ def trial(model: nn.Module, example: Any) -> list[LowResolution]:
     finally:
         for module, training in modes:
             module.training = training
+        for module in fused:
+            apply(module)
     return watched.found
 
 
