@@ -98,8 +98,8 @@ def trial(model: nn.Module, example: Any) -> list[LowResolution]:
     fused = [module for module in model.modules() if isinstance(module, Fused)]
     args: Any = () if isinstance(example, Mapping) else (example,) if isinstance(example, Tensor) else example
     kwargs: Any = example if isinstance(example, Mapping) else {}
-    for module in fused:  # whose scopes would be others
-        remove(module)
+    for own in fused:  # whose scopes would be others
+        remove(own)
     model.eval()
     try:
         with fork_rng(), torch.no_grad(), watched.stack_kept(), watched:
@@ -107,8 +107,8 @@ def trial(model: nn.Module, example: Any) -> list[LowResolution]:
     finally:
         for module, training in modes:
             module.training = training
-        for module in fused:
-            apply(module)
+        for stock in fused:
+            apply(stock)
     return watched.found
 
 
