@@ -173,8 +173,10 @@ def check_size(size: Sequence[int]) -> tuple[int, int]:
     height, width = size
     if not all(isinstance(s, int) and not isinstance(s, bool) for s in size):
         raise TypeError(f"size must hold ints, but is {size!r}")
-    if not (1 <= height < 1 << 31 and 1 <= width < 1 << 31):
-        raise ValueError(f"size must be from 1 x 1 to 2^31 - 1 each way, but is {tuple(size)}")
+    if height < 1 or width < 1:
+        raise ValueError(f"size must be at least 1 x 1, but is {tuple(size)}")
+    if height >= 1 << 31 or width >= 1 << 31:
+        raise ValueError(f"size must be below 2^31 each way, but is {tuple(size)}")
     return height, width
 
 
