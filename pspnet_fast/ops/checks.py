@@ -143,11 +143,13 @@ def check_flag(name: str, value: bool) -> None:
 
 
 def as_norm(norm: Norm | None) -> tuple[list[Tensor], float]:
-    """The tensors of a norm, whose own properties are not checked, and its eps; none where there is no norm."""
+    """The tensors of a norm, whose shapes are not checked, and its eps; none where there is no norm."""
     if norm is None:
         return [], 0.0
     if not isinstance(norm, Sequence) or len(norm) != 5:
         raise TypeError(f"norm must be (weight, bias, running_mean, running_var, eps), but is {norm!r}")
+    for tensor in norm[:4]:
+        check_tensor("norm", tensor, "(channels)")
     return list(norm[:4]), check_number("eps of norm", norm[4])
 
 
