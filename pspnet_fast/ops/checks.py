@@ -143,11 +143,13 @@ def check_flag(name: str, value: bool) -> None:
 
 
 def as_norm(norm: Norm | None) -> tuple[list[Tensor], float]:
-    """The tensors of a norm, whose own properties are not checked, and its eps; none where there is no norm."""
+    """The tensors of a norm, whose shapes are not checked, and its eps; none where there is no norm."""
     if norm is None:
         return [], 0.0
     if not isinstance(norm, Sequence) or len(norm) != 5:
         raise TypeError(f"norm must be (weight, bias, running_mean, running_var, eps), but is {norm!r}")
+    for tensor in norm[:4]:
+        check_tensor("norm", tensor, "(channels)")
     return list(norm[:4]), check_number("eps of norm", norm[4])
 
 
@@ -173,8 +175,10 @@ def check_size(size: Sequence[int]) -> tuple[int, int]:
     height, width = size
     if not all(isinstance(s, int) and not isinstance(s, bool) for s in size):
         raise TypeError(f"size must hold ints, but is {size!r}")
-    if not (1 <= height < 1 << 31 and 1 <= width < 1 << 31):
-        raise ValueError(f"size must be from 1 x 1 to 2^31 - 1 each way, but is {tuple(size)}")
+    if height < 1 or width < 1:
+        raise ValueError(f"size must be at least 1 x 1, but is {tuple(size)}")
+    if height >= 1 << 31 or width >= 1 << 31:
+        raise ValueError(f"size must be below 2^31 each way, but is {tuple(size)}")
     return height, width
 
 

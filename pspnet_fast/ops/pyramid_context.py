@@ -78,7 +78,6 @@ def pyramid_context_(
     check_shape("taps", taps, (n, count_cells(levels), size[0] * size[1], o), "(N, cells of bins, kh * kw, O)")
     tensors, eps = as_norm(norm)
     for t in tensors:
-        check_tensor("norm", t, "(O)")
         check_shape("norm", t, (o,), "(O,)")
         if t.dtype != tensors[0].dtype or t.dtype not in (torch.float32, conv.dtype):
             raise TypeError(f"norm must be float32 or {conv.dtype} throughout, but holds {t.dtype}")

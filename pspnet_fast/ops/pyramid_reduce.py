@@ -64,7 +64,6 @@ def pyramid_reduce(
     norms = [as_norm(level) for level in norm or ()]
     tensors = [t for level, _ in norms for t in level]
     for t in tensors:
-        check_tensor("norm", t, "(R)")
         check_shape("norm", t, (weights[0].size(0),), "(R,)")
         if t.dtype != tensors[0].dtype or t.dtype not in (torch.float32, pooled.dtype):
             raise TypeError(f"norm must be float32 or {pooled.dtype} throughout, but holds {t.dtype}")
