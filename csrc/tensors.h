@@ -92,7 +92,7 @@ inline bool is_channels_last(const Tensor& map) {
 // Whether the kernels take the map's strides.
 inline bool is_native(const Tensor& map, bool channels_last) {
   const int dense = channels_last ? 1 : 3;
-  return map.size(dense) == 1 || map.stride(dense) == 1;
+  return map.numel() == 0 || map.size(dense) == 1 || map.stride(dense) == 1;  // of nothing, any will do
 }
 
 inline int64_t element_size(torch::headeronly::ScalarType dtype) {
