@@ -16,11 +16,14 @@ __global__ void __launch_bounds__(kThreads) argmax_pixels(const __grid_constant_
   const Corners<T> corners(args, at.n, at.x, at.y);
   const int64_t to = (at.n * H + at.y) * W + at.x;
 
+  constexpr int kAtOnce =
+      V == 1 && sizeof(acc_t<T>) == 4 ? 2 : 1;  // steps of a loop over classes: more would spill registers
   acc_t<T> best, values[V];
   int found;
   bool careful = false;
   for (;;) {
     best = 0, found = -1;
+#pragma unroll kAtOnce
     for (int k = 0; k < K; k += V) {
       corners.template at<V>(k, values, careful);
 #pragma unroll
@@ -39,6 +42,7 @@ __global__ void __launch_bounds__(kThreads) argmax_pixels(const __grid_constant_
 
   if (args.confidence == nullptr) return;
   acc_t<T> sum = 0;
+#pragma unroll kAtOnce
   for (int k = 0; k < K; k += V) {
     corners.template at<V>(k, values, careful);
 #pragma unroll
