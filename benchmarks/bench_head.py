@@ -3,18 +3,21 @@ whole PSPNet-50 with either head."""
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from comparison import DEVICE, IMPLEMENTATIONS, Case, Comparison, cases, nbytes
 from stock import StockPPM
-from torch import nn
+from torch import Tensor, nn
 
-from pspnet_fast import FusedPPM, FusedPSPHead, PSPNet
+import pspnet_fast.head
+from pspnet_fast import FusedPPM, FusedPSPHead, PSPNet, split_weight
 
 SHAPES = [(1, 2048, 60, 60), (1, 2048, 90, 90)]
 EVALUATION, TRAINING = "FusedPSPHead, evaluation: forward", "FusedPSPHead, training: forward + backward"
+KEPT = "FusedPSPHead, evaluation, against one that keeps its weight's parts"
 CONVOLUTION, NETWORK = "FusedPSPHead beside the convolution of x", "PSPNet-50, 473x473: forward"
 TARGETS = {torch.float32: {EVALUATION: 2.0, TRAINING: 1.95}, torch.bfloat16: {EVALUATION: 1.9, TRAINING: 1.9}}
 if DEVICE.type == "cuda":
@@ -81,6 +84,34 @@ def test_beside_the_convolution(
     function = (lambda: head(x)) if implementation == "fused" else (lambda: F.conv2d(x, weight, padding=1))
     with torch.no_grad():
         measure(against, implementation, function)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "fused"])
+@pytest.mark.parametrize("case", cases(SHAPES[0]), ids=str)
+def test_no_kept_weight(
+    measure: Callable[..., None], device: torch.device, case: Case, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ "eager" is a head that would keep its weight's parts between calls, at the risk of old ones: 0.96 is meant."""
+    head, x = make_head("fused", case, device).eval(), case.random_map(device)
+    if implementation == "eager":
+        monkeypatch.setattr(pspnet_fast.head, "split_product", keeping(pspnet_fast.head.split_product))
+    with torch.no_grad():
+        measure(Comparison(KEPT, str(case), nbytes(x), 1 / 1.04), implementation, lambda: head(x))
+
+
+def keeping(split_product: Callable[..., Any]) -> Callable[..., Any]:
+    """split_product with the first call's parts."""
+    kept: list[Any] = []
+
+    def products(weight: Tensor, dense: Any, parts: Any, levels: Any) -> Any:
+        if not kept:
+            matrices = [split_weight._by_taps(weight.narrow(1, *part), levels[0].dtype) for part in parts]
+            kept.extend([split_product(weight, dense, parts, levels)[0], matrices])
+        given = zip(levels, kept[1], strict=True)
+        taps = [(z.flatten(0, 1) @ m.t()).view(*z.shape[:2], -1, weight.size(0)) for z, m in given]
+        return kept[0], torch.cat(taps, 1)
+
+    return products
 
 
 @pytest.mark.parametrize("implementation", ["eager", "fused"])
