@@ -146,7 +146,8 @@ def test_layers_that_do_more_than_theirs_run_as_they_are(special, training):
     x = X.double()
     with torch.no_grad():
         expected = StockHead(copy.deepcopy(module)).train(training)(x)
-        assert special == "parametrized" or not torch.allclose(before.double()(x), expected, atol=1e-3)
+        # in training a norm undoes a factor
+        assert training or special == "parametrized" or not torch.allclose(before.double()(x), expected, atol=1e-3)
         torch.testing.assert_close(copy.deepcopy(module)(x), expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(module(x), expected, rtol=1e-10, atol=1e-10)
 
