@@ -16,8 +16,8 @@ __global__ void __launch_bounds__(kThreads) argmax_pixels(const __grid_constant_
   const Corners<T> corners(args, at.n, at.x, at.y);
   const int64_t to = (at.n * H + at.y) * W + at.x;
 
-  constexpr int kAtOnce =
-      V == 1 && sizeof(acc_t<T>) == 4 ? 2 : 1;  // steps of a loop over classes: more would spill registers
+  // Steps of a loop over classes: more would spill registers. Compilers for CPUs do not know the pragma.
+  [[maybe_unused]] constexpr int kAtOnce = V == 1 && sizeof(acc_t<T>) == 4 ? 2 : 1;
   acc_t<T> best, values[V];
   int found;
   bool careful = false;

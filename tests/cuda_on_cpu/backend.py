@@ -41,6 +41,9 @@ FLAGS = [
 ]
 
 
+_failures: dict[Path, RuntimeError] = {}  # not tried again: hundreds of tests ask for the same library
+
+
 class NotAvailable(Exception):
     """Why the CUDA sources cannot be built here."""
 
@@ -140,14 +143,20 @@ def _build(name: str, units: dict[Path, list[str]], sanitizer: str, libraries: l
     result = ROOT / "build" / "cuda_on_cpu" / identity.hexdigest()[:16] / name
     if result.exists():
         return result
+    if result in _failures:
+        raise _failures[result]
 
     result.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=result.parent) as folder:
         objects = {source: str(Path(folder) / f"{i}.o") for i, source in enumerate(commands)}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda item: _run([*item[1], "-o", objects[item[0]]]), commands.items()))
         made = Path(folder) / name
-        _run([*link, *objects.values(), *libraries, "-o", str(made)])
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(lambda item: _run([*item[1], "-o", objects[item[0]]]), commands.items()))
+            _run([*link, *objects.values(), *libraries, "-o", str(made)])
+        except RuntimeError as error:
+            _failures[result] = error
+            raise
         made.rename(result)  # whole, or not at all
     return result
 
