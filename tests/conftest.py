@@ -106,7 +106,7 @@ def poison(request: pytest.FixtureRequest) -> Iterator[None]:
 def small_maps_as_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """The heads run without the concatenation at the sizes of small tests too."""
     from pspnet_fast import head
-    from pspnet_fast.fusion import rules
+    from pspnet_fast.fusion import convolution
 
     monkeypatch.setattr(head, "concatenation_is_cheaper", lambda *_: False)
-    monkeypatch.setattr(rules, "LEAST_ELEMENTS", 0)
+    monkeypatch.setattr(convolution, "LEAST_ELEMENTS", 0)

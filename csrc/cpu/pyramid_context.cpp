@@ -1,46 +1,10 @@
-// The context half of a convolution on the CPU, from the pyramid's cells seen through its weights (the taps):
-//   context[h, w] = sum over levels, u, v, i, j of (S_u A_h)[h, i] (S_v A_w)[w, j] taps[i, j, u, v],
-// A the interpolation matrices and S_u A the same with rows shifted by tap u; one axis after the other.
-#include <cmath>
+// The context half of a convolution on the CPU, added to the other half in one read and write.
+#include "pyramid_context.h"
 
-#include "seen_axis.h"
+#include <cmath>
 
 namespace pspnet_fast::cpu {
 namespace {
-
-template <class T, class Args>
-struct ContextBase {
-  using acc_t = acc_type<T>;
-  static constexpr int64_t kPlanes = 16, kChannels = 64;  // channels of a unit: planar, channels-last
-  static constexpr int64_t kVectors = kChannels / kLanes<acc_t>;
-  const Args& a;
-  SeenAxis<acc_t> vertical, horizontal;
-  bool stream;
-
-  explicit ContextBase(const Args& args)
-      : a(args),
-        vertical(a.levels, a.levels.bins_h, a.H, a.window.size_h, a.window.dilation_h, a.align_corners),
-        horizontal(a.levels, a.levels.bins_w, a.W, a.window.size_w, a.window.dilation_w, a.align_corners),
-        stream(a.N * a.O * a.H * a.W * static_cast<int64_t>(sizeof(T)) > kStreamBytes) {}
-
-  int64_t planar_units() const { return a.N * ((a.O + kPlanes - 1) / kPlanes); }
-  int64_t channel_units() const { return a.N * ((a.O + kChannels - 1) / kChannels); }
-  PSP_INLINE int64_t seen_cells() const {
-    return int64_t{a.levels.first[a.levels.count]} * a.window.size_h * a.window.size_w;
-  }
-  // Number of a cell seen through both taps in [P, size_h * size_w], from its columns on either axis.
-  PSP_INLINE int64_t seen(int column_h, int column_w) const {
-    const auto &h = vertical.columns[column_h], &w = horizontal.columns[column_w];
-    const int64_t cell = a.levels.first[h.level] + h.cell * a.levels.bins_w[h.level] + w.cell;
-    return (cell * a.window.size_h + h.tap) * a.window.size_w + w.tap;
-  }
-  // The horizontal columns of the level of a vertical one.
-  PSP_INLINE int begin_w(int column_h) const { return horizontal.first[vertical.columns[column_h].level]; }
-  PSP_INLINE int end_w(int column_h) const {
-    const int level = vertical.columns[column_h].level;
-    return horizontal.first[level] + a.window.size_w * a.levels.bins_w[level];
-  }
-};
 
 // What follows the sum: evaluation-mode batch normalisation as one factor and one summand, and ReLU.
 template <class T>
@@ -72,24 +36,30 @@ struct Epilogue {
 
 // Planar maps, a unit is 16 planes: taps become one row of W for each vertical column, of which a map's row is a sum.
 template <class T>
-struct PlanarContext : ContextBase<T, PyramidContextArgs> {
+struct PlanesContext : ContextBase<T, PyramidContextArgs> {
   using acc_t = acc_type<T>;
   using Base = ContextBase<T, PyramidContextArgs>;
   Epilogue<T> epilogue;
+  bool stream;
 
-  explicit PlanarContext(const PyramidContextArgs& args) : Base(args), epilogue(args) {}
+  explicit PlanesContext(const PyramidContextArgs& args)
+      : Base(args),
+        epilogue(args),
+        stream(args.N * args.O * args.H * args.W * static_cast<int64_t>(sizeof(T)) > kStreamBytes) {}
+
+  int64_t units() const { return this->a.N * divide_up(this->a.O, kPlanes); }
 
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
-    const int64_t blocks = (a.O + Base::kPlanes - 1) / Base::kPlanes, cells = this->seen_cells();
-    Scratch<acc_t> taps(cells * Base::kPlanes), rows(this->vertical.count() * a.W), wide, plane(a.H * a.W);
+    const int64_t blocks = divide_up(a.O, kPlanes), cells = this->seen_cells();
+    Scratch<acc_t> taps(cells * kPlanes), rows(this->vertical.count() * a.W), wide, plane(a.H * a.W);
     Scratch<T> narrow;
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t n = unit / blocks, first = unit % blocks * Base::kPlanes;
-      const int64_t planes = std::min(Base::kPlanes, a.O - first);
+      const int64_t n = unit / blocks, first = unit % blocks * kPlanes;
+      const int64_t planes = std::min(kPlanes, a.O - first);
       const T* from = static_cast<const T*>(a.taps) + n * cells * a.O + first;
       for (int64_t cell = 0; cell < cells; ++cell) {
-        for (int64_t k = 0; k < planes; ++k) taps[cell * Base::kPlanes + k] = to_acc(from[cell * a.O + k]);
+        for (int64_t k = 0; k < planes; ++k) taps[cell * kPlanes + k] = to_acc(from[cell * a.O + k]);
       }
       for (int64_t k = 0; k < planes; ++k) {
         fill_rows(&taps[k], rows.data());
@@ -111,10 +81,10 @@ struct PlanarContext : ContextBase<T, PyramidContextArgs> {
                 return epilogue(sum, scale, shift);
               });
         }
-        store_wide_plane(a.conv, n, first + k, a.H, a.W, plane, narrow, this->stream);
+        store_wide_plane(a.conv, n, first + k, a.H, a.W, plane, narrow, stream);
       }
     }
-    if (this->stream) store_fence();
+    if (stream) store_fence();
   }
 
   PSP_INLINE void fill_rows(const acc_t* taps, acc_t* rows) const {
@@ -123,7 +93,7 @@ struct PlanarContext : ContextBase<T, PyramidContextArgs> {
     for (int i = 0; i < this->vertical.count(); ++i) {
       for (int j = this->begin_w(i); j < this->end_w(i); ++j) {
         const auto& column = this->horizontal.columns[j];
-        const acc_t value = taps[this->seen(i, j) * Base::kPlanes];
+        const acc_t value = taps[this->seen(i, j) * kPlanes];
         const acc_t* __restrict__ weights = column.weights.data();
         acc_t* __restrict__ row = rows + i * W + column.begin;
         for (int64_t w = 0; w < column.end - column.begin; ++w) row[w] += value * weights[w];
@@ -132,157 +102,110 @@ struct PlanarContext : ContextBase<T, PyramidContextArgs> {
   }
 };
 
-// Channels-last maps, a unit is one row of a chunk of channels: what the taps give to the row is summed over the
-// vertical columns first, then for each pixel over the horizontal ones.
+// A unit is one row of a chunk of channels: what the taps give to the row is summed over the vertical columns first,
+// then for each pixel over the horizontal ones. Vectors lie along channels; planar maps are transposed on their way.
 template <class T>
-struct ChannelsLastContext : ContextBase<T, PyramidContextArgs> {
+struct RowsContext : ContextBase<T, PyramidContextArgs> {
   using acc_t = acc_type<T>;
   using Base = ContextBase<T, PyramidContextArgs>;
-  static constexpr int64_t kChannels = Base::kChannels, kVectors = Base::kVectors;
+  static constexpr int64_t kL = kLanes<acc_t>, kC = kChannels<acc_t>;
   Epilogue<T> epilogue;
 
-  explicit ChannelsLastContext(const PyramidContextArgs& args) : Base(args), epilogue(args) {}
+  explicit RowsContext(const PyramidContextArgs& args) : Base(args), epilogue(args) {}
+
+  int64_t units() const { return this->a.N * divide_up(this->a.O, kC) * this->a.H; }
 
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
-    const int64_t chunks = (a.O + kChannels - 1) / kChannels, cells = this->seen_cells();
-    Scratch<acc_t> columns(this->horizontal.count() * kChannels);
+    const int64_t chunks = divide_up(a.O, kC);
+    Scratch<acc_t> columns(this->horizontal.count() * kC);
+    Scratch<Source> sources(2 * a.window.size_h);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t n = unit / (chunks * a.H), first = unit / a.H % chunks * kChannels, h = unit % a.H;
-      const int64_t channels = std::min(kChannels, a.O - first);
-      const T* taps = static_cast<const T*>(a.taps) + n * cells * a.O + first;
-      std::fill(columns.begin(), columns.end(), acc_t(0));
-      for (const auto& term : this->vertical.rows[h]) {
-        for (int j = this->begin_w(term.column); j < this->end_w(term.column); ++j) {
-          const T* __restrict__ from = taps + this->seen(term.column, j) * a.O;
-          acc_t* __restrict__ to = &columns[j * kChannels];
-          for (int64_t k = 0; k < channels; ++k) to[k] += term.weight * to_acc(from[k]);
-        }
-      }
-      T* row = mutable_at<T>(a.conv, n, first, h);
-      for (int64_t w = 0; w < a.W; ++w) {
-        Vector<acc_t> sums[kVectors] = {};
-        for (const auto& term : this->horizontal.rows[w]) {
-          for (int64_t q = 0; q < kVectors; ++q) {
-            sums[q] += term.weight * load(&columns[term.column * kChannels + q * kLanes<acc_t>]);
+      const int64_t n = unit / (chunks * a.H), first = unit / a.H % chunks * kC, h = unit % a.H;
+      const int64_t channels = std::min(kC, a.O - first);
+      with_vectors<acc_t>(channels, [&](auto vectors) __attribute__((always_inline)) {
+        fill_columns<vectors>(n, first, channels, h, sources, columns.data());
+        for (int64_t w = 0; w < a.W; w += kL) {
+          Vector<acc_t> sums[vectors][kL];
+          const int64_t pixels = std::min(kL, a.W - w);
+          for (int64_t p = 0; p < pixels; ++p) sum_pixel<vectors>(columns.data(), w + p, p, sums);
+          for (int64_t q = 0; q < vectors; ++q) {
+            const int64_t lanes = std::min(kL, channels - q * kL);
+            if (a.channels_last) {
+              finish(n, first + q * kL, lanes, h, w, pixels, sums[q]);
+            } else {
+              finish_planar(n, first + q * kL, lanes, h, w, pixels, sums[q]);
+            }
           }
         }
-        finish(row + w * a.conv.stride_w, first, channels, sums);
-      }
+      });
     }
   }
 
-  PSP_INLINE void finish(T* pixel, int64_t first, int64_t channels, const Vector<acc_t> (&sums)[kVectors]) const {
-    acc_t values[kChannels];
-    __builtin_memcpy(values, sums, sizeof values);
-    const acc_t *scale = &epilogue.scale[first], *shift = &epilogue.shift[first];
-    for (int64_t k = 0; k < channels; ++k) {
-      pixel[k] = from_acc<T>(epilogue(to_acc(pixel[k]) + values[k], scale[k], shift[k]));
-    }
-  }
-};
+ private:
+  struct Source {  // taps of the first cell of a row of cells
+    const T* taps;
+    acc_t weight;
+  };
 
-// Planar maps, a unit is 16 planes, so that grad_taps is written in whole cache lines.
-template <class T>
-struct PlanarContextBackward : ContextBase<T, PyramidContextBackwardArgs> {
-  using acc_t = acc_type<T>;
-  using Base = ContextBase<T, PyramidContextBackwardArgs>;
-  using Base::Base;
-
-  PSP_INLINE void operator()(int64_t begin, int64_t end) const {
+  // columns[j] = the sum over the vertical columns of the level of j, in chunks of channels
+  template <int kCount>
+  PSP_INLINE void fill_columns(int64_t n, int64_t first, int64_t channels, int64_t h, Scratch<Source>& sources,
+                               acc_t* columns) const {
     const auto& a = this->a;
-    const int64_t blocks = (a.O + Base::kPlanes - 1) / Base::kPlanes, cells = this->seen_cells();
-    Scratch<acc_t> row(a.W), wide;
-    Scratch<T> grads(cells * Base::kPlanes);
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t n = unit / blocks, first = unit % blocks * Base::kPlanes;
-      const int64_t planes = std::min(Base::kPlanes, a.O - first);
-      for (int64_t k = 0; k < planes; ++k) {
-        const WidePlane<T> grad(a.grad_conv, n, first + k, a.H, a.W, wide);
-        for (int i = 0; i < this->vertical.count(); ++i) {
-          sum_column(this->vertical.columns[i], grad.data, row.data());
-          for (int j = this->begin_w(i); j < this->end_w(i); ++j) {
-            const auto& column = this->horizontal.columns[j];
-            acc_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t w = 0; w < column.end - column.begin; ++w) sum += row[column.begin + w] * column.weights[w];
-            grads[this->seen(i, j) * Base::kPlanes + k] = from_acc<T>(sum);
-          }
-        }
+    const T* const taps = static_cast<const T*>(a.taps) + n * this->seen_cells() * a.O + first;
+    const auto& terms = this->vertical.rows[h];
+    size_t next = 0;
+    for (int level = 0; level < a.levels.count; ++level) {
+      const int first_w = this->horizontal.first[level], bins_w = a.levels.bins_w[level];
+      int64_t count = 0;
+      for (; next < terms.size() && this->vertical.columns[terms[next].column].level == level; ++next) {
+        sources[count++] = {taps + this->seen(terms[next].column, first_w) * a.O, terms[next].weight};
       }
-      T* out = static_cast<T*>(a.grad_taps) + n * cells * a.O + first;
-      for (int64_t cell = 0; cell < cells; ++cell) std::copy_n(&grads[cell * Base::kPlanes], planes, out + cell * a.O);
-    }
-  }
-
-  // row[w] = the sum over the column's positions h of weight * grad[h, w]
-  PSP_INLINE void sum_column(const typename SeenAxis<acc_t>::Column& column, const acc_t* grad, acc_t* row) const {
-    const int64_t W = this->a.W, count = column.end - column.begin;
-    const acc_t *weights = column.weights.data(), *from = grad + column.begin * W;
-    fill_by_vectors(
-        row, W,
-        [&](int64_t w) __attribute__((always_inline)) {
-          Vector<acc_t> sums[2] = {};
-          int64_t h = 0;
-          for (; h + 2 <= count; h += 2) {
-            sums[0] += weights[h] * load(from + h * W + w);
-            sums[1] += weights[h + 1] * load(from + (h + 1) * W + w);
+      for (int j = 0; j < bins_w; ++j) {
+        for (int v = 0; v < a.window.size_w; ++v) {
+          const int64_t offset = (int64_t{j} * a.window.size_h * a.window.size_w + v) * a.O;
+          Vector<acc_t> sums[kCount] = {};
+          for (int64_t i = 0; i < count; ++i) {
+            const T* const from = sources[i].taps + offset;
+            for (int q = 0; q < kCount; ++q) {
+              const bool last = q == kCount - 1;
+              sums[q] += sources[i].weight * load_wide(from + q * kL, last ? channels - q * kL : kL);
+            }
           }
-          if (h < count) sums[0] += weights[h] * load(from + h * W + w);
-          return sums[0] + sums[1];
-        },
-        [&](int64_t w) __attribute__((always_inline)) {
-          acc_t sum = 0;
-          for (int64_t h = 0; h < count; ++h) sum += weights[h] * from[h * W + w];
-          return sum;
-        });
-  }
-};
-
-// Channels-last maps, a unit is one chunk of channels.
-template <class T>
-struct ChannelsLastContextBackward : ContextBase<T, PyramidContextBackwardArgs> {
-  using acc_t = acc_type<T>;
-  using Base = ContextBase<T, PyramidContextBackwardArgs>;
-  using Base::Base;
-  static constexpr int64_t kChannels = Base::kChannels, kVectors = Base::kVectors;
-
-  PSP_INLINE void operator()(int64_t begin, int64_t end) const {
-    const auto& a = this->a;
-    const int64_t chunks = (a.O + kChannels - 1) / kChannels, cells = this->seen_cells();
-    Scratch<acc_t> grad(a.W * kChannels), columns(this->horizontal.count() * kChannels), sums(cells * kChannels);
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t n = unit / chunks, first = unit % chunks * kChannels, channels = std::min(kChannels, a.O - first);
-      std::fill(sums.begin(), sums.end(), acc_t(0));
-      for (int64_t h = 0; h < a.H; ++h) {
-        const T* row = at<T>(a.grad_conv, n, first, h);
-        for (int64_t w = 0; w < a.W; ++w) {
-          for (int64_t k = 0; k < channels; ++k) grad[w * kChannels + k] = to_acc(row[w * a.grad_conv.stride_w + k]);
+          for (int q = 0; q < kCount; ++q) store(columns + (first_w + v * bins_w + j) * kC + q * kL, sums[q]);
         }
-        for (int j = 0; j < this->horizontal.count(); ++j) sum_column(j, grad.data(), &columns[j * kChannels]);
-        for (const auto& term : this->vertical.rows[h]) {
-          for (int j = this->begin_w(term.column); j < this->end_w(term.column); ++j) {
-            const acc_t* __restrict__ from = &columns[j * kChannels];
-            acc_t* __restrict__ to = &sums[this->seen(term.column, j) * kChannels];
-            for (int64_t k = 0; k < kChannels; ++k) to[k] += term.weight * from[k];
-          }
-        }
-      }
-      T* out = static_cast<T*>(a.grad_taps) + n * cells * a.O + first;
-      for (int64_t cell = 0; cell < cells; ++cell) {
-        for (int64_t k = 0; k < channels; ++k) out[cell * a.O + k] = from_acc<T>(sums[cell * kChannels + k]);
       }
     }
   }
 
-  PSP_INLINE void sum_column(int j, const acc_t* grad, acc_t* to) const {
-    const auto& column = this->horizontal.columns[j];
-    Vector<acc_t> sums[kVectors] = {};
-    for (int64_t w = column.begin; w < column.end; ++w) {
-      const acc_t weight = column.weights[w - column.begin];
-      for (int64_t q = 0; q < kVectors; ++q) sums[q] += weight * load(grad + w * kChannels + q * kLanes<acc_t>);
+  template <int kCount>
+  PSP_INLINE void sum_pixel(const acc_t* columns, int64_t w, int64_t p, Vector<acc_t> (&to)[kCount][kL]) const {
+    Vector<acc_t> sums[kCount] = {};
+    for (const auto& term : this->horizontal.rows[w]) {
+      for (int q = 0; q < kCount; ++q) sums[q] += term.weight * load(columns + term.column * kC + q * kL);
     }
-    __builtin_memcpy(to, sums, sizeof sums);
+    for (int q = 0; q < kCount; ++q) to[q][p] = sums[q];
+  }
+
+  // Adds a vector of channels of some pixels to the map.
+  PSP_INLINE void finish(int64_t n, int64_t first, int64_t lanes, int64_t h, int64_t w, int64_t pixels,
+                         const Vector<acc_t> (&sums)[kL]) const {
+    T* to = mutable_at<T>(this->a.conv, n, first, h) + w * this->a.conv.stride_w;
+    const Vector<acc_t> scale = load(&epilogue.scale[first]), shift = load(&epilogue.shift[first]);
+    for (int64_t p = 0; p < pixels; ++p, to += this->a.conv.stride_w) {
+      store_narrow(to, epilogue(load_wide(to, lanes) + sums[p], scale, shift), lanes);
+    }
+  }
+
+  PSP_INLINE void finish_planar(int64_t n, int64_t first, int64_t lanes, int64_t h, int64_t w, int64_t pixels,
+                                Vector<acc_t> (&sums)[kL]) const {
+    transpose<acc_t>(sums);
+    T* to = mutable_at<T>(this->a.conv, n, first, h) + w;
+    for (int64_t k = 0; k < lanes; ++k, to += this->a.conv.stride_c) {
+      const acc_t scale = epilogue.scale[first + k], shift = epilogue.shift[first + k];
+      store_narrow(to, epilogue(load_wide(to, pixels) + sums[k], scale, shift), pixels);
+    }
   }
 };
 
@@ -291,24 +214,12 @@ struct ChannelsLastContextBackward : ContextBase<T, PyramidContextBackwardArgs> 
 void pyramid_context(const PyramidContextArgs& a) {
   dispatch(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (a.channels_last) {
-      const ChannelsLastContext<T> task(a);
-      return parallel(task.channel_units() * a.H, task);
+    if (by_planes(a)) {
+      const PlanesContext<T> task(a);
+      return parallel(task.units(), task);
     }
-    const PlanarContext<T> task(a);
-    parallel(task.planar_units(), task);
-  });
-}
-
-void pyramid_context_backward(const PyramidContextBackwardArgs& a) {
-  dispatch(a.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    if (a.channels_last) {
-      const ChannelsLastContextBackward<T> task(a);
-      return parallel(task.channel_units(), task);
-    }
-    const PlanarContextBackward<T> task(a);
-    parallel(task.planar_units(), task);
+    const RowsContext<T> task(a);
+    parallel(task.units(), task);
   });
 }
 

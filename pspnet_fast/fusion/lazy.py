@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,16 +117,48 @@ class Lazy(Tensor):
         return function(*values(args, raw), **values(kwargs or {}, raw))
 
 
-class Upsampled(Lazy):
-    """F.interpolate of one source (N, C, h, w), bilinear."""
+class Part(NamedTuple):
+    """One map of a concatenation.
 
-    align_corners: bool
+    Attributes:
+        channels: of the map.
+        takes: how many sources.
+        projection: (h, w) where these are tokens (N, h * w, C), weight and, if there are three, bias of F.linear, whose
+            result is brought into the form of a map; None where the source is the map itself.
+        corners: align_corners of the bilinear upsampling that follows; None for none.
+    """
+
+    channels: int
+    takes: int = 1
+    projection: tuple[int, int] | None = None
+    corners: bool | None = None
 
 
 class Concat(Lazy):
-    """torch.cat(maps, 1): its sources are the maps, of Upsampled ones their sources."""
+    """torch.cat of maps along channels, or one map, upsampled or projected."""
 
-    align_corners: tuple[bool | None, ...]  # of each Upsampled source, None for a map as it is
+    parts: tuple[Part, ...]
+
+    def by_part(self) -> list[tuple[Part, tuple[Tensor, ...]]]:
+        """Each part with its sources."""
+        sources = iter(self.sources())
+        return [(part, tuple(next(sources) for _ in range(part.takes))) for part in self.parts]
+
+
+class Projected(Lazy):
+    """F.linear of tokens (N, L, C) that is not a map yet: its sources are tokens, weight and perhaps bias.
+
+    Attributes:
+        transposed: whether channels come before tokens: (N, D, L).
+    """
+
+    transposed: bool
+
+
+class Convolved(Lazy):
+    """A convolution of lazy maps in inference, and the norm after it: the activation may run with them."""
+
+    convolution: Any  # convolution.Convolution
 
 
 def values(tree: Any, value: Callable[[Any], Tensor] = Lazy.value) -> Any:

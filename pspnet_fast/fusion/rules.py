@@ -1,8 +1,7 @@
 """The functions of torch that need not compute a lazy map, and what they do in its place, exactly.
 
-Upsampling a small map gives an Upsampled, concatenation of such along channels a Concat, and a convolution of either is
-computed as FusedPSPHead does it (its docstring has the formula): the convolution of the dense maps, and the products of
-the small ones with their part of the weight, interpolated (ops.pyramid_context_).
+Upsampling a map, concatenation of such along channels, and F.linear of tokens on their way to be such a map give lazy
+ones; a convolution takes what they are made of (convolution.py), and in inference batch norm and ReLU run with it.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,15 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
 from ..head import conv_dtype
 from ..ops._library import transforms_active
-from ..ops.checks import DTYPES, MAX_DILATION, MAX_LEVELS, MAX_SEEN
-from ..split_weight import split_product
-from .lazy import Concat, Lazy, Upsampled
-
-MOST_CELLS = 1024  # of the maps that one convolution takes: pyramid_context_ is made for few
-LEAST_ELEMENTS = 1 << 14  # of upsampled maps; for both bounds see head.concatenation_is_cheaper
+from ..ops.checks import DTYPES, MAX_BINS, MAX_DILATION
+from .convolution import Convolution
+from .lazy import Concat, Convolved, Lazy, Part, Projected
 
 
 def rewrite(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -29,9 +24,14 @@ def rewrite(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if rule is None or transforms_active():
         return NotImplemented
     parameters, apply = rule
+    if parameters is None:
+        return NotImplemented if kwargs else apply(function, *args)
     if len(args) > len(parameters) or not kwargs.keys() <= set(parameters):
         return NotImplemented
     return apply(**dict(zip(parameters, args, strict=False)), **kwargs)
+
+
+# ---- upsampling and concatenation ----------------------------------------------------------------------------------
 
 
 def _upsample(
@@ -43,39 +43,71 @@ def _upsample(
     recompute_scale_factor: bool | None = None,
     antialias: bool = False,
 ) -> Any:
-    if mode != "bilinear" or scale_factor is not None or antialias or not _is_map(input):
+    projected = isinstance(input, Concat) and input.replaceable() and [p.corners for p in input.parts] == [None]
+    if mode != "bilinear" or antialias or not (projected or _is_map(input)):
         return NotImplemented
-    pair = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (list, tuple)) else ()
-    if len(pair) != 2 or not all(isinstance(s, int) and s > 0 for s in pair):
+    n, c, h, w = input.shape
+    pair = _target((h, w), size, scale_factor)
+    if pair is None or max(h, w) > MAX_BINS or h * w > pair[0] * pair[1] or (h * w == pair[0] * pair[1]) > projected:
         return NotImplemented
-    cells, pixels = input.size(2) * input.size(3), pair[0] * pair[1]
-    if cells > MOST_CELLS or cells >= pixels:
-        return NotImplemented
-    size, align_corners = (*input.shape[:2], *pair), bool(align_corners)
+    corners = bool(align_corners)
     dtype = input.dtype
     if torch.is_autocast_enabled(input.device.type):  # which may have a dtype of its own for this function
-        dtype = _interpolate(input.new_empty(1, 1, 1, 1), (1, 1), align_corners).dtype
-    return Upsampled.make(
-        lambda source: _interpolate(source, pair, align_corners), (input,), size, dtype, align_corners=align_corners
+        dtype = _interpolate(torch.empty(1, 1, 1, 1, dtype=dtype, device=input.device), (1, 1), corners).dtype
+    sources, compute, part = (input,), _itself, Part(c)
+    if projected:
+        sources, compute, part = input.sources(), input._compute, input.parts[0]
+    if (h, w) == pair:  # a copy
+        return (
+            Concat.make(compute, sources, input.shape, dtype, parts=(part,)) if dtype == input.dtype else NotImplemented
+        )
+    return Concat.make(
+        lambda *sources: _interpolate(compute(*sources), pair, corners),
+        sources,
+        (n, c, *pair),
+        dtype,
+        parts=(part._replace(corners=corners),),
     )
+
+
+def _target(size: tuple[int, int], target: Any, scale: Any) -> tuple[int, int] | None:
+    """The (height, width) that F.interpolate gives, where it is certain and its scale is that of the sizes."""
+    if target is None:
+        scales = (scale, scale) if isinstance(scale, (int, float)) else scale
+        if not isinstance(scales, (list, tuple)) or len(scales) != 2:
+            return None
+        target = [s * float(factor) for s, factor in zip(size, scales, strict=True)]
+        if any(t != int(t) for t in target):
+            return None
+        target = [int(t) for t in target]
+    pair = (target, target) if isinstance(target, int) else tuple(target) if isinstance(target, (list, tuple)) else ()
+    if len(pair) != 2 or not all(isinstance(s, int) and s > 0 for s in pair):
+        return None
+    return pair[0], pair[1]
 
 
 def _concatenate(tensors: Any, dim: Any = 0) -> Any:
     if dim not in (1, -3) or not isinstance(tensors, (list, tuple)):
         return NotImplemented
     sources: list[Tensor] = []
-    corners: list[bool | None] = []
-    for part in tensors:
-        if isinstance(part, Lazy) and part.replaceable():
-            sources += part.sources()
-            corners += part.align_corners if isinstance(part, Concat) else [part.align_corners]  # type: ignore[attr-defined]
+    parts: list[Part] = []
+    computes: list[tuple[Callable[..., Tensor], int]] = []
+    for tensor in tensors:
+        if isinstance(tensor, Concat) and tensor.replaceable():
+            given = tensor.sources()
+            parts += tensor.parts
+            computes.append((tensor._compute, len(given)))
+            sources += given
         else:
-            sources.append(part.value() if isinstance(part, Lazy) else part)
-            corners.append(None)
-    n, _, *size = tensors[0].shape
-    maps = [s for s, c in zip(sources, corners, strict=True) if c is None]
-    if len(maps) == len(sources) or not all(map(_is_map, maps)):
+            map = tensor.value() if isinstance(tensor, Lazy) else tensor
+            if not _is_map(map):
+                return NotImplemented
+            sources.append(map)
+            parts.append(Part(map.size(1)))
+            computes.append((_itself, 1))
+    if all(part.projection is None and part.corners is None for part in parts):
         return NotImplemented
+    n, _, *size = tensors[0].shape
     if any(t.dim() != 4 or [t.size(0), *t.shape[2:]] != [n, *size] or t.device != tensors[0].device for t in tensors):
         return NotImplemented
     dtype = tensors[0].dtype
@@ -83,17 +115,82 @@ def _concatenate(tensors: Any, dim: Any = 0) -> Any:
         dtype = torch.promote_types(dtype, part.dtype)
 
     def concatenate(*sources: Tensor) -> Tensor:
-        given = zip(sources, corners, strict=True)
-        return torch.cat([s if c is None else _interpolate(s, size, c) for s, c in given], 1)
+        rest = iter(sources)
+        return torch.cat([compute(*(next(rest) for _ in range(count))) for compute, count in computes], 1)
 
-    shape = (n, sum(t.size(1) for t in tensors), *size)
-    return Concat.make(concatenate, sources, shape, dtype, align_corners=tuple(corners))
+    shape = (n, sum(part.channels for part in parts), *size)
+    return Concat.make(concatenate, sources, shape, dtype, parts=tuple(parts))
+
+
+def _itself(source: Tensor) -> Tensor:
+    return source
+
+
+def _interpolate(source: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+    return F.interpolate(source, tuple(size), mode="bilinear", align_corners=align_corners)
+
+
+# ---- tokens on their way to a map ----------------------------------------------------------------------------------
+
+
+def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    """F.linear that makes no fewer channels than it takes: what SegFormer's heads upsample."""
+    given = [input, weight] if bias is None else [input, weight, bias]
+    if any(type(t) not in _DENSE or t.dtype not in DTYPES or t.device != input.device for t in given):
+        return NotImplemented
+    if input.dim() != 3 or weight.dim() != 2 or not 0 < input.size(2) == weight.size(1) <= weight.size(0):
+        return NotImplemented
+    dtype = conv_dtype(input)
+    if any(conv_dtype(t) != dtype for t in given) or input.numel() == 0:
+        return NotImplemented
+    return Projected.make(F.linear, given, (*input.shape[:2], weight.size(0)), dtype, transposed=False)
+
+
+def _transpose(function: Any, input: Any, *dims: Any) -> Any:
+    dims = tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], (list, tuple)) else dims
+    swaps = (
+        {(0, 2, 1), (0, -1, 1), (0, -1, -2)} if function in _PERMUTE else {(1, 2), (2, 1), (-1, -2), (-2, -1), (1, -1)}
+    )
+    if not isinstance(input, Projected) or not input.replaceable() or dims not in swaps:
+        return NotImplemented
+    n, a, b = input.shape
+    return Projected.make(
+        lambda *sources: input._compute(*sources).transpose(1, 2),
+        input.sources(),
+        (n, b, a),
+        input.dtype,
+        transposed=not input.transposed,
+    )
+
+
+def _reshape(function: Any, input: Any, *shape: Any) -> Any:
+    shape = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (list, tuple)) else shape
+    if not isinstance(input, Projected) or not input.replaceable() or not input.transposed or len(shape) != 4:
+        return NotImplemented
+    n, d, tokens = input.shape
+    known = [s for s in shape if s != -1]
+    if any(not isinstance(s, int) for s in shape) or len(known) < 3 or min(known) < 1:
+        return NotImplemented
+    rest = 1
+    for s in known:
+        rest *= s
+    full = [n * d * tokens // rest if s == -1 else s for s in shape]
+    if full[:2] != [n, d] or full[2] * full[3] != tokens:
+        return NotImplemented
+    part = Part(d, len(input._sources), (full[2], full[3]))
+    compute = input._compute
+    return Concat.make(
+        lambda *sources: function(compute(*sources), full), input.sources(), full, input.dtype, parts=(part,)
+    )
+
+
+# ---- convolution and what follows it -------------------------------------------------------------------------------
 
 
 def _convolve(
     input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Any:
-    if not isinstance(input, (Upsampled, Concat)) or not input.replaceable() or type(weight) not in _DENSE:
+    if not isinstance(input, Concat) or not input.replaceable() or type(weight) not in _DENSE:
         return NotImplemented
     stride, dilation = _pair(stride), _pair(dilation)
     kernel, same = weight.shape[2:], tuple(k // 2 * d for k, d in zip(weight.shape[2:], dilation, strict=True))
@@ -105,65 +202,49 @@ def _convolve(
     cast = torch.is_autocast_enabled(input.device.type)
     if weight.device != input.device or dtype not in DTYPES or not (cast or weight.dtype == input.dtype):
         return NotImplemented
-    sources = input.sources()
-    corners = input.align_corners if isinstance(input, Concat) else (input.align_corners,)
-    if not _is_worth_it(sources, corners, kernel, input.size(2) * input.size(3)):
+    size = (input.size(2), input.size(3))
+    convolution = Convolution.of(input.by_part(), tuple(weight.shape), size, dilation, dtype)
+    if convolution is None:
         return NotImplemented
-    return _split_convolution(sources, corners, weight, bias, (input.size(2), input.size(3)), dilation, dtype)
+    tensors = [*input.sources(), weight] if bias is None else [*input.sources(), weight, bias]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return convolution(*tensors)
+    shape = (input.size(0), weight.size(0), *size)
+    return Convolved.make(convolution, tensors, shape, dtype, convolution=convolution)
 
 
-def _is_worth_it(sources: Sequence[Tensor], corners: Sequence[bool | None], kernel: Sequence[int], pixels: int) -> bool:
-    """Whether the products with the cells cost less than a convolution of the upsampled maps, and can be added up."""
-    levels = [s for s, c in zip(sources, corners, strict=True) if c is not None]
-    cells = sum(z.size(2) * z.size(3) for z in levels)
-    if cells > min(pixels, MOST_CELLS) or sum(z.size(1) for z in levels) * pixels < LEAST_ELEMENTS:
-        return False
-    return len(levels) <= MAX_LEVELS and all(
-        k * sum(z.size(2 + a) for z in levels) <= MAX_SEEN for a, k in enumerate(kernel)
-    )
+def _batch_norm(
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    norm = [weight, bias, running_mean, running_var]
+    if not isinstance(input, Convolved) or not input.replaceable() or training or input.convolution.eps is not None:
+        return NotImplemented
+    if any(type(t) not in _DENSE or t.shape != input.shape[1:2] or t.device != input.device for t in norm):
+        return NotImplemented
+    if any(t.dtype not in (torch.float32, input.dtype) or t.dtype != weight.dtype for t in norm):
+        return NotImplemented
+    if torch.is_grad_enabled() and any(t.requires_grad for t in norm):
+        return NotImplemented
+    convolution = input.convolution.followed_by(eps)
+    return Convolved.make(convolution, [*input.sources(), *norm], input.shape, input.dtype, convolution=convolution)
 
 
-def _split_convolution(
-    sources: Sequence[Tensor],
-    corners: Sequence[bool | None],
-    weight: Tensor,
-    bias: Tensor | None,
-    size: tuple[int, int],
-    dilation: tuple[int, int],
-    dtype: torch.dtype,
-) -> Tensor:
-    """F.conv2d of the concatenation of maps (corners None) and upsampled sources, keeping the size."""
-    starts = [0]
-    for source in sources:
-        starts.append(starts[-1] + source.size(1))
-    channels = [(start, source.size(1)) for start, source in zip(starts, sources, strict=False)]
-    dense = [i for i, c in enumerate(corners) if c is None]
-    # levels of one convention lie together: the operator takes one for all
-    levels = sorted((i for i, c in enumerate(corners) if c is not None), key=lambda i: bool(corners[i]))
-    cells = [sources[i].to(dtype).flatten(2).transpose(1, 2) for i in levels]
-    first, taps = split_product(weight, [channels[i] for i in dense], [channels[i] for i in levels], cells)
-    n, o, kernel = sources[0].size(0), weight.size(0), (weight.size(2), weight.size(3))
-    if first is None:
-        output = (
-            taps.new_zeros(n, o, *size) if bias is None else bias.to(dtype)[:, None, None].expand(n, o, *size).clone()
-        )
-    else:
-        maps = [sources[i] for i in dense]
-        padding = tuple(k // 2 * d for k, d in zip(kernel, dilation, strict=True))
-        output = F.conv2d(maps[0] if len(maps) == 1 else torch.cat(maps, 1), first, bias, 1, padding, dilation)
-    at = 0
-    for align_corners in (False, True):
-        bins = [(sources[i].size(2), sources[i].size(3)) for i in levels if corners[i] == align_corners]
-        if bins:
-            count = sum(h * w for h, w in bins)
-            part = taps.narrow(1, at, count)
-            output = ops.pyramid_context_(output, part, bins, kernel, dilation=dilation, align_corners=align_corners)
-            at += count
-    return output
-
-
-def _interpolate(source: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
-    return F.interpolate(source, tuple(size), mode="bilinear", align_corners=align_corners)
+def _relu(input: Any, inplace: bool = False) -> Any:
+    if not isinstance(input, Convolved) or not input.replaceable() or not isinstance(inplace, bool):
+        return NotImplemented
+    with torch._C.DisableTorchFunction(), input._state.restored():
+        output = input.convolution(*input.sources(), relu=True)
+    if not inplace:
+        return output
+    input._value = output
+    return input
 
 
 _DENSE = (Tensor, nn.Parameter)
@@ -185,13 +266,19 @@ def _pair(value: Any) -> tuple[int, ...]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
+_PERMUTE = (Tensor.permute, torch.permute)
 _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_RULES: dict[Any, tuple[Sequence[str], Callable[..., Any]]] = {
-    F.interpolate: (
-        ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias"),
-        _upsample,
-    ),
+_INTERPOLATE = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias")
+_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+# function: (its parameters, the rule), or (None, the rule that takes the function and its arguments)
+_RULES: dict[Any, tuple[Sequence[str] | None, Callable[..., Any]]] = {
+    F.interpolate: (_INTERPOLATE, _upsample),
     torch.cat: (("tensors", "dim"), _concatenate),
     torch.concat: (("tensors", "dim"), _concatenate),
+    F.linear: (("input", "weight", "bias"), _linear),
+    **dict.fromkeys((*_PERMUTE, Tensor.transpose, torch.transpose), (None, _transpose)),
+    **dict.fromkeys((Tensor.reshape, torch.reshape, Tensor.view), (None, _reshape)),
     torch.conv2d: (_CONVOLUTION, _convolve),
+    F.batch_norm: (_NORM, _batch_norm),
+    F.relu: (("input", "inplace"), _relu),
 }

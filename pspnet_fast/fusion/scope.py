@@ -13,7 +13,17 @@ from .lazy import Lazy, saved_tensor_hooks
 from .rules import rewrite
 
 # these write to none of their maps
-_READING = {F.interpolate, F.adaptive_avg_pool2d, F.batch_norm, torch.cat, torch.concat, torch.conv2d, Tensor.size}
+_READING = {
+    F.interpolate,
+    F.adaptive_avg_pool2d,
+    F.batch_norm,
+    F.linear,
+    torch.cat,
+    torch.concat,
+    torch.conv2d,
+    Tensor.size,
+}
+_BEGINNING = {F.interpolate, F.linear}  # what may give a lazy map of computed ones
 
 
 class Scope(TorchFunctionMode):
@@ -31,7 +41,7 @@ class Scope(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = NotImplemented
-        if function is F.interpolate and saved_tensor_hooks() == self._hooks:
+        if function in _BEGINNING and saved_tensor_hooks() == self._hooks:
             result = rewrite(function, args, kwargs)
         if result is NotImplemented:
             if self._lazy:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.random import fork_rng
 
+from .convolution import cells_of
 from .lazy import Concat, Lazy
 from .patch import Fused, apply, remove
 from .scope import Scope
@@ -140,25 +141,33 @@ class _Trial(Scope):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         lazy: Any = next((a for a in (*args, *(kwargs or {}).values()) if isinstance(a, Lazy)), None)
-        watched = function is torch.conv2d and lazy is not None and lazy.pending()
+        watched = function is torch.conv2d and isinstance(lazy, Concat) and lazy.pending()
         result = super().__torch_function__(function, types, args, kwargs)
         if isinstance(result, Lazy):
-            given: Any = args[0] if args else (kwargs or {}).get("tensors")
-            parts: Any = [p for p in given if isinstance(p, Lazy)] if isinstance(result, Concat) else []
             made: Any = result
-            made.made = _common([self.stack, *(p.made for p in parts)])
-        elif watched and lazy.pending():
+            made.made = _common([self.stack, *(p.made for p in _lazy((args, kwargs)))])
+        if watched and lazy.pending():
             self._note(lazy, result)
         return result
 
-    def _note(self, lazy: Any, output: Tensor) -> None:
-        corners = lazy.align_corners if isinstance(lazy, Concat) else (lazy.align_corners,)
-        levels = [s for s, c in zip(lazy._sources, corners, strict=True) if c is not None]
-        channels = sum(z.size(1) for z in levels)
-        dense, cells = lazy.size(1) * output[0, 0].numel(), sum(z.size(1) * z[0, 0].numel() for z in levels)
-        saved = (channels * output[0, 0].numel() - cells) / dense
-        scope = _common([self.stack, lazy.made])[-1]
+    def _note(self, lazy: Concat, output: Tensor) -> None:
+        low = [(part, sources) for part, sources in lazy.by_part() if part.corners is not None]
+        channels, pixels = sum(part.channels for part, _ in low), lazy.size(2) * lazy.size(3)
+        cells = sum(part.channels * cells_of(part, sources) for part, sources in low)
+        saved = (channels * pixels - cells) / (lazy.size(1) * pixels)
+        scope = _common([self.stack, lazy.made])[-1]  # type: ignore[attr-defined]
         self.found.append(LowResolution(self.stack[-1], scope, channels, lazy.size(1), saved))
+
+
+def _lazy(tree: Any) -> Iterator[Any]:
+    """The lazy maps among arguments."""
+    if isinstance(tree, Lazy):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for entry in tree:
+            yield from _lazy(entry)
+    elif isinstance(tree, dict):
+        yield from _lazy(list(tree.values()))
 
 
 def _common(stacks: Sequence[Sequence[str]]) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pspnet_fast import fuse, ops, unfuse
-from pspnet_fast.fusion import Fused, rules
+from pspnet_fast.fusion import Fused, convolution
 
 PACKAGES = ("torchvision", "segmentation_models_pytorch", "timm", "transformers")
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
@@ -65,7 +65,7 @@ def run(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("by_example", [False, True])
 def test_fuse(name, by_example, monkeypatch):
-    monkeypatch.setattr(rules, "LEAST_ELEMENTS", 0)  # these models are narrow
+    monkeypatch.setattr(convolution, "LEAST_ELEMENTS", 0)  # these models are narrow
     build, size, scope, convolution = MODELS[name]
     torch.manual_seed(0)
     model = build().double()

@@ -1,0 +1,69 @@
+// What both directions of pyramid_context_ share on the CPU, from the cells seen through a convolution's weights
+// (taps):
+//   context[h, w] = sum over levels, u, v, i, j of (S_u A_h)[h, i] (S_v A_w)[w, j] taps[i, j, u, v],
+// A the interpolation matrices and S_u A the same with rows shifted by tap u; one axis after the other.
+#pragma once
+
+#include "seen_axis.h"
+#include "vectors.h"
+
+namespace pspnet_fast::cpu {
+
+template <class T, class Args>
+struct ContextBase {
+  using acc_t = acc_type<T>;
+  const Args& a;
+  SeenAxis<acc_t> vertical, horizontal;
+
+  explicit ContextBase(const Args& args)
+      : a(args),
+        vertical(a.levels, a.levels.bins_h, a.H, a.window.size_h, a.window.dilation_h, a.align_corners),
+        horizontal(a.levels, a.levels.bins_w, a.W, a.window.size_w, a.window.dilation_w, a.align_corners) {}
+
+  PSP_INLINE int64_t seen_cells() const {
+    return int64_t{a.levels.first[a.levels.count]} * a.window.size_h * a.window.size_w;
+  }
+  // Number of a cell seen through both taps in [P, size_h * size_w], from its columns on either axis.
+  PSP_INLINE int64_t seen(int column_h, int column_w) const {
+    const auto &h = vertical.columns[column_h], &w = horizontal.columns[column_w];
+    const int64_t cell = a.levels.first[h.level] + h.cell * a.levels.bins_w[h.level] + w.cell;
+    return (cell * a.window.size_h + h.tap) * a.window.size_w + w.tap;
+  }
+  // The horizontal columns of the level of a vertical one.
+  PSP_INLINE int begin_w(int column_h) const { return horizontal.first[vertical.columns[column_h].level]; }
+  PSP_INLINE int end_w(int column_h) const {
+    const int level = vertical.columns[column_h].level;
+    return horizontal.first[level] + a.window.size_w * a.levels.bins_w[level];
+  }
+};
+
+// Where a plane's cells are few, planar maps are computed plane by plane, 16 at once, so that taps are read and written
+// in whole cache lines; else, as channels-last ones, in chunks of channels, a vector of which belongs to one pixel.
+constexpr int64_t kPlanes = 16;
+constexpr int64_t kVectors = 4;  // of a chunk of channels
+template <class acc_t>
+constexpr int64_t kChannels = kVectors * kLanes<acc_t>;
+
+template <class Args>
+bool by_planes(const Args& a) {
+  return !a.channels_last && a.levels.first[a.levels.count] <= 256;
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Calls function with std::integral_constant<int, n>, n from 1 to kVectors: as many vectors hold `channels`.
+template <class acc_t, class Function>
+PSP_INLINE void with_vectors(int64_t channels, const Function& function) {
+  switch (divide_up(channels, kLanes<acc_t>)) {
+    case 1:
+      return function(std::integral_constant<int, 1>{});
+    case 2:
+      return function(std::integral_constant<int, 2>{});
+    case 3:
+      return function(std::integral_constant<int, 3>{});
+    default:
+      return function(std::integral_constant<int, 4>{});
+  }
+}
+
+}  // namespace pspnet_fast::cpu

@@ -1,0 +1,191 @@
+"""A convolution of maps that are upsampled, or projected from tokens, from what they are made of.
+
+A convolution of a concatenation is the sum of those of its parts. That of an upsampled map is the interpolation of the
+map's products with the weights of every tap (ops.pyramid_context_ has the formula), whatever the map's size. And where
+F.linear stands before a 1x1 convolution with nothing but upsampling between them, both are one linear map:
+F (L x + b) = (F L) x + F b, and upsampling leaves a constant as it is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops
+from ..ops.checks import MAX_LEVELS, MAX_SEEN
+from ..ops.pyramid_context import Norm
+from ..split_weight import split_product
+from .lazy import Part
+
+LEAST_ELEMENTS = 1 << 14  # of upsampled maps; see head.concatenation_is_cheaper
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution of a concatenation, keeping its size, and in inference the batch norm that follows.
+
+    Attributes:
+        parts: of the concatenation.
+        merged: for each whether its projection and the convolution run as one linear map.
+        low: for each whether it is convolved before its upsampling.
+        size: (H, W) of the result.
+        eps: of the norm, whose weight, bias, mean and variance are the last four tensors; None for no norm.
+    """
+
+    parts: tuple[Part, ...]
+    merged: tuple[bool, ...]
+    low: tuple[bool, ...]
+    size: tuple[int, int]
+    dilation: tuple[int, int]
+    dtype: torch.dtype
+    eps: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        parts: Sequence[tuple[Part, Sequence[Tensor]]],
+        weight: tuple[int, ...],
+        size: tuple[int, int],
+        dilation: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> "Convolution | None":
+        """The convolution by a weight of this shape; None where convolving the concatenation is cheaper."""
+        o, kernel, pixels = weight[0], weight[2:], size[0] * size[1]
+        merged, low = [], []
+        for part, sources in parts:
+            cells, channels = cells_of(part, sources), sources[0].size(2)
+            gain = part.channels * (channels + o) * cells - o * channels * (part.channels + cells)
+            merged.append(part.projection is not None and kernel == (1, 1) and gain > 0)
+            low.append(part.corners is not None and cells < pixels)
+        levels = [(p, s) for (p, s), is_low in zip(parts, low, strict=True) if is_low]
+        sizes = [_size(part, sources) for part, sources in levels]
+        if sum(part.channels for part, _ in levels) * pixels < LEAST_ELEMENTS or len(levels) > MAX_LEVELS:
+            return None
+        if any(k * sum(s[axis] for s in sizes) > MAX_SEEN for axis, k in enumerate(kernel)):
+            return None
+        return cls(tuple(p for p, _ in parts), tuple(merged), tuple(low), size, dilation, dtype)
+
+    def followed_by(self, eps: float) -> "Convolution":
+        """The same with a norm."""
+        return replace(self, eps=eps)
+
+    def __call__(self, *tensors: Tensor, relu: bool = False) -> Tensor:
+        """The result (N, O, H, W) from the sources of all parts, weight and, if there is one, bias, and the norm's."""
+        rest = list(tensors)
+        sources = [[rest.pop(0) for _ in range(part.takes)] for part in self.parts]
+        norm: Any = (*rest[-4:], self.eps) if self.eps is not None else None
+        weight, bias = rest[0], rest[1] if len(rest) in (2, 6) else None
+        kernel = (weight.size(2), weight.size(3))
+        channels, start = [], 0
+        for part in self.parts:
+            channels.append((start, part.channels))
+            start += part.channels
+
+        dense, maps, levels, products, taps = [], [], [], {}, {}
+        for i in range(len(self.parts)):
+            if self.merged[i]:
+                matrix, shift = _merged(weight.narrow(1, *channels[i]), *sources[i][1:], dtype=self.dtype)
+                bias = shift if bias is None else bias if shift is None else bias + shift
+                products[i] = (sources[i][0].to(self.dtype) @ matrix.t()).unsqueeze(2)  # (N, cells, 1, O)
+            if self.low[i]:
+                levels.append(i)
+            elif not self.merged[i]:
+                dense.append(i)
+                maps.append(_map(self.parts[i], sources[i], self.size))
+        plain = [i for i in levels if not self.merged[i]]
+        cells = [_map(self.parts[i], sources[i]).to(self.dtype).flatten(2).transpose(1, 2) for i in plain]
+        first, all_taps = None, None
+        if dense or plain:
+            first, all_taps = split_product(weight, [channels[i] for i in dense], [channels[i] for i in plain], cells)
+        if all_taps is not None:
+            taps = dict(zip(plain, all_taps.split([z.size(1) for z in cells], 1), strict=True))
+        taps |= {i: products[i] for i in levels if self.merged[i]}
+
+        output = None
+        if first is not None:
+            padding = tuple(k // 2 * d for k, d in zip(kernel, self.dilation, strict=True))
+            output = F.conv2d(maps[0] if len(maps) == 1 else torch.cat(maps, 1), first, bias, 1, padding, self.dilation)
+            bias = None
+        for i, product in products.items():
+            if not self.low[i]:
+                map = product.squeeze(2).transpose(1, 2).unflatten(2, self.size)
+                output = map if output is None else output + map
+        if bias is not None and levels:  # to the tap in the middle of a level: interpolation leaves a constant as it is
+            least = min(levels, key=lambda i: taps[i].size(1))
+            middle = torch.zeros(kernel[0] * kernel[1], 1, dtype=self.dtype, device=bias.device)
+            middle[middle.size(0) // 2] = 1
+            taps[least] = taps[least] + middle * bias.to(self.dtype)
+        elif bias is not None and output is not None:
+            output = output + bias.to(self.dtype)[:, None, None]
+        if output is None:
+            output = self._zeros(sources, weight)
+        return self._add(output, levels, taps, sources, kernel, norm, relu)
+
+    def _add(
+        self,
+        output: Tensor,
+        levels: list[int],
+        taps: dict[int, Tensor],
+        sources: list[list[Tensor]],
+        kernel: tuple[int, int],
+        norm: Norm | None,
+        relu: bool,
+    ) -> Tensor:
+        """The levels' part, norm and activation: in one pass where all levels align corners alike."""
+        kinds = [[i for i in levels if self.parts[i].corners is corners] for corners in (False, True)]
+        kinds = [kind for kind in kinds if kind]
+        for kind in kinds:
+            last = kind is kinds[-1]
+            parts = [taps[i] for i in kind]
+            output = ops.pyramid_context_(
+                output,
+                parts[0] if len(parts) == 1 else torch.cat(parts, 1),
+                [_size(self.parts[i], sources[i]) for i in kind],
+                kernel,
+                dilation=self.dilation,
+                align_corners=bool(self.parts[kind[0]].corners),
+                norm=norm if last else None,
+                relu=relu and last,
+            )
+        return output
+
+    def _zeros(self, sources: list[list[Tensor]], weight: Tensor) -> Tensor:
+        """Channels-last where a convolution of the concatenation would be."""
+        last = torch.channels_last
+        maps = [_map(part._replace(corners=None), s) for part, s in zip(self.parts, sources, strict=True)]
+        is_last = all(m.is_contiguous(memory_format=last) and not m.is_contiguous() for m in maps)
+        layout = last if is_last else torch.contiguous_format
+        return torch.zeros(
+            sources[0][0].size(0), weight.size(0), *self.size, dtype=self.dtype, device=weight.device
+        ).contiguous(memory_format=layout)
+
+
+def _size(part: Part, sources: Sequence[Tensor]) -> tuple[int, int]:
+    """(h, w) of a part's map before its upsampling."""
+    return part.projection or (sources[0].size(2), sources[0].size(3))
+
+
+def cells_of(part: Part, sources: Sequence[Tensor]) -> int:
+    h, w = _size(part, sources)
+    return h * w
+
+
+def _map(part: Part, sources: Sequence[Tensor], size: tuple[int, int] | None = None) -> Tensor:
+    """A part's map, with `size` after its upsampling."""
+    map = sources[0]
+    if part.projection is not None:
+        map = F.linear(*sources).transpose(1, 2).unflatten(2, part.projection)
+    if size is None or part.corners is None:
+        return map
+    return F.interpolate(map, size, mode="bilinear", align_corners=part.corners)
+
+
+def _merged(
+    outer: Tensor, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Two linear maps as one: (O, C) and (O,), from (O, D, 1, 1), (D, C) and (D,)."""
+    matrix = outer.flatten(1).to(dtype)
+    return matrix @ weight.to(dtype), None if bias is None else matrix @ bias.to(dtype)
