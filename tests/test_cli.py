@@ -231,9 +231,9 @@ def test_traceback_on_request(work: Workspace) -> None:
 
 
 def test_missing_extra_is_named(work: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "omegaconf", None)
+    monkeypatch.setitem(sys.modules, "yaml", None)
     result = run("train", work.config, work.root, "--out", work.out / "x")
-    assert_one_line(result, 1, "needs omegaconf: pip install 'pspnet_fast[train]'")
+    assert_one_line(result, 1, "needs yaml: pip install 'pspnet_fast[train]'")
 
 
 def test_import_needs_torch_and_click_only() -> None:

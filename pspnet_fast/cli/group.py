@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-EXTRAS = {"numpy", "omegaconf", "yaml", "cv2", "PIL", "tqdm", "matplotlib", "tensorboard"}
+EXTRAS = {"numpy", "yaml", "cv2", "PIL", "tqdm", "matplotlib", "tensorboard"}
 
 
 class Stopped(click.ClickException):

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import click
 
-from pspnet_fast.cli.common import FILE, FOLDER, load_predictor
+from pspnet_fast.cli.common import ANY, FILE, FOLDER, load_predictor
 from pspnet_fast.cli.group import Stopped
 
 
 @click.command()
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=ANY)
 @click.option("--checkpoint", type=FILE, required=True, help="Model, as `pspnet-fast train` saved it.")
 @click.option("--out", type=FOLDER, required=True, help="Folder of the results.")
 @click.option("--overwrite", is_flag=True, help="Replace results that exist; images never are.")
