@@ -72,7 +72,7 @@ def _hint(error: Exception, command: str | None) -> str | None:
     text = str(error)
     train = "a smaller train.batch_size or data.crop"
     less = "a data.val_crop or a smaller train.val_batch_size" if command == "eval" else train
-    if "DataLoader worker" not in text and is_out_of_memory(error):
+    if is_out_of_memory(error):
         if type(error).__name__ == "OutOfMemoryError":
             return f"out of GPU memory; try {less}, or train.bf16=true"
         return f"out of memory; try {less}, or fewer train.workers"
