@@ -1,4 +1,4 @@
-"""Builds the kernels: always for the CPU, and for CUDA where torch has it and nvcc is found.
+"""Builds the kernels: always for the CPU, and for CUDA where torch has it and its toolkit is found.
 
 USE_CUDA=auto|0|1 (default auto), TORCH_CUDA_ARCH_LIST, MAX_JOBS and DEBUG=0|1 are honoured; every decision is printed.
 """
@@ -15,7 +15,7 @@ from setuptools import setup
 
 try:
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, include_paths
 except ImportError as error:
     sys.exit(f"pspnet_fast needs torch >= 2.11 to build ({error}): pip install 'torch>=2.11'")
 
@@ -35,20 +35,6 @@ def switch(name: str, *allowed: str) -> str:
     return value
 
 
-def missing_for_cuda() -> str | None:
-    """Why the CUDA kernels cannot be built, if so."""
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is a build without CUDA"
-    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
-    if CUDA_HOME is None or not nvcc.exists():
-        return "no nvcc was found on PATH or in CUDA_HOME"
-    found = re.search(r"release ([\d.]+)", subprocess.check_output([nvcc, "--version"], text=True))
-    release = found[1] if found else "unknown"
-    if release.split(".")[0] != torch.version.cuda.split(".")[0]:
-        return f"{nvcc} is of CUDA {release}, but torch {torch.__version__} of CUDA {torch.version.cuda}"
-    return None
-
-
 # What the kernels need of the language: C++20, and g++'s vectors.
 CXX_PROBE = """
 #include <bit>
@@ -57,6 +43,8 @@ typedef float Floats __attribute__((vector_size(64)));
 typedef int Ints __attribute__((vector_size(64)));
 Floats shuffle(Floats v, Ints at) { return __builtin_shuffle(v, at + static_cast<int>(std::bit_width(1u))); }
 """
+CUDA_PROBE = "#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n#include <cuda_runtime.h>\n"
+CXX = shlex.split(os.environ.get("CXX") or "c++")  # torch's choice
 
 
 def compiles(command: list[str], suffix: str, text: str) -> str | None:
@@ -72,16 +60,41 @@ def compiles(command: list[str], suffix: str, text: str) -> str | None:
     return next((line for line in lines if "error" in line.lower()), lines[0]) if done.returncode else None
 
 
-def check_compilers(nvcc: Path | None) -> None:
-    """Stops with one sentence where a compiler is missing or of no use, before the build prints hundreds of lines."""
-    cxx = os.environ.get("CXX") or "c++"  # torch's choice
-    if problem := compiles([*shlex.split(cxx), "-std=c++20", "-c"], ".cpp", CXX_PROBE):
+def missing_for_cuda() -> str | None:
+    """Why the CUDA kernels cannot be built, if so."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
+    if CUDA_HOME is None or not nvcc.exists():
+        return "no nvcc was found on PATH or in CUDA_HOME"
+    try:
+        said = subprocess.check_output([nvcc, "--version"], text=True, stderr=subprocess.STDOUT)
+    except (OSError, subprocess.CalledProcessError):
+        return f"{nvcc} cannot be run"
+    found = re.search(r"release ([\d.]+)", said)
+    release = found[1] if found else "unknown"
+    if release.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"{nvcc} is of CUDA {release}, but torch {torch.__version__} of CUDA {torch.version.cuda}"
+    # An nvcc alone, or a link to one elsewhere, is no toolkit: the C++ sources want its headers too.
+    folders = [f"-I{folder}" for folder in include_paths("cuda")]
+    if problem := compiles([*CXX, *folders, "-E"], ".cpp", CUDA_PROBE):
+        return f"the toolkit of {nvcc} lacks headers ({problem.strip()}; CUDA_HOME names another)"
+    return None
+
+
+def check_cxx() -> None:
+    """Stops with one sentence where the compiler is missing or of no use, before the build prints hundreds of lines."""
+    if problem := compiles([*CXX, "-std=c++20", "-c"], ".cpp", CXX_PROBE):
         sys.exit(
-            f"pspnet_fast needs g++ >= 11 to build, but {cxx!r} will not do: {problem.strip()}. Install it (apt-get "
-            "install g++, dnf install gcc-c++, conda install gxx) or name one in CXX"
+            f"pspnet_fast needs g++ >= 11 to build, but {shlex.join(CXX)!r} will not do: {problem.strip()}. Install it "
+            "(apt-get install g++, dnf install gcc-c++, conda install gxx) or name one in CXX"
         )
-    host = ["-ccbin", os.environ["CC"]] if os.environ.get("CC") else []  # likewise
-    if nvcc and (problem := compiles([str(nvcc), *host, "-std=c++17", "-c", "-E"], ".cu", "")):
+
+
+def check_nvcc(nvcc: Path) -> None:
+    """Likewise for nvcc."""
+    host = ["-ccbin", os.environ["CC"]] if os.environ.get("CC") else []  # torch's choice
+    if problem := compiles([str(nvcc), *host, "-std=c++17", "-c", "-E"], ".cu", ""):
         sys.exit(
             f"{nvcc} does not work with this C++ compiler: {problem.strip()}. Name one that it takes in CC and CXX, or "
             "set USE_CUDA=0 to build the CPU kernels alone"
@@ -100,12 +113,14 @@ class BuildKernels(BuildExtension):
         self.build_temp = str(ROOT / "build" / f"torch-{torch.__version__}")
 
 
-use_cuda, missing = switch("USE_CUDA", "auto", "0", "1"), missing_for_cuda()
+use_cuda, debug = switch("USE_CUDA", "auto", "0", "1"), switch("DEBUG", "0", "1") == "1"
+check_cxx()
+missing = missing_for_cuda()
 if use_cuda == "1" and missing:
     sys.exit(f"USE_CUDA=1, but {missing}: mend that, or set USE_CUDA=0 to build the CPU kernels alone")
 with_cuda = use_cuda != "0" and not missing
-debug = switch("DEBUG", "0", "1") == "1"
-check_compilers(Path(CUDA_HOME, "bin", "nvcc") if with_cuda else None)
+if with_cuda:
+    check_nvcc(Path(CUDA_HOME, "bin", "nvcc"))
 os.environ["MAX_JOBS"] = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
 if with_cuda and not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
     os.environ["TORCH_CUDA_ARCH_LIST"] = DEFAULT_CUDA_ARCHITECTURES

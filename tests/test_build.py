@@ -25,14 +25,15 @@ def CppExtension(name, sources, **options):
     print("defines", *options["extra_compile_args"]["cxx"])
     return Extension(name, sources)
 CUDAExtension = CppExtension
+def include_paths(device): return [os.path.join(CUDA_HOME, "include")]
 """
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not in a source tree")
 
 
-def run(command: list[object], **environment: str) -> subprocess.CompletedProcess[str]:
+def run(command: list[object], cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if name not in SWITCHES}
-    return subprocess.run([*map(str, command)], env=clean | environment, capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run([*map(str, command)], env=clean | environment, capture_output=True, text=True, cwd=cwd)
 
 
 class Machine:
@@ -51,6 +52,9 @@ class Machine:
 
     def install_nvcc(self, release: str, says: str = "") -> str:
         """With something to say it compiles nothing."""
+        for name in ("cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h"):
+            (self.folder / "toolkit" / "include").mkdir(parents=True, exist_ok=True)
+            (self.folder / "toolkit" / "include" / name).touch()
         fails = f'[ "$1" = --version ] || {{ echo "{says}" >&2; exit 1; }}' if says else ""
         script = f"{fails}\necho 'Cuda compilation tools, release {release}, V{release}.88'"
         return str(self.install("toolkit/bin/nvcc", script).parents[1])
@@ -161,6 +165,22 @@ def test_nvcc_of_another_cuda(machine: Machine) -> None:
     assert "CUDA kernels off" in machine.build(CUDA_HOME=toolkit).stdout
 
 
+def test_nvcc_without_its_toolkit(machine: Machine) -> None:
+    """A link or wrapper on PATH, or the package of nvcc alone."""
+    machine.install_torch("2.14.1+cu130", "13.0")
+    toolkit = machine.install_nvcc("13.0")
+    os.remove(f"{toolkit}/include/cuda_runtime.h")
+    reason = f"the toolkit of {toolkit}/bin/nvcc lacks headers ("
+    message = machine.refuses(USE_CUDA="1", CUDA_HOME=toolkit)
+    assert message.startswith(f"USE_CUDA=1, but {reason}")
+    assert "cuda_runtime.h: No such file" in message
+    output = machine.build(CUDA_HOME=toolkit).stdout
+    assert f"CUDA kernels off ({reason}" in output
+    assert ".cu " not in output
+    machine.install("toolkit/bin/nvcc", "exit 127")
+    assert f"CUDA kernels off ({toolkit}/bin/nvcc cannot be run)" in machine.build(CUDA_HOME=toolkit).stdout
+
+
 def test_cuda(machine: Machine) -> None:
     machine.install_torch("2.14.1+cu130", "13.0")
     toolkit = machine.install_nvcc("13.1")  # CUDA is compatible within a major version
@@ -209,23 +229,34 @@ def test_a_source_folder_that_hides_the_installed_package_says_so(tmp_path: Path
     )
 
 
+def environment(folder: Path, torch_version: str | None) -> tuple[Path, Path]:
+    """A virtual environment with a torch of that version: its Python and the folder of its packages."""
+    venv.create(folder, symlinks=True)
+    python = folder / "bin" / "python"
+    packages = Path(run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).stdout.strip())
+    if torch_version:
+        (packages / f"torch-{torch_version}.dist-info").mkdir()
+        metadata = f"Name: torch\nVersion: {torch_version}\n"
+        (packages / f"torch-{torch_version}.dist-info" / "METADATA").write_text(metadata)
+        (packages / "torch.py").touch()
+    return python, packages
+
+
+def link_setuptools(folder: Path) -> None:
+    for name in ("setuptools", "_distutils_hack"):
+        (folder / name).symlink_to(Path(sysconfig.get_path("purelib")) / name)
+
+
 @pytest.mark.parametrize(
     ("installed", "required"),
     [(None, "torch>=2.11"), ("2.10.1", "torch>=2.11"), ("2.11.0", None), ("2.13.0+cpu", None), ("3.0.0.dev1", None)],
 )
 def test_isolated_build_borrows_torch(tmp_path: Path, installed: str | None, required: str | None) -> None:
     """pip's isolation: the backend's own packages come through PYTHONPATH, those of the environment are hidden."""
-    venv.create(tmp_path / "env", symlinks=True)
-    python = tmp_path / "env" / "bin" / "python"
-    packages = Path(run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).stdout.strip())
-    if installed:
-        (packages / f"torch-{installed}.dist-info").mkdir()
-        (packages / f"torch-{installed}.dist-info" / "METADATA").write_text(f"Name: torch\nVersion: {installed}\n")
-        (packages / "torch.py").touch()
+    python, packages = environment(tmp_path / "env", installed)
     overlay = tmp_path / "overlay"  # holds setuptools, and nothing else of this interpreter's packages
     overlay.mkdir()
-    for name in ("setuptools", "_distutils_hack"):
-        (overlay / name).symlink_to(Path(sysconfig.get_path("purelib")) / name)
+    link_setuptools(overlay)
     command = (
         f"import sys; sys.path.remove({str(packages)!r}); import build_backend as backend\n"
         "for of in ('wheel', 'editable', 'sdist'): print(getattr(backend, f'get_requires_for_build_{of}')())\n"
@@ -236,6 +267,33 @@ def test_isolated_build_borrows_torch(tmp_path: Path, installed: str | None, req
     *requirements, torch_file = result.stdout.splitlines() + [""] * bool(required)
     assert requirements == [str([required] if required else [])] * 3, result.stderr
     assert torch_file == ("" if required else str(packages / "torch.py"))
+
+
+def test_build_environments_of_uv_and_build_borrow_torch(tmp_path: Path) -> None:
+    """Their Python is made for the build; the environment is the active one, .venv here, or one on PATH."""
+    build, packages = environment(tmp_path / "build", None)
+    for name in ("setuptools", "_distutils_hack"):  # a link would lie elsewhere
+        shutil.copytree(Path(sysconfig.get_path("purelib")) / name, packages / name)
+    here = tmp_path / "here"
+    torch_of = {name: environment(tmp_path / name, "2.13.0")[1] for name in ("active", "on_path", "here/.venv")}
+    environment(tmp_path / "old", "2.10.1")
+    command = (
+        "import build_backend as backend; required = backend.get_requires_for_build_wheel(); print(required)\n"
+        "if not required: import torch; print(torch.__file__)"
+    )
+
+    def borrowed(folder: Path = here, active: str = "", *path: str) -> str:
+        folders = [str(build.parent), *(str(tmp_path / name / "bin") for name in path)]
+        variables = {"VIRTUAL_ENV": str(tmp_path / active) if active else "", "CONDA_PREFIX": ""}
+        result = run(
+            [build, "-c", command], folder, PYTHONPATH=str(ROOT / "scripts"), PATH=":".join(folders), **variables
+        )
+        return result.stdout.splitlines()[-1] if result.returncode == 0 else result.stderr
+
+    assert borrowed(tmp_path) == borrowed(tmp_path, "old") == borrowed(tmp_path, "", "old") == "['torch>=2.11']"
+    assert borrowed(here, "active", "on_path") == str(torch_of["active"] / "torch.py")
+    assert borrowed(here, "old", "on_path") == str(torch_of["here/.venv"] / "torch.py")
+    assert borrowed(tmp_path, "build", "old", "on_path") == str(torch_of["on_path"] / "torch.py")
 
 
 def test_library_needs_no_python() -> None:

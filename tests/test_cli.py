@@ -202,6 +202,8 @@ def test_full_gpu_says_what_to_change(work: Workspace, tmp_path: Path, monkeypat
         (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "a loading process ended unexpectedly"),
         (RuntimeError("DataLoader worker ... Bus error. ... out of shared memory"), "shared memory (/dev/shm)"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), "out of memory"),
+        (RuntimeError("pyramid_pool: out of memory: 9 bytes are wanted"), "out of memory; try a smaller train.batch"),
+        (cv2.error("OpenCV(5.0.0) alloc.cpp:73: error: (-4:Insufficient memory) Failed to allocate"), "out of memory"),
         (MemoryError(), "out of memory"),
         (OSError(28, "cannot be written: No space left on device", "c.pt"), "c.pt: cannot be written: No space left"),
     ],
@@ -214,6 +216,15 @@ def test_errors_of_the_machine(
 
     monkeypatch.setattr("pspnet_fast.training.loop.fit", fails)
     assert_one_line(run("train", work.config, work.root, "--out", tmp_path / "run"), 1, message)
+
+
+def test_eval_out_of_memory(work: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr("pspnet_fast.training.evaluation.evaluate", fails)
+    result = run("eval", work.config, work.root, "--checkpoint", work.checkpoint)
+    assert_one_line(result, 1, "out of memory; try a data.val_crop or a smaller train.val_batch_size")
 
 
 def test_programming_errors_stay_visible(work: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,9 +242,9 @@ def test_traceback_on_request(work: Workspace) -> None:
 
 
 def test_missing_extra_is_named(work: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "omegaconf", None)
+    monkeypatch.setitem(sys.modules, "yaml", None)
     result = run("train", work.config, work.root, "--out", work.out / "x")
-    assert_one_line(result, 1, "needs omegaconf: pip install 'pspnet_fast[train]'")
+    assert_one_line(result, 1, "needs yaml: pip install 'pspnet_fast[train]'")
 
 
 def test_import_needs_torch_and_click_only() -> None:

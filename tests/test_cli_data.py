@@ -52,6 +52,44 @@ def test_masks_of_0_and_255_want_a_remap(work: Workspace, tmp_path: Path) -> Non
     assert np.sum(json.loads(scores.stdout)["confusion"], 1).tolist() == [3 * 40 * 20, 3 * 40 * 28]
 
 
+def test_class_without_a_pixel_is_named(work: Workspace, tmp_path: Path) -> None:
+    data = write_toy_data(tmp_path / "data")
+    for path in data.glob("*_label.png"):
+        label = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        cv2.imwrite(str(path), np.where(label == 2, 255, label))
+    arguments = (work.config, f"data.root={data}")
+    result = run("train", *arguments, "train.batch_size=99", "--out", tmp_path / "run")
+    for split in ("train", "val"):
+        assert f"Warning: {data / split}.txt: no pixel is of class 2 (blue) in its labels; 255 is" in result.stderr
+    assert '"data.remap={0: 0, 1: 1, 255: 2}"' in result.stderr
+    result = run("eval", *arguments, "--checkpoint", work.checkpoint, "--json")
+    assert "Warning: val.txt: no pixel is of class 2 (blue)" in result.stderr
+    scores = json.loads(result.stdout, parse_constant=pytest.fail)
+    assert scores["accuracy"]["blue"] is None
+    for path in data.glob("*_label.png"):
+        cv2.imwrite(str(path), np.resize(np.uint8([0, 255]), SIZE))
+    assert_one_line(run("eval", *arguments, "--checkpoint", work.checkpoint), 1, "val.txt: ", "0 and 255 only")
+
+
+def test_home_and_variables_in_names(work: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(work.data.parent))
+    monkeypatch.setenv("SPLITS", str(work.data))
+    monkeypatch.delenv("NOWHERE", raising=False)
+    checkpoint = "--checkpoint=~/run/checkpoint.pt"
+    files = ["data.val_list=${SPLITS}/val.txt", "data.names=$SPLITS/names.txt", "data.colors=~/data/colors.txt"]
+    for root in ("~/data", "$HOME/data"):
+        result = run("eval", "~/toy.yaml", f"data.root={root}", *files, checkpoint)
+        assert result.exit_code == 0, result.output
+    result = run("predict", "~/data/val_0.png", checkpoint, "--out=~/labels")
+    assert result.exit_code == 0, result.output
+    assert (work.data.parent / "labels" / "val_0.png").exists()
+    message = "data.root=${NOWHERE}/x: the environment variable NOWHERE is not set"
+    assert_one_line(run("train", work.config, "data.root=${NOWHERE}/x"), 1, message)
+    (tmp_path / "~ $NOWHERE").symlink_to(work.data)  # a name that is there is taken as it is
+    monkeypatch.chdir(tmp_path)
+    assert run("eval", work.config, "data.root=~ $NOWHERE", checkpoint).exit_code == 0
+
+
 def test_label_conventions(work: Workspace, tmp_path: Path) -> None:
     data = write_toy_data(tmp_path / "data")
     for path in data.glob("*_label.png"):

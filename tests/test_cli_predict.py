@@ -5,9 +5,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from limits import largest_file
 from toy_command import Workspace, assert_one_line, run
 from toy_data import COLORS, SIZE
+
+from pspnet_fast.inference.predict import Predictor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,6 +42,37 @@ def test_predict_goes_on_after_a_bad_image(work: Workspace, tmp_path: Path) -> N
     assert_one_line(result, 1, "bad.jpg: is not an image")
     assert "labelled 1 of 2" in result.output
     assert (tmp_path / "out" / "val_1.png").exists()
+
+
+def test_predict_goes_on_without_what_cannot_be_used(
+    work: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("big.png", "fine.png"):
+        (tmp_path / name).write_bytes((work.data / "val_1.png").read_bytes())
+    deep = np.random.default_rng(0).integers(4096, size=(*SIZE, 3), dtype=np.uint16)
+    cv2.imwrite(str(tmp_path / "deep.png"), deep)
+    calls = iter(
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), None, None)
+    )
+
+    def predict(self: Predictor, image: torch.Tensor) -> torch.Tensor:
+        if error := next(calls):
+            raise error
+        return torch.zeros(image.shape[1:], dtype=torch.uint8)
+
+    monkeypatch.setattr(Predictor, "__call__", predict)
+    names = ["none.jpg", "empty", "big.png", "deep.png", "fine.png"]
+    result = run("predict", *(tmp_path / name for name in names), "--checkpoint", work.checkpoint,
+                 "--out", tmp_path / "out")  # fmt: skip
+    assert_one_line(
+        result, 1, "no image ", "none.jpg; ", "empty: no image in this folder", "big.png: out of memory; scale the"
+    )
+    assert f"Warning: {tmp_path / 'deep.png'}: has 16 bits and no value above 4095" in result.stderr
+    assert "labelled 2 of 3 images" in result.stdout
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        f"{stem}{end}.png" for stem in ("deep", "fine") for end in ("", "_color", "_overlay")
+    }
 
 
 def test_predict_never_replaces_an_image(work: Workspace, tmp_path: Path) -> None:

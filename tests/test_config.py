@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 def write(folder: Path, text: str) -> Path:
     path = folder / "run.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -37,6 +37,61 @@ def test_remap_in_file_and_on_the_command_line(tmp_path: Path) -> None:
     assert load_config(path).data.remap == {}
     assert load_config(path, ["data.remap={0: 0, 255: 1}"]).data.remap == {0: 0, 255: 1}
     assert Remap.parse(load_config(path, ["data.remap.7=0", "data.remap.8=1"]).data.remap).values == {7: 0, 8: 1}
+
+
+TEXTS = [
+    "2024_01",
+    "010",
+    "1e3",
+    "1.50",
+    "0x10",
+    "1:30",
+    "on",
+    "true",
+    "null",
+    "???",
+    "a: b",
+    "{x}",
+    "[a",
+    "a #b",
+    "a=b",
+]
+TEXTS += ["'q'", "${HOME}/x", "\\${x}", "\u00fc"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_is_taken_as_it_is_written(tmp_path: Path, text: str) -> None:
+    assert load_config(write(tmp_path, "{}"), [f"data.root={text}"]).data.root == text
+    if text not in ("null", "???", "a: b", "{x}", "[a", "a #b", "'q'"):  # which YAML wants quoted
+        assert load_config(write(tmp_path, f"data:\n  root: {text}\n")).data.root == text
+
+
+def test_values_are_typed_by_their_field(tmp_path: Path) -> None:
+    path = write(tmp_path, "train: {ohem: on, bf16: No, class_weights: [1, 2e0], lr: .5, power: 1.}")
+    overrides = ["train.epochs=+5", "model.head_channels=~", "train.channels_last=1", "data.remap={07: 1, 8: 0}"]
+    config = load_config(path, overrides)
+    assert (config.train.ohem, config.train.bf16, config.train.channels_last) == (True, False, True)
+    assert (config.train.class_weights, config.train.lr, config.train.power) == ([1.0, 2.0], 0.5, 1.0)
+    assert isinstance(config.train.power, float)
+    assert (config.train.epochs, config.model.head_channels) == (5, None)
+    assert Remap.parse(config.data.remap).values == {7: 1, 8: 0}
+
+
+def test_an_override_replaces_and_a_deeper_one_adds(tmp_path: Path) -> None:
+    path = write(tmp_path, "data: {remap: {7: 0, other: 255}}")
+    assert load_config(path, ["data.remap={0: 0, 255: 1}"]).data.remap == {0: 0, 255: 1}
+    assert load_config(path, ["data.remap.0=1"]).data.remap == {7: 0, "other": 255, 0: 1}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "latin-1", "utf-16"])
+def test_encodings(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {root: stra\u00dfe}", encoding=encoding)
+    if encoding == "utf-8-sig":
+        assert load_config(path).data.root == "stra\u00dfe"
+    else:
+        with pytest.raises(ConfigError, match=r"run.yaml:1: is not UTF-8"):
+            load_config(path)
 
 
 def test_defaults_are_those_of_semseg(tmp_path: Path) -> None:
@@ -63,14 +118,30 @@ def test_defaults_are_those_of_semseg(tmp_path: Path) -> None:
         ("{}", ["data.rot=x"], "command line: unknown key 'data.rot'; the nearest valid key is 'data.root'"),
         ("{}", ["train.lr"], "an override must be key=value, got 'train.lr'"),
         ("train: {lr: fast}", [], "run.yaml: train.lr must be float, got 'fast'"),
-        ("{}", ["train.epochs=1.5"], "command line: train.epochs must be int, got 1.5"),
+        ("{}", ["train.epochs=1.5"], "command line: train.epochs must be int, got '1.5'"),
         ("{}", ["train.bf16=maybe"], "command line: train.bf16 must be bool, got 'maybe'"),
-        ("{}", ["data.crop=64"], r"command line: data.crop must be list\[int\], got 64"),
-        ("data: {crop: [a, 3]}", [], r"run.yaml: data.crop must be list\[int\], got \['a', 3\]"),
+        ("{}", ["data.crop=64"], r"command line: data.crop must be list\[int\], got '64'"),
+        ("data: {crop: [a, 3]}", [], r"run.yaml: data.crop must be list\[int\], got \['a', '3'\]"),
         ("{}", ["model.head_channels=x"], r"command line: model.head_channels must be int \| None, got 'x'"),
-        ("train: 3", [], "run.yaml: train must be a mapping, got 3"),
+        ("train: 3", [], "run.yaml: train must be a mapping, got '3'"),
         ("- 1", [], "run.yaml: must be a mapping"),
-        ("train: {lr: [", [], "run.yaml: no valid YAML"),
+        ("train: {lr: [", [], "run.yaml: no valid YAML: line 1: "),
+        ("train:\n  lr: 1\n  lr: 2", [], "run.yaml: no valid YAML: line 2: 'lr' is given twice"),
+        ("{}", ["data.crop=[1, 2"], "data.crop: no valid YAML: line 1: "),
+        ("data: {root: \0}", [], "run.yaml: is not UTF-8"),
+        ("data: {root: null}", [], "run.yaml: data.root must be str, got None"),
+        ("{}", ["data.root="], "data.root must be the name of a folder, got ''"),
+        ("{}", ["data.root.x=1"], "command line: data.root must be str, got {'x': '1'}"),
+        ("{}", [r"data.crop[0]=3"], r"unknown key 'data.crop\[0\]'; the nearest valid key is 'data.crop'"),
+        ("{}", ["train.epochs=010"], "train.epochs must be int, got '010'; write 10$"),
+        ("{}", ["train.epochs=1e3"], "train.epochs must be int, got '1e3'; write 1000$"),
+        ("{}", ["train.epochs=1e999"], "train.epochs must be int, got '1e999'$"),
+        ("{}", ["train.epochs=1:30"], "train.epochs must be int, got '1:30'$"),
+        ("train: {epochs: 010}", ["train.epochs=3"], "run.yaml: train.epochs must be int, got '010'; write 10$"),
+        ("train: {lr: 01.5}", [], "run.yaml: train.lr must be float, got '01.5'; write 1.5$"),
+        ("{}", ["train.lr=1_0"], "train.lr must be float, got '1_0'; write 10$"),
+        ("{}", ["train.lr=on"], "train.lr must be float, got 'on'$"),
+        ("{}", ["data.crop=[010, 3]"], r"data.crop must be list\[int\], got \['010', '3'\]; write 10$"),
         ("{}", ["train.epochs=0"], "train.epochs must be at least 1, got 0"),
         ("{}", ["train.lr=0"], "train.lr must be above 0, got 0.0"),
         ("{}", ["train.momentum=1"], "train.momentum must be at least 0 and below 1, got 1.0"),

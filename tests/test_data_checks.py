@@ -9,7 +9,7 @@ from PIL import Image
 from toy_data import COLORS, NAMES, SIZE, write_toy_data
 
 from pspnet_fast.data import DataError
-from pspnet_fast.data.checks import check_lists, check_normalisation
+from pspnet_fast.data.checks import check_classes, check_lists, check_normalisation
 from pspnet_fast.data.labels import LabelReader
 from pspnet_fast.data.list_dataset import ListDataset
 from pspnet_fast.data.transforms import EvalTransform
@@ -62,6 +62,54 @@ def test_masks_of_0_and_255(root: Path) -> None:
     assert check(root, LabelReader(2, remap={0: 0, 1: 1, 255: 255})) == []
     set_labels(root, "val", values=(0, 1, 255))  # then 255 is a border
     assert check(root) == []
+
+
+def classes(root: Path, split: str, reader: LabelReader, names: list[str] = NAMES) -> list[str]:
+    return check_classes(ListDataset(root, root / f"{split}.txt", reader, EvalTransform()), names)
+
+
+def test_class_without_a_pixel(root: Path) -> None:
+    reader = LabelReader(3)
+    assert classes(root, "train", reader) == classes(root, "val", reader) == []
+    set_labels(root, "train", values=(0, 2, 255, 255))
+    [warning] = classes(root, "train", reader)
+    assert warning == (
+        f"{root / 'train.txt'}: no pixel is of class 1 (green) in its labels; 255 is ignored, as 50.0% of the pixels "
+        'are: if it stands for that class, "data.remap={0: 0, 2: 2, 255: 1}"'
+    )
+    assert classes(root, "train", LabelReader(3, remap={0: 0, 2: 2, 255: 1})) == []
+    set_labels(root, "val", values=(0,))
+    assert classes(root, "val", reader) == [
+        f"{root / 'val.txt'}: no pixel is of classes 1 (green), 2 (blue) in its labels"
+    ]
+    many = [f"c{index}" for index in range(9)]
+    [warning] = classes(root, "val", LabelReader(9), many)
+    assert "classes 1 (c1), 2 (c2), 3 (c3), 4 (c4), 5 (c5) and 3 more in" in warning
+    set_labels(root, "val", values=(255,))  # of which check_lists tells
+    assert classes(root, "val", reader) == []
+
+
+def test_classes_are_looked_for_until_found(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_labels(root, "train", values=(0, 1))
+    cv2.imwrite(str(root / "train_3_label.png"), np.full(SIZE, 2, np.uint8))
+    cv2.imwrite(str(root / "train_5_label.png"), np.full(SIZE, 9, np.uint8))  # an error to whom reads it
+    assert classes(root, "train", LabelReader(3)) == []
+    monkeypatch.setattr("pspnet_fast.data.checks.SCAN", 2)  # the first and the last
+    [warning] = classes(root, "train", LabelReader(3))
+    assert warning.endswith("no pixel is of class 2 (blue) in 2 of its 8 labels")
+
+
+def test_images_of_few_bits_in_16(root: Path) -> None:
+    image = np.random.default_rng(0).integers(4096, size=(*SIZE, 3), dtype=np.uint16)
+    image[0, 0] = 4095
+    cv2.imwrite(str(root / "val_1.png"), image)
+    assert check(root) == [
+        f"{root / 'val_1.png'}: has 16 bits and no value above 4095, so that it is dark; if its white is 4095, scale "
+        "it to 65535 (as 1 of 3 images looked at)"
+    ]
+    for good in (16 * image, np.uint8(image >> 8), np.zeros_like(image)):
+        cv2.imwrite(str(root / "val_1.png"), good)
+        assert check(root) == []
 
 
 def test_labels_that_may_be_ade20ks(root: Path) -> None:

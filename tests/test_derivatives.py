@@ -107,7 +107,7 @@ def test_compiled_functions_see_tangents():
 
 
 def test_confusion_matrix_under_a_transform_still_tells_bad_values():
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="7"):
+    with forward_ad.dual_level(), pytest.raises(IndexError, match="7"):
         ops.confusion_matrix(torch.tensor([7]), torch.tensor([0]), 5)
 
 

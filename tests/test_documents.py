@@ -8,7 +8,7 @@ from documents import ROOT, commands, python_blocks
 from toy_command import Workspace
 
 from pspnet_fast.cli import main
-from pspnet_fast.training.config import load_config
+from pspnet_fast.training.config_file import load_config
 
 BLOCKS = python_blocks(of_peers=False)
 COMMANDS = commands("pspnet-fast")

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import make
 from stock_head import StockHead, make_head
 from torch import Tensor, nn
@@ -222,15 +223,21 @@ def test_bad_input():
 
 def test_the_cheaper_form_is_chosen(monkeypatch):
     monkeypatch.undo()
-    module, calls = make_head().eval(), []
-    stock = StockHead(module).eval()
-    module.bottleneck[0].register_forward_hook(lambda *_: calls.append(1))  # the plain form calls the convolution
-    for size, plain in (((60, 60), 0), ((2, 2), 1)):
-        calls.clear()
+    module, convolved = make_head().eval(), []
+    stock, conv2d = StockHead(module).eval(), F.conv2d
+
+    def watched(x: Tensor, *args, **kwargs) -> Tensor:
+        convolved.append(x.size(1))
+        return conv2d(x, *args, **kwargs)
+
+    monkeypatch.setattr(F, "conv2d", watched)
+    for size, concatenated in (((60, 60), False), ((2, 2), True)):
         x = torch.randn(1, 8, *size)
         with torch.no_grad():
-            torch.testing.assert_close(module(x), stock(x))
-        assert len(calls) == plain
+            expected = stock(x)
+            convolved.clear()
+            torch.testing.assert_close(module(x), expected)
+        assert (module.ppm.out_channels in convolved) == concatenated
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -111,6 +111,22 @@ def test_label_of_another_size(root: Path) -> None:
     assert str(error.value) == f"{path}: label of 47x40 pixels for an image of 48x40 pixels ({root / 'train_0.png'})"
 
 
+@pytest.mark.parametrize("orientation", ["auto", "turned", "stored"])
+def test_label_of_another_size_than_a_turned_photograph(root: Path, orientation: str) -> None:
+    tags = Image.Exif()
+    tags[0x112] = 6
+    Image.open(root / "train_0.png").save(root / "train_0.png", exif=tags)
+    path = break_label(root, 0, np.zeros((20, 24), np.uint8))
+    dataset = ListDataset(root, root / "train.txt", 3, EvalTransform(), orientation=orientation)
+    with pytest.raises(DataError) as error:
+        dataset[0]
+    size = "48x40" if orientation == "stored" else "40x48"
+    assert str(error.value) == (
+        f"{path}: label of 24x20 pixels for an image of {size} pixels ({root / 'train_0.png'}: 48x40 pixels as stored, "
+        f"which its EXIF orientation turns; data.orientation={orientation})"
+    )
+
+
 def test_file_that_vanished(root: Path) -> None:
     dataset = make(root)
     (root / "train_1.png").unlink()
@@ -146,10 +162,28 @@ def test_label_of_a_turned_photograph(tmp_path: Path, orientation: int, drawn_on
     Image.fromarray(np.stack([200 * label] * 3, -1)).save(tmp_path / "photo.png", exif=tags)
     if drawn_on == "shown":
         label = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "photo.png")))[..., 0] // 200
-    elif orientation in (2, 3, 4):
-        pytest.skip("of these the size does not tell on which of the two a label was drawn")
     Image.fromarray(label).save(tmp_path / "label.png")
     (tmp_path / "list.txt").write_text("photo.png label.png")
-    image, read = ListDataset(tmp_path, tmp_path / "list.txt", 2, EvalTransform()).read(0)
-    np.testing.assert_array_equal(read, label)
-    np.testing.assert_array_equal(image[..., 0], 200 * label)
+    choices = ["turned" if drawn_on == "shown" else "stored"]
+    if drawn_on == "shown" or orientation not in (2, 3, 4):  # of these the size does not tell how a label was drawn
+        choices.append("auto")
+    for choice in choices:
+        dataset = ListDataset(tmp_path, tmp_path / "list.txt", 2, EvalTransform(), orientation=choice)
+        image, read = dataset.read(0)
+        np.testing.assert_array_equal(read, label)
+        np.testing.assert_array_equal(image[..., 0], 200 * label)
+
+
+def test_label_stored_with_the_orientation_of_its_photograph(tmp_path: Path) -> None:
+    label = np.uint8([[0, 1, 1]])
+    tags = Image.Exif()
+    tags[0x112] = 2
+    Image.fromarray(np.stack([200 * label] * 3, -1)).save(tmp_path / "photo.png", exif=tags)
+    Image.fromarray(label).save(tmp_path / "label.png", exif=tags)
+    (tmp_path / "list.txt").write_text("photo.png label.png")
+    for choice in ("auto", "turned", "stored"):
+        dataset = ListDataset(tmp_path, tmp_path / "list.txt", 2, EvalTransform(), orientation=choice)
+        image, read = dataset.read(0)
+        np.testing.assert_array_equal(image[..., 0], 200 * read)
+    with pytest.raises(ValueError, match=r"orientation must be one of 'auto', 'turned', 'stored', got 'exif'"):
+        ListDataset(tmp_path, tmp_path / "list.txt", 2, EvalTransform(), orientation="exif")

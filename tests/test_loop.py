@@ -137,6 +137,8 @@ def test_numbers_of_classes(root: Path, tmp_path: Path) -> None:
     model = PSPNet(256, ToyBackbone(), bins=(1, 2))
     with pytest.raises(ValueError, match="class_names must be 1 to 255 names, got 256"):
         fit(model, Items(4), Items(4), CONFIG, tmp_path / "run", class_names=[str(index) for index in range(256)])
+    with pytest.raises(ValueError, match="class_names must differ, but 'a' is given more than once"):
+        fit(PSPNet(3, ToyBackbone(), bins=(1, 2)), Items(4), Items(4), CONFIG, tmp_path / "run", class_names="aba")
     assert not (tmp_path / "run").exists()
 
 

@@ -48,6 +48,25 @@ def test_a_folder_keeps_its_structure(photos: Path) -> None:
         plan([Path("empty")], Path("out"))
 
 
+def test_what_cannot_be_used_stops_the_others_on_request(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch("a.jpg", "in/b.jpg", "in/locked/c.jpg", "empty/readme.md")
+    scandir = os.scandir
+
+    def locked(path: str) -> object:  # permissions do not stop the superuser
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    arguments = [Path(name) for name in ("none.jpg", "empty", "in", "a.jpg")]
+    failed: list[Exception] = []
+    tasks = plan(arguments, Path("out"), failed=failed)
+    assert [str(task.image) for task in tasks] == ["in/b.jpg", "a.jpg"]
+    assert [type(error) for error in failed] == [FileNotFoundError, ValueError, PermissionError]
+    with pytest.raises(PermissionError):
+        plan([Path("in")], Path("out"))
+
+
 def test_patterns_that_the_shell_left(photos: Path) -> None:
     touch("a/1.jpg", "a/2.jpg", "b/3.jpg", "odd[1].jpg")
     assert results("a/*.jpg") == three("out/1") | three("out/2")

@@ -1,5 +1,6 @@
 """Pictures of label maps."""
 
+import warnings
 from pathlib import Path
 
 import cv2
@@ -7,7 +8,10 @@ import numpy as np
 import pytest
 from limits import largest_file
 
+from pspnet_fast.inference import lettering
+from pspnet_fast.inference.lettering import drawable, families, text_width
 from pspnet_fast.inference.render import colorize, overlay, palette, save_png, side_by_side, with_legend
+from pspnet_fast.training.report import draw_curves
 
 COLORS = [(255, 0, 0), (0, 200, 0)]
 
@@ -85,12 +89,39 @@ def test_legend_below_names_what_occurs(width: int) -> None:
 
 def test_names_are_drawn_in_any_script() -> None:
     picture = np.zeros((4, 900, 3), np.uint8)
-    plain, accents, chinese = (
-        with_legend(picture, [0], [name], [(9, 9, 9)])[4:] for name in ("Baume", "B\u00e4ume", "\u9053")
-    )
-    assert (plain == accents).all()
-    codes = with_legend(picture, [0], ["\\u9053"], [(9, 9, 9)])[4:]
-    assert (chinese == codes).all()
+
+    def legend(name: str) -> np.ndarray:
+        return with_legend(picture, [0], [name], [(9, 9, 9)])[4:]
+
+    drawn = {
+        name: legend(name).tobytes() for name in ("Baume", "B\u00e4ume", "\u0434\u043e\u043c", "\u05d3\u05e8", "?")
+    }
+    assert len(set(drawn.values())) == len(drawn)
+    assert legend("Ba\u0308ume").tobytes() == drawn["B\u00e4ume"]  # as macOS writes it
+    assert drawable("\u2336 x") == "\u2336 x"  # of another font
+    assert families(["a", "\u2336"]) == ["DejaVu Sans", "DejaVu Sans Mono"]
+    assert text_width("\u2336", 13) > 0
+
+
+def test_letters_that_no_font_has_are_written_as_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lettering, "_other_fonts", list)
+    monkeypatch.setattr(lettering, "_warned", [])
+    lettering._font_of.cache_clear()
+    with pytest.warns(UserWarning, match=r"no font of this machine has all letters of .* \(U\+9053\): ") as said:
+        drawn = [drawable("\u9053 a \u8def"), drawable("\u8def")]
+    assert drawn == ["\\u9053 a \\u8def", "\\u8def"]
+    assert len(said) == 1
+    lettering._font_of.cache_clear()
+
+
+def test_curves_name_classes_of_any_letters(tmp_path: Path) -> None:
+    names = ["stra\u00dfe $x$ $_", "\u0434\u043e\u043c", "\u2336"]
+    epoch = {"event": "epoch", "epoch": 1, "step": 1, "miou": 0.5, "macc": 0.5, "allacc": 0.5, "iou": [0.5, 0.5, None]}
+    iteration = {"event": "iteration", "step": 1, "loss": 1.0, "lr": 0.1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib's, of a glyph that is missing
+        draw_curves([{"event": "config", "class_names": names}, iteration, epoch], tmp_path / "curves.png")
+    assert cv2.imread(str(tmp_path / "curves.png")) is not None
 
 
 @pytest.mark.parametrize("classes", [1, 19, 150, 255])

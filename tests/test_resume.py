@@ -150,6 +150,18 @@ def test_resuming_a_finished_run_changes_nothing(root: Path, tmp_path: Path) -> 
     assert_equal_states(first.state_dict(), second.state_dict())
 
 
+def test_history_that_begins_with_nan(root: Path, tmp_path: Path) -> None:
+    """As older versions wrote it of an epoch without scores."""
+    train(root, tmp_path, replace(CONFIG, epochs=1))
+    path = tmp_path / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    state["history"][0]["miou"] = state["best_miou"] = float("nan")
+    torch.save(state, path)
+    _, result = train(root, tmp_path, replace(CONFIG, epochs=2), resume=True, allow=["train.epochs"])
+    assert result.best_miou == result.history[1]["miou"]
+    assert load_checkpoint(path)["best_miou"] == load_checkpoint(tmp_path / "best.pt")["best_miou"] == result.best_miou
+
+
 @pytest.fixture(scope="module")
 def finished(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     out = tmp_path_factory.mktemp("finished")

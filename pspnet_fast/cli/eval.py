@@ -43,7 +43,8 @@ def evaluate(
     pspnet-fast eval configs/camvid.yaml data.root=/data/camvid --checkpoint runs/camvid/checkpoint.pt
     pspnet-fast eval configs/camvid.yaml data.root=/data/camvid --checkpoint runs/camvid/checkpoint.pt --pictures 4
     """
-    from pspnet_fast.training.config import load_config
+    from pspnet_fast.data.checks import check_lists, unlabelled
+    from pspnet_fast.training.config_file import load_config
     from pspnet_fast.training.evaluation import choose_device
     from pspnet_fast.training.evaluation import evaluate as score
     from pspnet_fast.training.loading import val_loader
@@ -56,6 +57,8 @@ def evaluate(
         raise ValueError(f"{checkpoint} and {settings.data.names} have different classes: {difference}")
     val_set = validation_set(settings.data, len(names), predictor.mean, predictor.std)
     drawn = _plan_pictures(val_set, pictures, out, overwrite)
+    for warning in check_lists(val_set):
+        click.echo(f"Warning: {warning}", err=True)
     metrics = score(
         predictor.model,
         val_loader(val_set, settings.train.val_batch_size, settings.train.workers, device.type == "cuda"),
@@ -66,6 +69,8 @@ def evaluate(
     )
     if not metrics.confusion.any():
         click.echo(f"Warning: no pixel of {settings.data.val_list} is labelled: there are no scores", err=True)
+    elif missing := unlabelled(metrics.confusion.sum(1).tolist(), names):
+        click.echo(f"Warning: {settings.data.val_list}: {missing}", err=True)
     click.echo(_scores_json(metrics, names) if as_json else _scores_table(metrics, names))
     for index, path in drawn.items():
         _draw(predictor, val_set, index, path)

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-EXTRAS = {"numpy", "omegaconf", "yaml", "cv2", "PIL", "tqdm", "matplotlib", "tensorboard"}
+EXTRAS = {"numpy", "yaml", "cv2", "PIL", "tqdm", "matplotlib", "tensorboard"}
 
 
 class Stopped(click.ClickException):
@@ -44,26 +44,37 @@ class Group(click.Group):
         except (ValueError, OSError, FloatingPointError) as error:
             if ctx.params["traceback"]:
                 raise
-            message = str(error)
-            if isinstance(error, OSError) and error.strerror:
-                message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
             # The configuration is part of the command, so its errors are errors of usage (click's exit code 2).
             kind = click.UsageError if type(error).__name__ == "ConfigError" else click.ClickException
-            raise kind(message) from None
-        except (RuntimeError, MemoryError) as error:
-            hint = _hint(error)
+            raise kind(sentence(error)) from None
+        except Exception as error:  # of OpenCV too, whose errors have no common base with others
+            hint = _hint(error, ctx.invoked_subcommand)
             if ctx.params["traceback"] or hint is None:
                 raise
             raise click.ClickException(hint) from None
 
 
-def _hint(error: Exception) -> str | None:
+def sentence(error: Exception) -> str:
+    """What an error says, of a file its name first."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was wanting, of Python, torch (CPU or GPU), the kernels or OpenCV."""
+    texts = ("can't allocate memory", "out of memory", "Insufficient memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
+
+
+def _hint(error: Exception, command: str | None) -> str | None:
     """What to do about an error of the machine; None for errors of the program."""
     text = str(error)
-    less = "a smaller train.batch_size or data.crop"
-    if type(error).__name__ == "OutOfMemoryError":
-        return f"out of GPU memory; try {less}, or train.bf16=true"
-    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+    train = "a smaller train.batch_size or data.crop"
+    less = "a data.val_crop or a smaller train.val_batch_size" if command == "eval" else train
+    if is_out_of_memory(error):
+        if type(error).__name__ == "OutOfMemoryError":
+            return f"out of GPU memory; try {less}, or train.bf16=true"
         return f"out of memory; try {less}, or fewer train.workers"
     if "DataLoader worker" in text:
         if "shared memory" in text:

@@ -43,10 +43,10 @@ def train(
     """
     import torch
 
-    from pspnet_fast.data.checks import check_lists, check_normalisation
+    from pspnet_fast.data.checks import check_classes, check_lists, check_normalisation
     from pspnet_fast.data.transforms import TrainTransform
     from pspnet_fast.models import PSPNet
-    from pspnet_fast.training.config import load_config
+    from pspnet_fast.training.config_file import load_config
     from pspnet_fast.training.config_text import to_yaml
     from pspnet_fast.training.interruption import Interrupted
     from pspnet_fast.training.loop import fit
@@ -69,9 +69,10 @@ def train(
     data = settings.data
     names, colors = read_classes(data)
     transform = TrainTransform(data.crop, data.mean, data.std, data.scale, data.degrees, data.blur)
-    train_set = list_dataset(data, data.train_list, len(names), transform, settings.train.seed)
+    train_set = list_dataset(data, "train_list", len(names), transform, settings.train.seed)
     val_set = validation_set(data, len(names), data.mean, data.std)
-    for warning in (*check_normalisation(data.mean, data.std), *check_lists(train_set, val_set)):
+    warnings = check_normalisation(data.mean, data.std) + check_lists(train_set, val_set)
+    for warning in (*warnings, *check_classes(train_set, names), *check_classes(val_set, names)):
         click.echo(f"Warning: {warning}", err=True)
     torch.manual_seed(settings.train.seed)
     model = PSPNet(len(names), **dataclasses.asdict(settings.model))

@@ -4,39 +4,49 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
 
 from pspnet_fast.data import IGNORE_INDEX, DataError
 from pspnet_fast.data.conventions import CLASSES
+from pspnet_fast.data.images import unused_bits
 from pspnet_fast.data.list_dataset import ListDataset
 
-SAMPLE = 8  # labels of each list, evenly spread
+SAMPLE = 8  # pairs of each list, evenly spread
+SCAN = 500  # labels of each list in which classes are looked for
 
 
-def check_lists(train_set: ListDataset, val_set: ListDataset) -> list[str]:
-    """Read some pairs of both lists; return warnings, a sentence each.
+def check_lists(*datasets: ListDataset) -> list[str]:
+    """Read some pairs of each list, training before validation; return warnings, a sentence each.
 
     Raises:
         DataError: a pair cannot be used, or the labels are masks of 0 and 255, of which 255 would be ignored.
     """
     warnings, found = [], set()
-    for dataset in (train_set, val_set):
-        indices = _sample(dataset)
-        values = {int(value) for index in indices for value in np.unique(dataset.read(index)[1])}
+    for dataset in datasets:
+        values, odd = set(), []
+        for index in (indices := _spread(dataset, SAMPLE)):
+            image, label = dataset.read(index)
+            values |= set(np.unique(label).tolist())
+            if text := unused_bits(image):
+                odd.append(f"{dataset.pairs[index][0]}: {text}")
         if values == {IGNORE_INDEX}:
             warnings.append(f"{dataset.list_file}: every pixel of the {len(indices)} labels looked at is ignored")
+        warnings += [text + f" (as {len(odd)} of {len(indices)} images looked at)" for text in odd[:1]]
         repeated = len(dataset) - len({image for image, _ in dataset.pairs})
         if repeated:
             warnings.append(f"{dataset.list_file}: {repeated} of {len(dataset)} lines name an image of a line before")
         found |= values
-    if common := {image for image, _ in train_set.pairs} & {image for image, _ in val_set.pairs}:
+    first, last = datasets[0], datasets[-1]
+    if first is not last and (common := {image for image, _ in first.pairs} & {image for image, _ in last.pairs}):
         warnings.append(
-            f"{len(common)} images stand in {train_set.list_file} and in {val_set.list_file}: scores will be too good"
+            f"{len(common)} images stand in {first.list_file} and in {last.list_file}: scores will be too good"
         )
-    labels = train_set.labels
-    warnings += _by_color_other_classes(train_set)
+    labels = first.labels
+    warnings += _by_color_other_classes(first)
     if labels.is_identity and labels.classes > 1 and found == {0, IGNORE_INDEX}:
         raise DataError(
-            f"{train_set.list_file}: the labels looked at hold the values 0 and 255 only, and 255 is ignored; "
+            f"{first.list_file}: the labels looked at hold the values 0 and 255 only, and 255 is ignored; "
             '"data.remap={0: 0, 255: 1}" makes it class 1, "data.remap={0: 0, 1: 1, 255: 255}" says that it is none'
         )
     if labels.is_identity and labels.classes == CLASSES["ade20k"] and IGNORE_INDEX not in found:
@@ -47,12 +57,48 @@ def check_lists(train_set: ListDataset, val_set: ListDataset) -> list[str]:
     return warnings
 
 
+def check_classes(dataset: ListDataset, names: Sequence[str]) -> list[str]:
+    """Look for every class in the labels, in SCAN of them at most; return a warning if one has no pixel.
+
+    Raises:
+        DataError: a label cannot be used.
+    """
+    counts = np.zeros(IGNORE_INDEX + 1, np.int64)
+    indices = _spread(dataset, SCAN)
+    for index in tqdm(indices, desc=f"classes of {dataset.list_file.name}", unit="label", leave=False, disable=None):
+        counts += np.bincount(dataset.labels(dataset.pairs[index][1]).ravel(), minlength=len(counts))
+        if counts[: len(names)].all():
+            return []
+    if not counts[: len(names)].any():  # that all is ignored is said already
+        return []
+    where = "its labels" if len(indices) == len(dataset) else f"{len(indices)} of its {len(dataset)} labels"
+    text = f"{dataset.list_file}: {unlabelled(counts, names)} in {where}"
+    missing = [index for index in range(len(names)) if not counts[index]]
+    if dataset.labels.is_identity and len(missing) == 1 and counts[IGNORE_INDEX]:
+        others = [f"{index}: {index}" for index in range(len(names)) if counts[index]]
+        others = others if len(others) <= 3 else [*others[:2], "..."]
+        text += (
+            f"; 255 is ignored, as {counts[IGNORE_INDEX] / counts.sum():.1%} of the pixels are: if it stands for that "
+            f'class, "data.remap={{{", ".join(others)}, 255: {missing[0]}}}"'
+        )
+    return [text]
+
+
+def unlabelled(counts: Sequence[int] | NDArray[np.int64], names: Sequence[str]) -> str:
+    """``no pixel is class 1 (vessel)``, of the pixels that each class has; empty where all have some."""
+    missing = [f"{index} ({name})" for index, name in enumerate(names) if not counts[index]]
+    if not missing:
+        return ""
+    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+    return f"no pixel is of class{'es' if len(missing) > 1 else ''} {', '.join(missing[:5])}{more}"
+
+
 def _by_color_other_classes(dataset: ListDataset) -> list[str]:
     """A warning where palettes paint the indices in the colours of other classes."""
     if not dataset.labels.is_identity or dataset.labels.colors is None:
         return []
     by_color = replace(dataset.labels, convention="color")
-    for path in (dataset.pairs[index][1] for index in _sample(dataset)):
+    for path in (dataset.pairs[index][1] for index in _spread(dataset, SAMPLE)):
         try:
             painted = by_color(path)
         except DataError:  # other colours than those of the classes say nothing
@@ -65,8 +111,9 @@ def _by_color_other_classes(dataset: ListDataset) -> list[str]:
     return []
 
 
-def _sample(dataset: ListDataset) -> list[int]:
-    return np.unique(np.linspace(0, len(dataset) - 1, SAMPLE).round().astype(int)).tolist()
+def _spread(dataset: ListDataset, count: int) -> list[int]:
+    """Indices of so many pairs, the first, the last and evenly between them; of all where there are fewer."""
+    return np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)).tolist()
 
 
 def check_normalisation(mean: Sequence[float], std: Sequence[float]) -> list[str]:

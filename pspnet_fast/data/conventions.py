@@ -21,6 +21,7 @@ CONVENTIONS = {
 }
 CLASSES = {"ade20k": 150, "cityscapes": len(_CITYSCAPES_IDS), "voc": 21}
 OTHER = "other"
+ORIENTATIONS = ("auto", "turned", "stored")
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,17 @@ def read_image(path: Path, oriented: bool = True) -> Image:
     return image / 257 if pixels.dtype == np.uint16 else image  # 65535 = 257 * 255
 
 
+def unused_bits(image: Image) -> str | None:
+    """What is odd about an image of 16 bits whose values fill only 10, 12 or 14 of them, as those of cameras do."""
+    most = round(257 * float(image.max()))
+    bits = next((bits for bits in (10, 12, 14) if most < 2**bits), None)
+    if bits is None or not (image % 1).any():  # where all are whole the file has 8 bits
+        return None
+    return (
+        f"has 16 bits and no value above {most}, so that it is dark; if its white is {2**bits - 1}, scale it to 65535"
+    )
+
+
 def read_content(path: Path) -> bytes:
     """All bytes of a file.
 

@@ -58,15 +58,18 @@ class LabelReader:
             if value is not None and self.classes <= value < IGNORE_INDEX:
                 raise ValueError(f"data.remap must map to the classes 0..{self.classes - 1} or 255, got {value}")
 
-    def __call__(self, path: Path) -> Label:
+    def __call__(self, path: Path, oriented: bool = True) -> Label:
         """Read a label as uint8 (H, W), a class or 255 per pixel, turned as its EXIF orientation (if any) says.
 
         A file of one channel holds values, whatever colours its palette shows them in; one of three holds colours.
 
+        Args:
+            oriented: False leaves the label as it is stored.
+
         Raises:
             DataError: the file is missing, not whole, lossy or no image; it holds values or colours that are no class.
         """
-        pixels = read_pixels(path, expand_palette=self.convention == "color")
+        pixels = read_pixels(path, self.convention == "color", oriented)
         return self._from_colors(path, pixels) if pixels.ndim == 3 else self._from_values(path, pixels)
 
     @property
@@ -150,16 +153,17 @@ class LabelReader:
         )
 
 
-def read_pixels(path: Path, expand_palette: bool = False) -> NDArray[Any]:
+def read_pixels(path: Path, expand_palette: bool = False, oriented: bool = True) -> NDArray[Any]:
     """Read a label file as it is: values uint8 or uint16 (H, W), or colours uint8 (H, W, 3).
 
     Args:
         expand_palette: take the colours of palette and grey files too, in place of their indices.
+        oriented: turn it as its EXIF orientation says.
 
     Raises:
         DataError: the file is missing, not whole, lossy, animated, partly transparent or no image.
     """
-    image, bits = _open(path)
+    image, bits = _open(path, oriented)
     if image.mode in ("LA", "PA", "RGBA"):
         if image.getchannel("A").getextrema() != (255, 255):
             raise DataError(f"{path}: is transparent in places, which means no class; save the label without alpha")
@@ -177,7 +181,7 @@ def read_pixels(path: Path, expand_palette: bool = False) -> NDArray[Any]:
     return pixels.astype(np.uint8)
 
 
-def _open(path: Path) -> tuple[Image.Image, int]:
+def _open(path: Path, oriented: bool) -> tuple[Image.Image, int]:
     """The decoded image and the bits of its channels in the file."""
     content = read_content(path)
     try:
@@ -188,7 +192,8 @@ def _open(path: Path) -> tuple[Image.Image, int]:
             if reason := _refusal(image, content, bits):
                 raise DataError(f"{path}: {reason}")
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
+            if oriented:
+                ImageOps.exif_transpose(image, in_place=True)
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError:

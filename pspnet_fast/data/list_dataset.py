@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pspnet_fast.data import DataError
+from pspnet_fast.data.conventions import ORIENTATIONS
 from pspnet_fast.data.images import Image, read_image
 from pspnet_fast.data.labels import Label, LabelReader
 from pspnet_fast.data.lists import read_list
@@ -26,6 +27,10 @@ class ListDataset(Dataset[tuple[Tensor, Tensor]]):
         labels: reads a label file; a number of classes K stands for ``LabelReader(K)``.
         transform: maps (image, label, generator) to the two tensors.
         seed: of the transform's random choices.
+        orientation: of photographs with an EXIF orientation: "turned" as viewers show them, as labels drawn on what is
+            seen want it, "stored" as labels drawn on the file's pixels want it, or "auto": turned, unless the size of
+            the label is that of the stored pixels alone. After a turn by 180 degrees, a reflection, or of a square no
+            size can tell.
 
     Raises:
         FileNotFoundError, ValueError: see :func:`read_list`. Reading an item raises :class:`DataError` for a file that
@@ -33,13 +38,22 @@ class ListDataset(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(
-        self, root: Path, list_file: Path, labels: LabelReader | int, transform: Transform, seed: int = 0
+        self,
+        root: Path,
+        list_file: Path,
+        labels: LabelReader | int,
+        transform: Transform,
+        seed: int = 0,
+        orientation: str = "auto",
     ) -> None:
+        if orientation not in ORIENTATIONS:
+            raise ValueError(f"orientation must be one of {', '.join(map(repr, ORIENTATIONS))}, got {orientation!r}")
         self.list_file = list_file
         self.pairs = read_list(root, list_file)
         self.labels = LabelReader(labels) if isinstance(labels, int) else labels
         self.transform = transform
         self.seed = seed
+        self.orientation = orientation
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -54,19 +68,25 @@ class ListDataset(Dataset[tuple[Tensor, Tensor]]):
         return self.transform(image, label, np.random.default_rng((self.seed, self.epoch, index)))
 
     def read(self, index: int) -> tuple[Image, Label]:
-        """Image and label of one pair, checked, before the transform.
-
-        An image is turned as its EXIF orientation says, unless its label has the size of the image as stored.
-        """
+        """Image and label of one pair, checked, before the transform."""
         image_path, label_path = self.pairs[index]
-        image, label = read_image(image_path), self.labels(label_path)
-        if image.shape[1::-1] == label.shape != image.shape[:2]:
+        oriented = self.orientation != "stored"
+        image, label = read_image(image_path, oriented), self.labels(label_path, oriented)
+        if self.orientation == "auto" and image.shape[1::-1] == label.shape != image.shape[:2]:
             image = read_image(image_path, oriented=False)
         if image.shape[:2] != label.shape:
             raise DataError(
-                f"{label_path}: label of {_size(label.shape)} for an image of {_size(image.shape)} ({image_path})"
+                f"{label_path}: label of {_size(label.shape)} for an image of {_size(image.shape)} "
+                f"({image_path}{self._turn(image_path)})"
             )
         return image, label
+
+    def _turn(self, path: Path) -> str:
+        """What an EXIF orientation does to the size of an image, if it does."""
+        stored, turned = (read_image(path, oriented).shape for oriented in (False, True))
+        if stored == turned:
+            return ""
+        return f": {_size(stored)} as stored, which its EXIF orientation turns; data.orientation={self.orientation}"
 
 
 def _size(shape: Sequence[int]) -> str:

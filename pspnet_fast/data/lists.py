@@ -9,8 +9,8 @@ from pspnet_fast.data import IGNORE_INDEX
 Color = tuple[int, int, int]
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbers and contents of the lines that are not blank, without blanks around them.
+def read_text(path: Path) -> str:
+    """A file's text, without a byte order mark.
 
     Raises:
         FileNotFoundError: no such file.  ValueError: it is not text in UTF-8.
@@ -22,7 +22,13 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise ValueError(f"{path}:{line}: is not UTF-8; save the file as text in UTF-8") from None
     if "\0" in text:
         raise ValueError(f"{path}: is not UTF-8 (it holds zero bytes); save the file as text in UTF-8")
-    return ((number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+    return text
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbers and contents of the lines that are not blank, without blanks around them; raises as :func:`read_text`."""
+    lines = enumerate(read_text(path).split("\n"), 1)
+    return ((number, line.strip()) for number, line in lines if line.strip())
 
 
 def read_names(path: Path) -> list[str]:

@@ -3,7 +3,7 @@
 import glob
 import os
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,20 +27,38 @@ class Task:
         return self.label, self.color, self.overlay
 
 
-def plan(arguments: Sequence[Path], out: Path, *, overwrite: bool = False) -> list[Task]:
+def plan(
+    arguments: Sequence[Path], out: Path, *, overwrite: bool = False, failed: list[Exception] | None = None
+) -> list[Task]:
     """The images that files, folders and patterns name, and where their results go.
 
     A file's results lie in ``out``, those of a folder's images in ``out`` as in the folder, which is searched to any
     depth, hidden files, links to folders and ``out`` itself left out. An argument that is neither file nor folder is a
     pattern (``*``, ``?``, ``[]``, ``**``). An image that is named twice is taken once.
 
+    Args:
+        failed: takes the errors of arguments and folders that cannot be used; the others are planned all the same.
+            Without it they are raised.
+
     Raises:
         FileNotFoundError: an argument names nothing.
+        OSError: a folder cannot be read.
         ValueError: see :func:`check_results`; a folder without images.
     """
     found: dict[str, tuple[Path, Path]] = {}
+
+    def fail(error: Exception) -> None:
+        if failed is None:
+            raise error
+        failed.append(error)
+
     for argument in arguments:
-        for image, name in _images(argument, out):
+        try:
+            images = _images(argument, out, fail)
+        except (FileNotFoundError, ValueError) as error:
+            fail(error)
+            continue
+        for image, name in images:
             found.setdefault(_place(image), (image, name))
     tasks = []
     for image, name in found.values():
@@ -85,10 +103,10 @@ def check_results(
         raise ValueError(f"{exist[0]}{more}: replace with --overwrite, or choose another --out")
 
 
-def _images(argument: Path, out: Path) -> list[tuple[Path, Path]]:
+def _images(argument: Path, out: Path, fail: Callable[[OSError], None]) -> list[tuple[Path, Path]]:
     """Images of one argument, each with the name that its results take after."""
     if argument.is_dir():
-        return _images_of_folder(argument, out)
+        return _images_of_folder(argument, out, fail)
     if os.path.lexists(argument):
         return [(argument, Path(argument.name))]
     matches = sorted(map(Path, glob.glob(str(argument), recursive=True))) if glob.has_magic(str(argument)) else []
@@ -98,10 +116,10 @@ def _images(argument: Path, out: Path) -> list[tuple[Path, Path]]:
     return [(path, Path(path.name)) for path in files]
 
 
-def _images_of_folder(folder: Path, out: Path) -> list[tuple[Path, Path]]:
+def _images_of_folder(folder: Path, out: Path, fail: Callable[[OSError], None]) -> list[tuple[Path, Path]]:
     results = os.path.realpath(out)
     images = []
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if os.path.realpath(parent) == results and Path(parent) != folder:
             folders.clear()

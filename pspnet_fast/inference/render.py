@@ -1,7 +1,6 @@
 """Pictures of label maps. A picture is uint8 RGB (H, W, 3)."""
 
 import colorsys
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pspnet_fast.files import replacing
+from pspnet_fast.inference.lettering import drawable, text_width, write
 
 Picture = NDArray[np.uint8]
 Color = Sequence[int]
 
-_FONT = cv2.FONT_HERSHEY_SIMPLEX
-_FONT_SCALE = 0.45
+_LETTERS = 13  # size of the letters, pixels
 _LINE = 22  # height of a line of text, pixels
 _GAP = 8  # between neighbours, pixels
 _SWATCH = 14  # width of a legend entry's colour, pixels
@@ -125,7 +124,7 @@ def with_legend(
 
 def _legend(names: Sequence[str], colors: Sequence[Color], width: int) -> Picture:
     """A colour and a name for each class, in lines of ``width`` pixels, or as wide as the widest entry."""
-    texts = [_drawable(name) for name in names]
+    texts = [drawable(name) for name in names]
     entries, lines = _legend_layout(texts, width)
     widest = max((_advance(text) for text in texts), default=0)
     canvas = np.full((lines * _LINE, max(width, widest), 3), 255, np.uint8)
@@ -138,18 +137,8 @@ def _legend(names: Sequence[str], colors: Sequence[Color], width: int) -> Pictur
     return canvas
 
 
-def _drawable(name: str) -> str:
-    """The name in the letters that OpenCV draws: accents fall away, others are written as their code."""
-    letters = unicodedata.normalize("NFKD", name)
-    return (
-        "".join(letter for letter in letters if not unicodedata.combining(letter))
-        .encode("ascii", "backslashreplace")
-        .decode()
-    )
-
-
 def _advance(text: str) -> int:
-    return _SWATCH + _GAP // 2 + cv2.getTextSize(text, _FONT, _FONT_SCALE, 1)[0][0] + 2 * _GAP
+    return _SWATCH + _GAP // 2 + text_width(text, _LETTERS) + 2 * _GAP
 
 
 def _legend_layout(names: Sequence[str], width: int) -> tuple[list[tuple[int, int]], int]:
@@ -166,4 +155,4 @@ def _legend_layout(names: Sequence[str], width: int) -> tuple[list[tuple[int, in
 
 
 def _write(canvas: Picture, text: str, left: int, top: int) -> None:
-    cv2.putText(canvas, text, (left, top + 15), _FONT, _FONT_SCALE, _BLACK, 1, cv2.LINE_AA)
+    write(canvas[top : top + _LINE], text, left, 15, _LETTERS)

@@ -1,19 +1,16 @@
-"""Typed configuration: dataclasses, filled from a YAML file and ``key=value`` overrides through OmegaConf.
+"""Typed configuration: dataclasses, which :func:`pspnet_fast.training.config_file.load_config` fills.
 
 The docstring of a field is its meaning and RULES holds what it may be: for the check, its message, and the comments of
 :func:`pspnet_fast.training.config_text.to_yaml`.
 """
 
 import dataclasses
-import difflib
-import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, get_args
 
-from pspnet_fast.data.conventions import CONVENTIONS, Remap
+from pspnet_fast.data.conventions import CONVENTIONS, ORIENTATIONS, Remap
 from pspnet_fast.models.pspnet import Head
 from pspnet_fast.models.resnet import BACKBONES, DILATIONS, OUTPUT_STRIDES, STEMS
 
@@ -54,7 +51,9 @@ RULES = {
     "model.dropout": Rule("at least 0 and below 1", lambda value: 0 <= value < 1),
     "model.head": _one_of(get_args(Head)),
     "model.head_channels": _at_least(1),
+    "data.root": Rule("the name of a folder", bool),
     "data.labels": _one_of(CONVENTIONS),
+    "data.orientation": _one_of(ORIENTATIONS),
     "train.epochs": _at_least(1),
     "train.batch_size": _at_least(1),
     "train.val_batch_size": _at_least(1),
@@ -121,7 +120,10 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Files and transforms. A relative ``root`` starts at the current directory, the files at ``root``."""
+    """Files and transforms. A relative ``root`` starts at the current directory, the files at ``root``.
+
+    In all of these names ``~`` and environment variables (``$NAME``) are replaced.
+    """
 
     root: str = "data"
     """Folder of the data."""
@@ -137,6 +139,8 @@ class DataConfig:
     """What the values of label files mean (docs/data.md)."""
     remap: dict[Any, Any] = field(default_factory=dict)
     """Class of each label value, in place of labels: {0: 0, 255: 1, other: 255}; 255 is ignored."""
+    orientation: str = "auto"
+    """Of photographs with EXIF: turned or stored, as their labels were drawn, or auto by the labels' size."""
     crop: list[int] = field(default_factory=lambda: [473, 473])
     """Height and width of a training crop."""
     val_crop: list[int] | None = None
@@ -226,92 +230,3 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file over the defaults, then apply ``key=value`` overrides such as ``train.lr=0.02``.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ConfigError: the file is no YAML mapping, a key is unknown (the message names one that is near, or lists those
-            there are), a value has the wrong type or lies outside its range.
-    """
-    from omegaconf import OmegaConf
-    from yaml import YAMLError  # type: ignore[import-untyped]
-
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"an override must be key=value, got {override!r}")
-    try:
-        document = OmegaConf.load(path)
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
-    config = _merge(OmegaConf.structured(Config), document, str(path))
-    config = _merge(config, OmegaConf.from_dotlist([_literal(override) for override in overrides]), "command line")
-    result = OmegaConf.to_object(config)
-    assert isinstance(result, Config)
-    return result
-
-
-def _literal(override: str) -> str:
-    """The override with a text's value quoted, so that it is no YAML: a folder's name may hold ": " or " #"."""
-    key, _, value = override.partition("=")
-    return f"{key}={json.dumps(value)}" if _types().get(key) is str else override
-
-
-def _merge(config: Any, document: Any, source: str) -> Any:
-    """Put the values of ``document`` over ``config``, refusing unknown keys and wrong types."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    types = _check_keys(OmegaConf.to_container(document), source)
-    try:
-        return OmegaConf.merge(config, document)
-    except OmegaConfBaseException as error:
-        key = str(error.full_key).partition("[")[0]
-        allowed = types[key].__name__ if types[key] in (bool, int, float, str) else types[key]
-        if types[key] == dict[Any, Any]:
-            allowed = 'a mapping, with blanks and on a command line in quotes: "{0: 0, 255: 1}"'
-        raise ConfigError(f"{source}: {key} must be {allowed}, got {OmegaConf.select(document, key)!r}") from None
-
-
-def _check_keys(document: Any, source: str) -> dict[str, Any]:
-    """Refuse keys that no dataclass has, naming the nearest that exists; return the type of each that does."""
-    if not isinstance(document, Mapping):
-        raise ConfigError(f"{source}: must be a mapping with the keys model, data and train")
-    types = _types()
-    sections = {key.partition(".")[0] for key in types}
-    for name, values in document.items():
-        if name in sections and not isinstance(values, Mapping):
-            raise ConfigError(f"{source}: {name} must be a mapping, got {values!r}")
-        for key in [f"{name}.{entry}" for entry in values] if isinstance(values, Mapping) else [str(name)]:
-            if key not in types:
-                raise ConfigError(f"{source}: unknown key {key!r}; {_instead(key, types)}")
-    return types
-
-
-def _types() -> dict[str, Any]:
-    """Type of each setting by its key."""
-    return {
-        f"{section.name}.{entry.name}": entry.type
-        for section in dataclasses.fields(Config)
-        for entry in dataclasses.fields(section.type)  # type: ignore[arg-type]
-    }
-
-
-def _instead(key: str, valid: Collection[str]) -> str:
-    """What could be meant by an unknown key: one that is near, else all there are in its section."""
-    section, _, name = key.rpartition(".")
-    names: dict[str, list[str]] = {}
-    for other in valid:
-        names.setdefault(other.partition(".")[0], []).append(other.partition(".")[2])
-    near_section = difflib.get_close_matches(section, names, n=1)
-    if near_section:
-        near = difflib.get_close_matches(name, names[near_section[0]], n=1)
-        if near or section != near_section[0]:
-            return f"the nearest valid key is '{near_section[0]}.{near[0] if near else '...'}'"
-    if elsewhere := [other for other in valid if other.endswith(f".{name}")]:
-        return f"the nearest valid key is {elsewhere[0]!r}"
-    if near_section:
-        return f"{section} has the keys {', '.join(names[section])}"
-    return f"the keys are {', '.join(f'{other}.*' for other in names)}; --print-config lists them"

@@ -61,7 +61,7 @@ def fit(
             ``ppm``, ``cls`` and ``aux`` are the head, which learns at ``head_lr_factor`` times the rate.
         train_set, val_set: items are (image float32 (3, H, W), label int64 (H, W)). Before each epoch the training
             set's ``set_epoch(epoch)`` is called if it has one.
-        class_names: K names, 255 at most, since label 255 is ignored.
+        class_names: K different names, 255 at most, since label 255 is ignored.
         resume: go on from ``out_dir/checkpoint.pt``.
         allow: keys of settings that a resumed run may change, such as "train.epochs" or "train.lr".
         metadata: plain data kept in the checkpoint under "metadata"; docs/checkpoints.md says what prediction reads
@@ -69,8 +69,8 @@ def fit(
             ``val_set.transform`` has them.
 
     Raises:
-        ValueError: fewer training images than one batch, more than 255 classes, another number of class weights, a
-            launcher's several processes, or another process training into ``out_dir``.
+        ValueError: fewer training images than one batch, more than 255 classes, a name twice, another number of class
+            weights, a launcher's several processes, or another process training into ``out_dir``.
         ResumeError: a resumed run whose settings are not those of its checkpoint (a ValueError).
         FileNotFoundError: nothing to resume.
         OSError: a file of the run cannot be written; the checkpoint before is whole.
@@ -86,6 +86,8 @@ def fit(
         )
     if not 1 <= len(class_names) <= IGNORE_INDEX:
         raise ValueError(f"class_names must be 1 to {IGNORE_INDEX} names, got {len(class_names)}")
+    if twice := next((name for name in class_names if list(class_names).count(name) > 1), None):
+        raise ValueError(f"class_names must differ, but {twice!r} is given more than once")
     weights = config.class_weights
     if weights is not None and len(weights) != len(class_names):
         raise ConfigError(

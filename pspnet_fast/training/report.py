@@ -4,7 +4,6 @@ import json
 import math
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from pspnet_fast.files import replacing
+from pspnet_fast.inference.lettering import drawable, families
 
 LOG = "log.jsonl"
 SCORES = {"miou": "mIoU", "macc": "mAcc", "allacc": "allAcc"}
@@ -163,7 +163,7 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         score_axes.plot(at, [_number(record[name]) for record in epochs], marker=".", label=title)
     score_axes.set(title="validation", xlabel="epoch", ylim=(0, 1))
     score_axes.legend()
-    names = records[0]["class_names"]
+    names = [drawable(name) for name in records[0]["class_names"]]
     order = sorted(range(len(names)), key=lambda index: epochs[-1]["iou"][index] or 0.0, reverse=True)
     shown = order if len(order) <= 20 else order[:10] + order[-10:]
     for place, index in enumerate(shown):
@@ -174,16 +174,16 @@ def draw_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
             marker=".",
             color=f"C{place % 10}",
             linestyle="-" if place < 10 else "--",
-            label=f"{values[-1]:.2f} {names[index]}",
+            label=f"{values[-1]:.2f} {names[index]}".replace("$", r"\$"),  # else it is a formula
         )
     title = "validation IoU by class" if shown == order else "validation IoU, ten best and ten worst classes"
     class_axes.set(title=title, xlabel="epoch", ylim=(0, 1))
-    class_axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
+    font = {"family": families(names), "size": "small"}
+    class_axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), prop=font)
     for axes in figure.axes:
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    with replacing(path) as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a name in a script that the font lacks
+    with replacing(path) as file:
         FigureCanvasAgg(figure).print_png(file)
 
 

@@ -66,7 +66,9 @@ class Run:
     @property
     def best_miou(self) -> float | None:
         """The greatest mIoU of an epoch; None if no epoch has one."""
-        return max((record["miou"] for record in self.history if record["miou"] is not None), default=None)
+        # Older checkpoints hold NaN where there is no score.
+        scores = [record["miou"] for record in self.history if record["miou"] is not None]
+        return max((score for score in scores if not math.isnan(score)), default=None)
 
     def load(self, allow: Collection[str]) -> None:
         """Go on from the checkpoint in the run's folder."""
