@@ -47,6 +47,38 @@ def test_values_and_gradients(device, bins, size, dtype):
         assert_accurate(*run, conv, taps, grad)
 
 
+# size of the map, bins of levels with many cells (more than the map has pixels, too), channels, kernel_size, dilation
+MANY_CELLS = [
+    ((26, 37), ((13, 19), (7, 9)), 21, 3, 1),
+    ((9, 20), ((17, 25), (9, 20)), 37, (5, 3), (2, 1)),
+    ((21, 16), ((21, 16), 1), 70, 1, 1),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice"])
+@pytest.mark.parametrize(("size", "bins", "channels", "kernel_size", "dilation"), MANY_CELLS)
+def test_levels_of_many_cells(device, size, bins, channels, kernel_size, dilation, layout, dtype):
+    conv = make((2, channels, *size), layout, dtype, device)
+    grad = make((2, channels, *size), layout, dtype, device, seed=1)
+    taps = torch.randn(taps_shape(2, bins, kernel_size, channels), dtype=torch.float64).to(device, dtype)
+    for align_corners in (False, True):
+        settings = {"dilation": dilation, "align_corners": align_corners}
+        run = [with_gradients(context(m, bins, kernel_size, **settings), 2) for m in (ops, reference)]
+        assert_accurate(*run, conv, taps, grad)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_norm_and_relu_with_many_cells(device, layout):
+    conv = make((2, 19, 20, 21), layout, torch.float32, device)
+    taps, norm = torch.randn(2, 17 * 16, 9, 19, device=device), [torch.rand(19, device=device) + 0.5 for _ in range(4)]
+
+    def run(module):
+        return lambda conv, taps, *norm: [context(module, ((17, 16),), 3, norm=(*norm, 0.1), relu=True)(conv, taps)]
+
+    assert_accurate(run(ops), run(reference), conv, taps, *norm)
+
+
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize(("kernel_size", "dilation"), WINDOWS)
 @pytest.mark.parametrize("size", [(13, 9), (3, 2)])
@@ -141,11 +173,12 @@ def test_opcheck(device, layout, requires_grad):
     torch.library.opcheck(raw.pyramid_context_backward.default, (conv, *RAW))
 
 
+@pytest.mark.parametrize("bins", [(1, 2, 3, 6), ((31, 49),)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_same_bits_every_run_and_with_one_thread(device, layout):
+def test_same_bits_every_run_and_with_one_thread(device, layout, bins):
     conv, grad = (make((2, 19, 61, 97), layout, torch.float32, device, seed) for seed in (0, 1))
-    taps = torch.randn(2, 50, 9, 19, device=device)
-    run = partial(with_gradients(context(ops, (1, 2, 3, 6), 3), 2), conv, taps, grad)
+    taps = torch.randn(2, count(bins), 9, 19, device=device)
+    run = partial(with_gradients(context(ops, bins, 3), 2), conv, taps, grad)
     threads, first = torch.get_num_threads(), run()
     assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
     torch.set_num_threads(3 if threads == 1 else 1)
