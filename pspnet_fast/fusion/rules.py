@@ -16,7 +16,7 @@ from .. import ops
 from ..head import conv_dtype
 from ..ops._library import transforms_active
 from ..ops.checks import DTYPES, MAX_DILATION, MAX_LEVELS, MAX_SEEN
-from ..split_weight import split_product
+from ..split_weight import split_product, why_not_split
 from .lazy import Concat, Lazy, Upsampled
 
 MOST_CELLS = 1024  # of the maps that one convolution takes: pyramid_context_ is made for few
@@ -95,11 +95,11 @@ def _convolve(
 ) -> Any:
     if not isinstance(input, (Upsampled, Concat)) or not input.replaceable() or type(weight) not in _DENSE:
         return NotImplemented
-    stride, dilation = _pair(stride), _pair(dilation)
-    kernel, same = weight.shape[2:], tuple(k // 2 * d for k, d in zip(weight.shape[2:], dilation, strict=True))
-    if groups != 1 or stride != (1, 1) or weight.size(1) != input.size(1) or any(k % 2 == 0 for k in kernel):
+    kernel, dilation = weight.shape[2:], _pair(dilation)
+    padding = padding if isinstance(padding, str) else _pair(padding)
+    if weight.size(1) != input.size(1) or why_not_split(kernel, _pair(stride), padding, dilation, groups):
         return NotImplemented
-    if (padding != "same" and _pair(padding) != same) or not all(1 <= d <= MAX_DILATION for d in dilation):
+    if not all(1 <= d <= MAX_DILATION for d in dilation):
         return NotImplemented
     dtype = conv_dtype(input)
     cast = torch.is_autocast_enabled(input.device.type)
@@ -140,7 +140,7 @@ def _split_convolution(
     dense = [i for i, c in enumerate(corners) if c is None]
     # levels of one convention lie together: the operator takes one for all
     levels = sorted((i for i, c in enumerate(corners) if c is not None), key=lambda i: bool(corners[i]))
-    cells = [sources[i].to(dtype).flatten(2).transpose(1, 2) for i in levels]
+    cells = [sources[i].to(dtype).permute(0, 2, 3, 1).flatten(1, 2) for i in levels]
     first, taps = split_product(weight, [channels[i] for i in dense], [channels[i] for i in levels], cells)
     n, o, kernel = sources[0].size(0), weight.size(0), (weight.size(2), weight.size(3))
     if first is None:
