@@ -31,9 +31,9 @@ class FusedPSPHead(nn.Module):
     pyramid runs in the dtype of x, the levels' products with the weight in that of the result.
 
     Every call computes with what the parameters hold then: no copy of a weight is kept from one call to the next. The
-    plain form bottleneck(ppm(x)) runs where ppm or conv have hooks or were exchanged for modules with a forward of
-    their own, and where the levels have so many cells, or the map so few pixels, that it is cheaper
-    (concatenation_is_cheaper).
+    plain form bottleneck(ppm(x)) runs where ppm, bottleneck or conv have hooks or parametrizations or were exchanged for
+    modules with a forward of their own (LoRA), for tensor subclasses, torch.jit.trace and torch.fx, and where the levels
+    have so many cells, or the map so few pixels, that it is cheaper (concatenation_is_cheaper).
 
     Raises:
         ValueError: conv is not such a convolution; the message says why.
@@ -104,9 +104,9 @@ def _is_fused(input: Tensor, ppm: nn.Module, conv: nn.Module) -> bool:
     return (
         isinstance(ppm, FusedPPM)
         and runs_only(ppm, FusedPPM.forward)
+        and not needs_plain(input)  # asked before the weight is read, which torch.fx would record
         and is_convolution(conv)
         and not why_no_bottleneck(ppm, conv)
-        and not needs_plain(input)
         # a compiled or exported graph is meant for other sizes as well
         and (torch.compiler.is_compiling() or not concatenation_is_cheaper(ppm, *input.shape[2:]))
     )

@@ -49,6 +49,11 @@ class FusedPPM(nn.Module):
     (batch 1 and bin 1, in one process) has no batch statistics, which makes the stock module raise: here this level is
     normalised by its running statistics, which stay as they are, and one warning says so.
 
+    Levels are called, not read, wherever calling them is more than these kernels compute: hooks, LoRA, pruning, subclasses
+    and parametrizations (a weight is computed once a forward) act as in the stock module. A level must keep its R
+    channels and its size. Tensor subclasses that see torch's functions, torch.jit.trace and torch.fx get the stock
+    module's functions of torch, at its speed.
+
     Derivatives of any order, forward-mode AD and torch.func (jvp, vmap, hessian, functional_call with batches of
     parameters) are those of the stock module, at its speed (docs/derivatives.md).
     """
@@ -119,7 +124,11 @@ class FusedPPM(nn.Module):
         return ppm
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C + len(bins) * R, H, W)."""
+        """(N, C, H, W) -> (N, C + len(bins) * R, H, W).
+
+        Raises:
+            TypeError, ValueError: input is no such map; a level, exchanged for another, gives other channels or sizes.
+        """
         if needs_plain(input):
             return self._plain(input)
         self._check(input)
@@ -144,17 +153,9 @@ class FusedPPM(nn.Module):
         """The same by torch's functions."""
         size = input.shape[2:]
         pooled = [F.adaptive_avg_pool2d(input, level) for level in self.levels]
-        maps = [self._level(i, z) for i, z in enumerate(pooled)]
+        maps = [_call(level, z) for level, z in zip(self.features, pooled, strict=True)]
         maps = [F.interpolate(z, size, mode="bilinear", align_corners=self.align_corners).type_as(input) for z in maps]
         return torch.cat([input, *maps] if self.concat == "input_first" else [*maps, input], 1)
-
-    def _level(self, i: int, z: Tensor) -> Tensor:
-        """What comes after the pooling of a level."""
-        level: Any = self.features[i]
-        if not self._is_branch(level):
-            return _call(level, z.contiguous())
-        _, convolution, norm, activation = level
-        return activation(_normalize(norm, convolution(z)))
 
     def _is_branch(self, level: Any) -> bool:
         """Whether calling a level calls convolution, norm and activation, the first being what pyramid_reduce does."""
@@ -168,7 +169,7 @@ class FusedPPM(nn.Module):
     def _reduce(self, pooled: Tensor) -> Tensor:
         """1x1 convolution, norm and activation of all levels: (N, P, C) -> (N, P, R)."""
         if not all(map(self._is_branch, self.features)):  # hooks, LoRA and the like: what they are is theirs
-            return self._each_level(pooled, self._level)
+            return self._each_level(pooled, lambda i, z: _call(self.features[i], z.contiguous()))
         _, convolutions, norms, activations = zip(*self.features, strict=True)
         weights = [convolution.weight.to(pooled.dtype) for convolution in convolutions]
         biases = [convolution.bias for convolution in convolutions]

@@ -12,55 +12,16 @@ from collections.abc import Callable
 import pytest
 import torch
 from children import ANY, CONVOLUTION, NORM, Change
-from foreign import PPM, assert_same, run
-from fused_pair import Head
-from stock import StockPPM
-from stock_head import StockHead, make_head
+from foreign import assert_same, run
+from pairs import Pair, fused, head, ppm, pspnet, x
 from torch import Tensor, nn
 from torch.ao import quantization
 from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_hook
-from toy_data import ToyBackbone
 
-from pspnet_fast import FusedPPM, PSPNet, fuse
+from pspnet_fast import FusedPPM
 
 pytestmark = pytest.mark.usefixtures("small_maps_as_large_ones", "one_thread")
-Pair = tuple[nn.Module, nn.Module]
-
-
-def ppm() -> Pair:
-    module = make_head(activation=nn.SiLU).ppm
-    return StockPPM(module), module
-
-
-def head() -> Pair:
-    module = make_head(activation=nn.SiLU)
-    return StockHead(module), module
-
-
-class Logits(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x.repeat(1, 3, 4, 4)[:, :3])["out"]
-
-
-def pspnet() -> Pair:
-    model = PSPNet(3, ToyBackbone(), dropout=0.0, aux=False)
-    stock = copy.deepcopy(model)
-    stock.ppm = StockPPM(model.ppm)
-    return Logits(stock), Logits(model)
-
-
-def fused() -> Pair:
-    model = Head(PPM(8, 2))
-    return model, fuse(copy.deepcopy(model))
-
-
-def x(n: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(n, 8, 11, 9, dtype=dtype, generator=torch.Generator().manual_seed(0))
 
 
 CASES: list[tuple[Callable[[], Pair], str, dict[str, Change]]] = [
@@ -70,9 +31,8 @@ CASES: list[tuple[Callable[[], Pair], str, dict[str, Change]]] = [
     (head, "bottleneck.0", CONVOLUTION),
     (head, "bottleneck.1", NORM),
     *((head, name, ANY) for name in ("ppm", "bottleneck", "bottleneck.0", "bottleneck.2")),
-    (head, "ppm.features.1.1", CONVOLUTION),
     (pspnet, "model.cls", ANY),
-    (pspnet, "model.cls.0", CONVOLUTION),
+    (pspnet, "model.cls.0", {name: CONVOLUTION[name] for name in ("LoRA", "pruned", "spectral_norm")}),
     (fused, "cls.0", CONVOLUTION),
     (fused, "ppm.features.1.1", CONVOLUTION),
 ]
