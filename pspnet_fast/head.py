@@ -31,9 +31,9 @@ class FusedPSPHead(nn.Module):
     pyramid runs in the dtype of x, the levels' products with the weight in that of the result.
 
     Every call computes with what the parameters hold then: no copy of a weight is kept from one call to the next. The
-    plain form bottleneck(ppm(x)) runs where ppm, bottleneck or conv have hooks or parametrizations or were exchanged for
-    modules with a forward of their own (LoRA), for tensor subclasses, torch.jit.trace and torch.fx, and where the levels
-    have so many cells, or the map so few pixels, that it is cheaper (concatenation_is_cheaper).
+    plain form bottleneck(ppm(x)) runs where ppm, bottleneck or conv have hooks or parametrizations or were exchanged
+    for modules with a forward of their own (LoRA), for tensor subclasses, torch.jit.trace and torch.fx, and where the
+    levels have so many cells, or the map so few pixels, that it is cheaper (concatenation_is_cheaper).
 
     Raises:
         ValueError: conv is not such a convolution; the message says why.

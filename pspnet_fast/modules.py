@@ -49,10 +49,10 @@ class FusedPPM(nn.Module):
     (batch 1 and bin 1, in one process) has no batch statistics, which makes the stock module raise: here this level is
     normalised by its running statistics, which stay as they are, and one warning says so.
 
-    Levels are called, not read, wherever calling them is more than these kernels compute: hooks, LoRA, pruning, subclasses
-    and parametrizations (a weight is computed once a forward) act as in the stock module. A level must keep its R
-    channels and its size. Tensor subclasses that see torch's functions, torch.jit.trace and torch.fx get the stock
-    module's functions of torch, at its speed.
+    Levels are called, not read, wherever calling them is more than these kernels compute: hooks, LoRA, pruning,
+    subclasses and parametrizations (a weight is computed once a forward) act as in the stock module. A level must keep
+    its R channels and its size. Tensor subclasses that see torch's functions, torch.jit.trace and torch.fx get the
+    stock module's functions of torch, at its speed.
 
     Derivatives of any order, forward-mode AD and torch.func (jvp, vmap, hessian, functional_call with batches of
     parameters) are those of the stock module, at its speed (docs/derivatives.md).
