@@ -7,12 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .layers import is_batch_norm, is_convolution, is_identity, is_relu, runs_only
+from .layers import has_statistics, is_convolution, is_identity, is_relu, needs_plain, runs_only
 from .modules import FusedPPM
-from .ops._library import transforms_active
-from .ops.checks import check_map
-from .ops.pyramid_reduce import Norm
-from .split_weight import Channels, split_product
+from .ops._library import needs_grad
+from .ops.checks import Norm
+from .split_weight import Channels, split_product, why_not_split
 
 
 class FusedPSPHead(nn.Module):
@@ -32,9 +31,9 @@ class FusedPSPHead(nn.Module):
     pyramid runs in the dtype of x, the levels' products with the weight in that of the result.
 
     Every call computes with what the parameters hold then: no copy of a weight is kept from one call to the next. The
-    plain form bottleneck(ppm(x)) runs where ppm or conv have hooks or were exchanged for modules with a forward of
-    their own, and where the levels have so many cells, or the map so few pixels, that it is cheaper
-    (concatenation_is_cheaper).
+    plain form bottleneck(ppm(x)) runs where ppm, bottleneck or conv have hooks or parametrizations or were exchanged
+    for modules with a forward of their own (LoRA), for tensor subclasses, torch.jit.trace and torch.fx, and where the
+    levels have so many cells, or the map so few pixels, that it is cheaper (concatenation_is_cheaper).
 
     Raises:
         ValueError: conv is not such a convolution; the message says why.
@@ -51,8 +50,7 @@ class FusedPSPHead(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, O, H, W)."""
-        conv, norm, activation = self.bottleneck
-        return psp_head(input, self.ppm, conv, norm, activation)  # type: ignore[arg-type]
+        return psp_head(input, self.ppm, self.bottleneck)
 
 
 def why_no_bottleneck(ppm: FusedPPM, conv: nn.Module) -> str:
@@ -61,27 +59,29 @@ def why_no_bottleneck(ppm: FusedPPM, conv: nn.Module) -> str:
         return f"conv must be an nn.Conv2d, but is a {type(conv).__name__}"
     if conv.in_channels != ppm.out_channels:
         return f"conv must have the ppm's {ppm.out_channels} channels as input, but has {conv.in_channels}"
-    size, dilation = conv.kernel_size, conv.dilation
-    same = tuple(k // 2 * d for k, d in zip(size, dilation, strict=True))
-    if any(k % 2 == 0 for k in size) or conv.stride != (1, 1) or conv.groups != 1:
-        return f"conv must have an odd kernel size, stride 1 and one group, but is {conv}"
-    if conv.padding not in (same, "same") or conv.padding_mode != "zeros":
-        return f"conv must be padded by {same} zeros, which keeps the size, but is {conv}"
-    return ""
+    padding = conv.padding if conv.padding_mode == "zeros" else ()
+    reason = why_not_split(conv.kernel_size, conv.stride, padding, conv.dilation, conv.groups)
+    return reason and f"conv {reason}, but is {conv}"
 
 
-def psp_head(input: Tensor, ppm: FusedPPM, conv: nn.Conv2d, norm: nn.Module, activation: nn.Module) -> Tensor:
-    """activation(norm(conv(ppm(input)))), by FusedPSPHead's algorithm: (N, C, H, W) -> (N, O, H, W)."""
-    check_map("input", input)
-    if input.size(1) != ppm.in_channels:
-        raise ValueError(
-            f"input must have in_channels = {ppm.in_channels} channels, but has shape {tuple(input.shape)}"
-        )
-    if not _is_fused(input, ppm, conv):
-        return activation(norm(conv(ppm(input))))
+def psp_head(input: Tensor, ppm: nn.Module, bottleneck: nn.Module) -> Tensor:
+    """bottleneck(ppm(input)), by FusedPSPHead's algorithm where it can be: (N, C, H, W) -> (N, O, H, W).
+
+    It can where ppm is a FusedPPM, and the bottleneck a sequence that begins with convolution, norm and activation.
+    """
+    layers = list(bottleneck) if runs_only(bottleneck, nn.Sequential.forward) else []  # type: ignore[call-overload]
+    if len(layers) < 3 or not _is_fused(input, ppm, layers[0]):
+        return bottleneck(ppm(input))
+    conv, norm, activation, *rest = layers
+    output = _fused(input, ppm, conv, norm, activation)  # type: ignore[arg-type]
+    for layer in rest:
+        output = layer(output)
+    return output
+
+
+def _fused(input: Tensor, ppm: FusedPPM, conv: nn.Conv2d, norm: nn.Module, activation: nn.Module) -> Tensor:
+    ppm._check(input)
     reduced = ppm._reduce(ops.pyramid_pool(input, ppm.bins))
-    tensors = [input, reduced, conv.weight, conv.bias, *norm.parameters()]
-    inference = not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
     dense, parts = _channels(ppm)
     levels = reduced.to(conv_dtype(input)).split(_cells(ppm), 1)
     weight, taps = split_product(conv.weight, [dense], parts, levels)
@@ -89,7 +89,9 @@ def psp_head(input: Tensor, ppm: FusedPPM, conv: nn.Conv2d, norm: nn.Module, act
     output = F.conv2d(input, weight, conv.bias, padding=padding, dilation=conv.dilation)  # type: ignore[arg-type]
     kh, kw = conv.kernel_size
     settings: dict[str, Any] = {"dilation": conv.dilation, "align_corners": ppm.align_corners}
-    folded = _folded(norm, output.dtype) if inference else None
+    folded = _folded(norm, output.dtype)
+    inference = not needs_grad(output, taps, *(folded or ())[:4])
+    folded = folded if inference else None
     relu = inference and (folded is not None or is_identity(norm)) and is_relu(activation)
     output = ops.pyramid_context_(output, taps, ppm.bins, (kh, kw), norm=folded, relu=relu, **settings)
     if folded is None:
@@ -99,14 +101,15 @@ def psp_head(input: Tensor, ppm: FusedPPM, conv: nn.Conv2d, norm: nn.Module, act
 
 def _is_fused(input: Tensor, ppm: nn.Module, conv: nn.Module) -> bool:
     """Whether the plain form would compute the same, at a higher price: whatever became of the modules since."""
-    if transforms_active() or not isinstance(ppm, FusedPPM) or not runs_only(ppm, FusedPPM.forward):
-        return False
-    if not is_convolution(conv):
-        return False
-    if why_no_bottleneck(ppm, conv):
-        return False
-    # a compiled or exported graph is meant for other sizes as well
-    return torch.compiler.is_compiling() or not concatenation_is_cheaper(ppm, input.size(2), input.size(3))
+    return (
+        isinstance(ppm, FusedPPM)
+        and runs_only(ppm, FusedPPM.forward)
+        and not needs_plain(input)  # asked before the weight is read, which torch.fx would record
+        and is_convolution(conv)
+        and not why_no_bottleneck(ppm, conv)
+        # a compiled or exported graph is meant for other sizes as well
+        and (torch.compiler.is_compiling() or not concatenation_is_cheaper(ppm, *input.shape[2:]))
+    )
 
 
 def concatenation_is_cheaper(ppm: FusedPPM, height: int, width: int) -> bool:
@@ -140,9 +143,9 @@ def conv_dtype(input: Tensor) -> torch.dtype:
 
 def _folded(norm: nn.Module, dtype: torch.dtype) -> Norm | None:
     """A batch norm in evaluation mode, an affine map by its buffers, as ops.pyramid_context_ takes it."""
-    if not is_batch_norm(norm) or norm.training or not norm.affine or norm.running_mean is None:
+    if not has_statistics(norm):
         return None
-    tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    tensors: Any = norm.weight, norm.bias, norm.running_mean, norm.running_var
     if any(t.dtype not in (torch.float32, dtype) or t.dtype != tensors[0].dtype for t in tensors):
         return None
-    return (*tensors, norm.eps)  # type: ignore[return-value]
+    return (*tensors, norm.eps)

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import ops, reference
-from .layers import is_batch_norm, is_convolution, is_identity, is_relu
-from .ops._library import transforms_active
+from . import ops
+from .layers import has_statistics, is_batch_norm, is_convolution, is_identity, is_relu, needs_plain, runs_only
+from .ops._library import needs_grad
 from .ops.checks import Bins, Norm, as_levels, check_map, count_cells
 
 Concat = Literal["input_first", "input_last"]
@@ -48,6 +48,11 @@ class FusedPPM(nn.Module):
     In evaluation, batch norm and ReLU run inside the 1x1 convolutions. In training, a level with one value a channel
     (batch 1 and bin 1, in one process) has no batch statistics, which makes the stock module raise: here this level is
     normalised by its running statistics, which stay as they are, and one warning says so.
+
+    Levels are called, not read, wherever calling them is more than these kernels compute: hooks, LoRA, pruning,
+    subclasses and parametrizations (a weight is computed once a forward) act as in the stock module. A level must keep
+    its R channels and its size. Tensor subclasses that see torch's functions, torch.jit.trace and torch.fx get the
+    stock module's functions of torch, at its speed.
 
     Derivatives of any order, forward-mode AD and torch.func (jvp, vmap, hessian, functional_call with batches of
     parameters) are those of the stock module, at its speed (docs/derivatives.md).
@@ -111,8 +116,7 @@ class FusedPPM(nn.Module):
         first = branches[0][0]
         for convolution, _, _ in branches:
             c, r = convolution.in_channels, convolution.out_channels
-            plain = convolution.stride == (1, 1) and convolution.groups == 1 and convolution.padding in ((0, 0), "same")
-            if convolution.kernel_size != (1, 1) or not plain or (c, r) != (first.in_channels, first.out_channels):
+            if not _is_pointwise(convolution) or (c, r) != (first.in_channels, first.out_channels):
                 raise ValueError(f"branches must be 1x1 convolutions of the same channels, but hold {convolution}")
         with torch.device("meta"):  # weights to be thrown away: no memory and no random numbers for them
             ppm = cls(c, r, bins, align_corners, concat, norm_layer=lambda _: nn.Identity(), activation=nn.Identity)
@@ -120,15 +124,15 @@ class FusedPPM(nn.Module):
         return ppm
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C + len(bins) * R, H, W)."""
-        check_map("input", input)
-        c = input.size(1)
-        if c != self.in_channels:
-            raise ValueError(
-                f"input must have in_channels = {self.in_channels} channels, but has shape {tuple(input.shape)}"
-            )
-        if transforms_active():
-            return self._functional(input)
+        """(N, C, H, W) -> (N, C + len(bins) * R, H, W).
+
+        Raises:
+            TypeError, ValueError: input is no such map; a level, exchanged for another, gives other channels or sizes.
+        """
+        if needs_plain(input):
+            return self._plain(input)
+        self._check(input)
+        c = self.in_channels
         context = self.out_channels - c
         first_input, first_level = (0, c) if self.concat == "input_first" else (context, 0)
         output = ops.new_concat(input, self.out_channels)
@@ -138,25 +142,40 @@ class FusedPPM(nn.Module):
             output, reduced, self.bins, offset=first_level, align_corners=self.align_corners
         )
 
-    def _functional(self, input: Tensor) -> Tensor:
-        """The same without writing in place: under vmap, parameters may come in batches and the input not."""
-        reduced = self._reduce(ops.pyramid_pool(input, self.bins))
-        size = input.size(2), input.size(3)
-        levels = reference.upsample_levels(reduced, self.bins, size, self.align_corners).to(input.dtype)
-        return torch.cat([input, levels] if self.concat == "input_first" else [levels, input], 1)
+    def _check(self, input: Tensor) -> None:
+        check_map("input", input)
+        if input.size(1) != self.in_channels:
+            raise ValueError(
+                f"input must have in_channels = {self.in_channels} channels, but has shape {tuple(input.shape)}"
+            )
+
+    def _plain(self, input: Tensor) -> Tensor:
+        """The same by torch's functions."""
+        size = input.shape[2:]
+        pooled = [F.adaptive_avg_pool2d(input, level) for level in self.levels]
+        maps = [_call(level, z) for level, z in zip(self.features, pooled, strict=True)]
+        maps = [F.interpolate(z, size, mode="bilinear", align_corners=self.align_corners).type_as(input) for z in maps]
+        return torch.cat([input, *maps] if self.concat == "input_first" else [*maps, input], 1)
+
+    def _is_branch(self, level: Any) -> bool:
+        """Whether calling a level calls convolution, norm and activation, the first being what pyramid_reduce does."""
+        if not (runs_only(level, nn.Sequential.forward) and len(level) == 4):
+            return False
+        pooling, convolution, _, _ = level
+        if not (is_identity(pooling) and is_convolution(convolution) and _is_pointwise(convolution)):
+            return False
+        return convolution.weight.shape == (self.reduction_channels, self.in_channels, 1, 1)
 
     def _reduce(self, pooled: Tensor) -> Tensor:
         """1x1 convolution, norm and activation of all levels: (N, P, C) -> (N, P, R)."""
+        if not all(map(self._is_branch, self.features)):  # hooks, LoRA and the like: what they are is theirs
+            return self._each_level(pooled, lambda i, z: _call(self.features[i], z.contiguous()))
         _, convolutions, norms, activations = zip(*self.features, strict=True)
-        if not all(map(is_convolution, convolutions)):  # hooks, LoRA and the like: what they are is theirs
-            return self._each_level(pooled, lambda i, z: activations[i](_normalize(norms[i], convolutions[i](z))))
         weights = [convolution.weight.to(pooled.dtype) for convolution in convolutions]
         biases = [convolution.bias for convolution in convolutions]
-        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (pooled, *self.parameters()))
-        inference = not recorded and not transforms_active()
-        statistics = [_affine(norm, bias) for norm, bias in zip(norms, biases, strict=True)] if inference else [None]
+        statistics = [_affine(norm, bias) for norm, bias in zip(norms, biases, strict=True)]
         folded = [level for level in statistics if level is not None]
-        if len(folded) == len(norms):
+        if len(folded) == len(norms) and not needs_grad(pooled, *weights, *(t for level in folded for t in level[:4])):
             dtype = folded[0][0].dtype  # the operator takes one for all
             folded = [(*(t.to(dtype) for t in level[:4]), level[4]) for level in folded]  # type: ignore[misc]
             relu = all(map(is_relu, activations))
@@ -171,12 +190,19 @@ class FusedPPM(nn.Module):
 
         return self._each_level(reduced, rest)
 
-    def _each_level(self, reduced: Tensor, function: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """Applies function(i, (N, C, bins_h, bins_w)) to every level of (N, P, C)."""
-        n, _, r = reduced.shape
-        parts = reduced.split([count_cells((level,)) for level in self.levels], 1)
-        maps = [z.transpose(1, 2).reshape(n, r, *level) for z, level in zip(parts, self.levels, strict=True)]
-        return torch.cat([function(i, z).to(reduced.dtype).flatten(2) for i, z in enumerate(maps)], 2).transpose(1, 2)
+    def _each_level(self, cells: Tensor, function: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """Applies function(i, (N, ..., bins_h, bins_w)) to every level of (N, P, ...): (N, P, R)."""
+        n, _, c = cells.shape
+        parts = cells.split([count_cells((level,)) for level in self.levels], 1)
+        results = []
+        for i, (part, level) in enumerate(zip(parts, self.levels, strict=True)):
+            # permuted last: a view of a transposed batch of 1 has a first stride with which torch's batch norm computes
+            # wrong gradients (2.13)
+            z = function(i, part.reshape(n, *level, c).permute(0, 3, 1, 2))
+            if z.shape != (expected := (n, self.reduction_channels, *level)):
+                raise ValueError(f"features[{i}] must give a map of shape {expected}, but gives {tuple(z.shape)}")
+            results.append(z.to(cells.dtype).permute(0, 2, 3, 1).reshape(n, part.size(1), self.reduction_channels))
+        return torch.cat(results, 1)
 
     def extra_repr(self) -> str:
         """The arguments."""
@@ -186,9 +212,17 @@ class FusedPPM(nn.Module):
         )
 
 
+def _is_pointwise(convolution: nn.Conv2d) -> bool:
+    """Whether a convolution is a matrix product with every pixel."""
+    plain = (
+        convolution.stride == (1, 1) and convolution.groups == 1 and convolution.padding in ((0, 0), "same", "valid")
+    )
+    return convolution.kernel_size == (1, 1) and plain
+
+
 def _affine(norm: nn.Module, bias: Tensor | None) -> Norm | None:
     """A norm that is an affine map by its buffers, the convolution's bias in it, as ops.pyramid_reduce takes it."""
-    if is_batch_norm(norm) and not norm.training and norm.affine and norm.running_mean is not None:
+    if has_statistics(norm):
         mean: Any = norm.running_mean if bias is None else norm.running_mean - bias  # type: ignore[operator]
         return norm.weight, norm.bias, mean, norm.running_var, norm.eps  # type: ignore[return-value]
     if is_identity(norm) and bias is not None:
@@ -198,16 +232,37 @@ def _affine(norm: nn.Module, bias: Tensor | None) -> Norm | None:
 
 
 def _normalize(norm: nn.Module, z: Tensor) -> Tensor:
-    """norm(z), but by running statistics where training batch norm has one value a channel and no batch statistics."""
+    """norm(z)."""
     if not isinstance(norm, (_BatchNorm, nn.Identity)):
         return norm(z.contiguous())  # torch's derivatives of group norm of higher order know no other layout
-    if not (isinstance(norm, _BatchNorm) and norm.training and z.size(0) * z.size(2) * z.size(3) == 1):
-        return norm(z)
-    if norm.running_mean is None or (isinstance(norm, nn.SyncBatchNorm) and _world_size(norm) > 1):
-        return norm(z)
+    return _call(norm, z)
+
+
+def _call(module: nn.Module, z: Tensor) -> Tensor:
+    """module(z), but batch norms in training use their running statistics where z leaves them one value a channel."""
+    one_value = module.training and isinstance(z, Tensor) and z.size(0) * z.size(2) * z.size(3) == 1
+    norms = [norm for norm in module.modules() if _trains(norm)] if one_value else []
+    if not norms:
+        return module(z)
     if not torch.compiler.is_compiling():
         _warn_of_one_value()
-    return F.batch_norm(z, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+    if is_batch_norm(module):
+        norm: Any = module
+        return F.batch_norm(z, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+    for norm in norms:
+        norm.training = False
+    try:
+        return module(z)
+    finally:
+        for norm in norms:
+            norm.training = True
+
+
+def _trains(norm: nn.Module) -> bool:
+    """Whether a batch norm normalises by the batch alone though it has running statistics."""
+    if not (isinstance(norm, _BatchNorm) and norm.training and norm.running_mean is not None):
+        return False
+    return not (isinstance(norm, nn.SyncBatchNorm) and _world_size(norm) > 1)
 
 
 @functools.cache

@@ -12,6 +12,18 @@ _BATCHED: Any = torch._C._parse_dispatch_key("Batched")
 Channels = tuple[int, int]  # the first input channel of a part, and how many
 
 
+def why_not_split(
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int] | str, dilation: Sequence[int], groups: int
+) -> str:
+    """Why a convolution is none that is split so, one that keeps the size of a map, or an empty string."""
+    same = tuple(k // 2 * d for k, d in zip(kernel, dilation, strict=True))
+    if any(k % 2 == 0 for k in kernel) or tuple(stride) != (1, 1) or groups != 1:
+        return "must have an odd kernel size, stride 1 and one group"
+    if padding != "same" and tuple(padding) != same:
+        return f"must be padded by {same} zeros, which keeps the size"
+    return ""
+
+
 def split_product(
     weight: Tensor, dense: Sequence[Channels], parts: Sequence[Channels], levels: Sequence[Tensor]
 ) -> tuple[Tensor | None, Tensor]:

@@ -239,5 +239,5 @@ def test_the_raw_operator_checks_too():
         raw(CONV, TAPS, [], 0.0, False, [1, 1, 2, 2], [3, 2], [1, 1], True)
     with pytest.raises(RuntimeError, match="conv must be contiguous or channels-last"):
         raw(torch.zeros(2, 8, 5, 4).mT, TAPS, [], 0.0, False, [1, 1, 2, 2], [3, 3], [1, 1], True)
-    with pytest.raises(RuntimeError, match="no gradient with norm or relu"):
+    with pytest.raises(RuntimeError, match="no gradient with relu or by norm"):
         raw(CONV, TAPS.clone().requires_grad_(), [], 0.0, True, [1, 1, 2, 2], [3, 3], [1, 1], True)

@@ -96,7 +96,7 @@ class Convolution:
                 dense.append(i)
                 maps.append(_map(self.parts[i], sources[i], self.size))
         plain = [i for i in levels if not self.merged[i]]
-        cells = [_map(self.parts[i], sources[i]).to(self.dtype).flatten(2).transpose(1, 2) for i in plain]
+        cells = [_map(self.parts[i], sources[i]).to(self.dtype).permute(0, 2, 3, 1).flatten(1, 2) for i in plain]
         first, all_taps = None, None
         if dense or plain:
             first, all_taps = split_product(weight, [channels[i] for i in dense], [channels[i] for i in plain], cells)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..head import conv_dtype
 from ..ops._library import transforms_active
 from ..ops.checks import DTYPES, MAX_BINS, MAX_DILATION
+from ..split_weight import why_not_split
 from .convolution import Convolution
 from .lazy import Concat, Convolved, Lazy, Part, Projected
 
@@ -192,11 +193,11 @@ def _convolve(
 ) -> Any:
     if not isinstance(input, Concat) or not input.replaceable() or type(weight) not in _DENSE:
         return NotImplemented
-    stride, dilation = _pair(stride), _pair(dilation)
-    kernel, same = weight.shape[2:], tuple(k // 2 * d for k, d in zip(weight.shape[2:], dilation, strict=True))
-    if groups != 1 or stride != (1, 1) or weight.size(1) != input.size(1) or any(k % 2 == 0 for k in kernel):
+    kernel, dilation = weight.shape[2:], _pair(dilation)
+    padding = padding if isinstance(padding, str) else _pair(padding)
+    if weight.size(1) != input.size(1) or why_not_split(kernel, _pair(stride), padding, dilation, groups):
         return NotImplemented
-    if (padding != "same" and _pair(padding) != same) or not all(1 <= d <= MAX_DILATION for d in dilation):
+    if not all(1 <= d <= MAX_DILATION for d in dilation):
         return NotImplemented
     dtype = conv_dtype(input)
     cast = torch.is_autocast_enabled(input.device.type)

@@ -6,7 +6,6 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from pspnet_fast.head import psp_head
-from pspnet_fast.layers import runs_only
 from pspnet_fast.models.resnet import NormLayer, initialise_convolutions, resnet
 from pspnet_fast.modules import FusedPPM
 
@@ -142,11 +141,4 @@ class PSPNet(nn.Module):
 
     def _classify(self, features: Tensor) -> Tensor:
         """Pyramid and classifier."""
-        layers = list(self.cls) if runs_only(self.cls, nn.Sequential.forward) else []
-        if self.head == "concat" or not isinstance(self.ppm, FusedPPM) or len(layers) < 3:
-            return self.cls(self.ppm(features))
-        conv, norm, activation, *rest = layers
-        features = psp_head(features, self.ppm, conv, norm, activation)  # type: ignore[arg-type]
-        for layer in rest:
-            features = layer(features)
-        return features
+        return psp_head(features, self.ppm, self.cls) if self.head == "fused" else self.cls(self.ppm(features))

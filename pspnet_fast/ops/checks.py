@@ -153,6 +153,20 @@ def as_norm(norm: Norm | None) -> tuple[list[Tensor], float]:
     return list(norm[:4]), check_number("eps of norm", norm[4])
 
 
+def no_norm(like: Tensor, channels: int) -> list[Tensor]:
+    """The tensors of a norm that does nothing, for eps 0.
+
+    For exported programs: AOTInductor's runner takes an empty list of tensors for None (torch 2.13).
+    """
+    one, zero = like.new_ones(channels), like.new_zeros(channels)
+    return [one, zero, zero, one]
+
+
+def scale_of(norm: Sequence[Tensor], eps: float) -> Tensor:
+    """What a norm by running statistics multiplies with."""
+    return norm[0] * (norm[3] + eps).rsqrt()
+
+
 def check_integer(name: str, value: int) -> None:
     """Checks an int of 64 bits."""
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):

@@ -19,6 +19,8 @@ from .checks import (
     check_tensor,
     count_cells,
     flatten,
+    no_norm,
+    scale_of,
     unflatten,
 )
 
@@ -89,6 +91,8 @@ def pyramid_context_(
         )
     check_flag("align_corners", align_corners)
     check_flag("relu", relu)
+    if not tensors and torch.compiler.is_exporting():
+        tensors, eps = no_norm(conv, o), 0.0
     arguments = conv, taps, tensors, eps, relu, flatten(levels), list(size), list(step), align_corners
     if transforms_active():
         run_plain(plain.pyramid_context_, *arguments)
@@ -98,26 +102,28 @@ def pyramid_context_(
 
 
 class PyramidContextFunction(torch.autograd.Function):
-    """Gradient of pyramid_context_ without norm and ReLU."""
+    """Gradient of pyramid_context_ without ReLU, by conv and taps alone."""
 
     @staticmethod
-    def forward(ctx: Any, conv: Tensor, taps: Tensor, *settings: Any) -> Tensor:
+    def forward(ctx: Any, conv: Tensor, taps: Tensor, norm: list[Tensor], eps: float, *settings: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            _forward(conv, taps, [], 0.0, False, *settings)
+            _forward(conv, taps, norm, eps, False, *settings)
         ctx.mark_dirty(conv)
-        ctx.settings = settings
+        ctx.norm, ctx.eps, ctx.settings = norm, eps, settings
         return conv
 
     @staticmethod
     def backward(ctx: Any, grad_conv: Tensor) -> Any:
+        if ctx.norm:
+            grad_conv = grad_conv * scale_of(ctx.norm, ctx.eps).to(grad_conv.dtype)[:, None, None]
         grad_taps = _backward(grad_conv, *ctx.settings) if ctx.needs_input_grad[1] else None
-        return grad_conv, grad_taps, *(None for _ in ctx.settings)
+        return grad_conv, grad_taps, None, None, *(None for _ in ctx.settings)
 
 
 def _recorded(conv: Tensor, taps: Tensor, norm: list[Tensor], eps: float, relu: bool, *settings: Any) -> None:
-    if norm or relu:
-        raise RuntimeError("pyramid_context_ has no gradient with norm or relu: they are for inference")
-    PyramidContextFunction.apply(conv, taps, *settings)
+    if relu or needs_grad(*norm):
+        raise RuntimeError("pyramid_context_ has no gradient with relu or by norm: they are for inference")
+    PyramidContextFunction.apply(conv, taps, norm, eps, *settings)
 
 
 register_derivatives("pyramid_context_", plain.pyramid_context_, _recorded, mutated=0)

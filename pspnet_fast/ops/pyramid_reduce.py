@@ -8,7 +8,20 @@ from torch import Tensor
 
 from . import plain
 from ._library import needs_grad, register_derivatives
-from .checks import Bins, Norm, as_levels, as_norm, check_flag, check_shape, check_tensor, count_cells, flatten
+from .checks import (
+    Bins,
+    Norm,
+    as_levels,
+    as_norm,
+    check_flag,
+    check_shape,
+    check_tensor,
+    count_cells,
+    flatten,
+    no_norm,
+    scale_of,
+    unflatten,
+)
 
 _forward = torch.ops.pspnet_fast.pyramid_reduce.default
 _backward = torch.ops.pspnet_fast.pyramid_reduce_backward.default
@@ -74,34 +87,44 @@ def pyramid_reduce(
             "norm and relu are for inference: leave them out where a gradient is needed, or use torch.no_grad()"
         )
     check_flag("relu", relu)
-    return _forward(pooled, list(weights), tensors, [eps for _, eps in norms], relu, flatten(levels))
+    eps = [eps for _, eps in norms]
+    if not tensors and torch.compiler.is_exporting():
+        tensors, eps = no_norm(pooled, weights[0].size(0)) * len(levels), [0.0] * len(levels)
+    return _forward(pooled, list(weights), tensors, eps, relu, flatten(levels))
 
 
 class PyramidReduceFunction(torch.autograd.Function):
-    """Gradient of pyramid_reduce without norm and ReLU."""
+    """Gradient of pyramid_reduce without ReLU, by pooled and weights alone."""
 
     @staticmethod
-    def forward(ctx: Any, bins: list[int], pooled: Tensor, *weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, bins: list[int], norm: list[Tensor], eps: list[float], pooled: Tensor, *weights: Tensor
+    ) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            reduced = _forward(pooled, list(weights), [], [], False, bins)
-        ctx.bins = bins
+            reduced = _forward(pooled, list(weights), norm, eps, False, bins)
+        ctx.bins, ctx.norm, ctx.eps = bins, norm, eps
         ctx.save_for_backward(pooled, *weights)
         return reduced
 
     @staticmethod
     def backward(ctx: Any, grad_reduced: Tensor) -> Any:
         pooled, *weights = ctx.saved_tensors
+        if ctx.norm:
+            scales = [scale_of(ctx.norm[4 * i : 4 * i + 4], eps) for i, eps in enumerate(ctx.eps)]
+            cells = [count_cells((level,)) for level in unflatten(ctx.bins)]
+            rows = [scale.expand(count, -1) for scale, count in zip(scales, cells, strict=True)]
+            grad_reduced = grad_reduced * torch.cat(rows).to(grad_reduced.dtype)
         grad_pooled, grad_weights = _backward(grad_reduced, pooled, weights, ctx.bins)
         shaped = [grad.view_as(weight) for grad, weight in zip(grad_weights.unbind(), weights, strict=True)]
-        return None, grad_pooled, *shaped
+        return None, None, None, grad_pooled, *shaped
 
 
 def _recorded(
     pooled: Tensor, weights: list[Tensor], norm: list[Tensor], eps: list[float], relu: bool, bins: list[int]
 ) -> Tensor:
-    if norm or relu:
-        raise RuntimeError("pyramid_reduce has no gradient with norm or relu: they are for inference")
-    return PyramidReduceFunction.apply(bins, pooled, *weights)
+    if relu or needs_grad(*norm):
+        raise RuntimeError("pyramid_reduce has no gradient with relu or by norm: they are for inference")
+    return PyramidReduceFunction.apply(bins, norm, eps, pooled, *weights)
 
 
 register_derivatives("pyramid_reduce", plain.pyramid_reduce, _recorded)

@@ -66,7 +66,7 @@ def run(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("by_example", [False, True])
 def test_fuse(name, by_example, monkeypatch):
     monkeypatch.setattr(convolution, "LEAST_ELEMENTS", 0)  # these models are narrow
-    build, size, scope, convolution = MODELS[name]
+    build, size, scope, gains = MODELS[name]
     torch.manual_seed(0)
     model = build().double()
     original, keys = copy.deepcopy(model), list(model.state_dict())
@@ -75,9 +75,9 @@ def test_fuse(name, by_example, monkeypatch):
     if by_example:
         _, report = fuse(model, example=x, return_report=True)
         found = {c.module: c for c in report.convolutions}
-        assert convolution in found
-        assert found[convolution].scope == scope
-        assert found[convolution].saved > 0.1
+        assert gains in found
+        assert found[gains].scope == scope
+        assert found[gains].saved > 0.1
     else:
         fuse(model)
     assert list(model.state_dict()) == keys
