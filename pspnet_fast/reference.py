@@ -144,7 +144,7 @@ def upsample_cross_entropy(
     if reduction != "mean":
         return loss
     total = total_weight(target, weight, ignore_index)
-    return loss / torch.where(total == 0, 1, total)
+    return torch.where(total == 0, 0, loss / torch.where(total == 0, 1, total))
 
 
 def total_weight(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:

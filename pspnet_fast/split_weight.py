@@ -35,7 +35,7 @@ def split_product(
     Args:
         weight: (O, C, kh, kw).
         dense: the input channels of the dense maps, in their order.
-        parts: those of each level.
+        parts: those of each level; there may be others, which take no part.
         levels: (N, cells of l, channels of l) each, in the dtype of the result.
 
     Returns:
@@ -71,6 +71,8 @@ class SplitProduct(torch.autograd.Function):
             return grad_weight, None, None, *grad_levels
         o, _, kh, kw = weight.shape
         grad_weight = ops.new_concat(weight, weight.size(1))
+        if sum(channels for _, channels in (*ctx.dense, *ctx.parts)) < weight.size(1):
+            grad_weight.zero_()  # channels that take no part
         at = 0
         for start, channels in ctx.dense:
             grad_weight.narrow(1, start, channels).copy_(grad_dense.narrow(1, at, channels))  # type: ignore[union-attr]

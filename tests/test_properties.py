@@ -341,7 +341,7 @@ def test_upsample_cross_entropy(draw: Draw) -> None:
     factors = torch.ones(k, dtype=torch.float64) if weight is None else weight.to(wide).double()
     expected = (one_hot * (1 - smoothing) + counted[:, None].double() * smoothing / k) * factors[:, None, None]
     total = (one_hot * factors[:, None, None]).sum() if reduction == "mean" else torch.tensor(1.0).double()
-    total = torch.where(total == 0, 1.0, total)
+    share_of_mean = torch.where(total == 0, 0.0, 1 / total)  # the mean over nothing is 0
     truth = F.cross_entropy(
         values, target.long(), factors, ignore_index=ignore, label_smoothing=smoothing, reduction="none"
     )
@@ -353,14 +353,14 @@ def test_upsample_cross_entropy(draw: Draw) -> None:
     off = (expected * torch.where(expected > 0, off + 4 * u * cost.abs(), 0)).sum(1)
     sure = sure[:, 0] | ~counted
     if reduction != "none":
-        off = (off.sum() + (target.numel() + 4) * u * truth.abs().sum()) / total
-        truth, sure = truth.sum() / total, sure.all()
+        off = (off.sum() + (target.numel() + 4) * u * truth.abs().sum()) * share_of_mean
+        truth, sure = truth.sum() * share_of_mean, sure.all()
     assert ours[0].dtype == wide
     assert_within(ours[0], truth, off, sure)
     if not with_gradient or not (values.isfinite().all() and values.numel()):
         return
 
-    scale = (grad.double()[:, None] if reduction == "none" else grad.double()) / total
+    scale = (grad.double()[:, None] if reduction == "none" else grad.double()) * share_of_mean
     share = (values - lse).exp()
     least_, most = (values - slack - high - rounding).exp(), (values + slack - low + rounding).exp().clamp(max=1)
     off = torch.maximum(share - least_, most - share)

@@ -319,3 +319,14 @@ print(growth(ops, 473), growth(reference, 473))
     pixels, gradient = 4 * 2 * 473 * 473, 4 * 2 * 150 * 60 * 60
     assert ours < pixels + gradient + 8e6
     assert stock > 500e6, "the measure does not even see full-resolution logits"
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_mean_over_classes_without_weight_is_0(device, smoothing):
+    logits = torch.randn(1, 2, 2, 3, device=device, requires_grad=True)
+    target, weight = torch.zeros(1, 5, 7, dtype=torch.long, device=device), torch.tensor([0.0, 1.0], device=device)
+    for module in (ops, reference):
+        loss = module.upsample_cross_entropy(logits, target, None, True, weight, label_smoothing=smoothing)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert loss == 0, module
+        assert not gradient.any(), module

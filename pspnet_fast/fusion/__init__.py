@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, overload
 from torch import Tensor, nn
 
 from .patch import Fused, apply, remove
-from .search import LowResolution, pyramids, trial
+from .search import LowResolution, candidates, trial
 
 Model = TypeVar("Model", bound=nn.Module)
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -22,7 +22,8 @@ class FuseReport:
 
     Attributes:
         fused: names of the modules in whose forward upsampling is put off.
-        pyramids: names of the pyramids that they were chosen for; empty where they were named or found by an example.
+        pyramids: names of the modules, pyramids for example, that they were chosen for; empty where they were named or
+            found by an example.
         convolutions: what the forward on the example convolved at low resolution; empty without an example.
     """
 
@@ -63,13 +64,16 @@ def fuse(
     example: Example | None = None,
     return_report: bool = False,
 ) -> Any:
-    """Convolves pyramids of a model before their upsampling, not after it, in place.
+    """Convolves the upsampled maps of a model before their upsampling, not after it, in place.
 
     The model's own modules run as ever, hooks, subclasses and exchanged layers included. But in the forward of a fused
-    module F.interpolate of a map of few cells gives a map that is not computed yet, and so does torch.cat along
-    channels of such; a convolution takes the cells themselves, as FusedPSPHead does, exactly; and whatever else touches
-    such a map computes it first, as the model alone would have. So any pyramid will do, however it is written:
-    semseg's, mmsegmentation's PSPHead and UPerHead, segmentation_models_pytorch's, transformers' UperNetHead.
+    module F.interpolate (bilinear) gives a map that is not computed yet, and so does torch.cat along channels of such;
+    a convolution takes the maps as they were before, as FusedPSPHead does, exactly; and whatever else touches such a
+    map computes it first, as the model alone would have. Where F.linear gives the upsampled map and a 1x1 convolution
+    takes it (SegFormer), both run as one linear map. In inference, batch norm and ReLU run in the same pass. So any
+    head will do, however it is written: semseg's pyramid, mmsegmentation's PSPHead, UPerHead and SegformerHead,
+    segmentation_models_pytorch's PSPNet, UPerNet, Segformer, DeepLabV3 and bilinear Unet, transformers' UperNetHead and
+    SegformerDecodeHead, HRNet's concatenation of its branches.
 
     Parameters, state_dict, optimizers, copies, pickles and checkpointing go on as before. Under torch.compile, export,
     torch.jit and the transforms of torch.func the model's own forward runs, without gain.
@@ -78,7 +82,8 @@ def fuse(
         model: any module.
         modules: names in model.named_modules(), whose forwards are fused; "" is the model. By default, for each module
             that looks like a pyramid (layers nn.AdaptiveAvgPool2d of several sizes, or calls of adaptive_avg_pool2d and
-            interpolate in its code), the one whose forward calls it.
+            interpolate in its code), the one whose forward calls it, and each that interpolates, concatenates and has
+            convolutions.
         example: arguments of a forward (a tensor, a tuple, or a dictionary by names) to run once, in evaluation and
             without gradients. Without `modules`, what is fused is what this shows to gain by it.
         return_report: whether to return (model, FuseReport). The logger "pspnet_fast" says the same.
@@ -104,15 +109,15 @@ def fuse(
     if modules is None and example is not None:
         names = tuple(dict.fromkeys(convolution.scope for convolution in found))
         if not names:
-            raise ValueError("nothing to fuse: the forward on the example convolves no upsampled map of few cells")
+            raise ValueError("nothing to fuse: the forward on the example convolves no upsampled map at a gain")
     elif modules is None:
-        owners = pyramids(model)
+        owners = candidates(model)
         beneath, names = tuple(owners), tuple(dict.fromkeys(owners.values()))
         if not names:
             raise ValueError(
-                "nothing to fuse: no module of the model has layers nn.AdaptiveAvgPool2d of several sizes or calls "
-                "adaptive_avg_pool2d and interpolate; give an example, or name the module that concatenates and "
-                "convolves in `modules`"
+                "nothing to fuse: no module of the model has layers nn.AdaptiveAvgPool2d of several sizes, calls "
+                "adaptive_avg_pool2d and interpolate, or interpolates and concatenates; give an example, or name the "
+                "module that concatenates and convolves in `modules`"
             )
     for name in names:
         apply(model.get_submodule(name))

@@ -1,4 +1,4 @@
-"""Which modules of a model to fuse: by the pyramids in it, or by what a forward on an example computes."""
+"""Which modules of a model to fuse: by what their code looks like, or by what a forward on an example computes."""
 
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,22 +41,39 @@ class LowResolution:
         )
 
 
-def pyramids(model: nn.Module) -> dict[str, str]:
-    """The modules that look like pyramids, and for each the one to fuse.
+def candidates(model: nn.Module) -> dict[str, str]:
+    """The modules that look as if they upsampled maps for a convolution, and for each the one to fuse.
 
     A pyramid has layers nn.AdaptiveAvgPool2d of more than one size, or its code calls adaptive_avg_pool2d and
     interpolate. The one to fuse is the nearest module above with a forward: the concatenation and the convolution of
-    it, if these are not the pyramid's own, are there.
+    it, if these are not the pyramid's own, are there. And a module whose code upsamples is one to fuse, or the nearest
+    above, if it concatenates and has convolutions.
     """
-    found: list[str] = []
+    found: dict[str, str] = {}
     for name, module in model.named_modules():
         sizes = {str(m.output_size) for m in module.modules() if isinstance(m, nn.AdaptiveAvgPool2d)}
         called = _called(type(module))
-        by_functions = "adaptive_avg_pool2d" in called and not called.isdisjoint(("interpolate", "upsample"))
-        if (len(sizes) > 1 or by_functions) and _has_forward(module):
-            found = [other for other in found if other and not name.startswith(other + ".")]
-            found.append(name)
-    return {name: _above(model, name) for name in found}
+        upsamples = not called.isdisjoint(_UPSAMPLING)
+        if (len(sizes) > 1 or ("adaptive_avg_pool2d" in called and upsamples)) and _has_forward(module):
+            found = {n: o for n, o in found.items() if n and (o == n or not name.startswith(n + "."))}
+            found[name] = _above(model, name)
+        upsamples = upsamples or any(isinstance(child, nn.Upsample) for child in module.children())
+        if name in found or not upsamples:
+            continue
+        owner = name if _concatenates(module) else _above(model, name)
+        above = model.get_submodule(owner)
+        if _concatenates(above) and any(isinstance(m, nn.Conv2d) for m in above.modules()):
+            found[name] = owner
+    # what lies in a module that is fused needs no scope of its own, at whose end everything would be computed
+    owners = set(found.values())
+    return {n: o for n, o in found.items() if not any(o != p and (not p or o.startswith(p + ".")) for p in owners)}
+
+
+_UPSAMPLING = ("interpolate", "upsample", "resize")  # resize: mmsegmentation's
+
+
+def _concatenates(module: nn.Module) -> bool:
+    return not _called(type(module)).isdisjoint(("cat", "concat"))
 
 
 def _called(cls: type) -> set[str]:

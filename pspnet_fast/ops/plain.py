@@ -201,7 +201,7 @@ def upsample_cross_entropy_backward(
         expected = expected * weight.to(values.dtype)[:, None, None]
     grad = grad_loss[:, None] if REDUCTIONS[reduction] == "none" else grad_loss
     if REDUCTIONS[reduction] == "mean":
-        grad = grad / torch.where(total_weight == 0, 1, total_weight)
+        grad = torch.where(total_weight == 0, 0, grad / torch.where(total_weight == 0, 1, total_weight))
     grad = grad * (values.softmax(1) * expected.sum(1, keepdim=True) - expected)
     grad = torch.where(counted, grad, 0)
     return _upsample_backward(grad, size, logits.shape, align_corners).to(logits.dtype)

@@ -23,13 +23,24 @@ if torch.version.cuda is None:
         _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 import segmentation_models_pytorch as smp  # noqa: E402
-from transformers import ConvNextConfig, UperNetConfig, UperNetForSemanticSegmentation  # noqa: E402
+from transformers import (  # noqa: E402
+    ConvNextConfig,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
 
 
 def upernet() -> nn.Module:
     stages = ["stage1", "stage2", "stage3", "stage4"]
     backbone = ConvNextConfig(hidden_sizes=[32, 64, 96, 128], depths=[1, 1, 1, 1], out_features=stages)
     return UperNetForSemanticSegmentation(UperNetConfig(backbone_config=backbone, num_labels=19, hidden_size=64))
+
+
+def segformer() -> nn.Module:
+    sizes = {"hidden_sizes": [16, 32, 40, 64], "num_attention_heads": [1, 2, 4, 8], "decoder_hidden_size": 64}
+    return SegformerForSemanticSegmentation(SegformerConfig(depths=[1] * 4, num_labels=19, drop_path_rate=0.0, **sizes))
 
 
 def psp(encoder: str, **arguments: int) -> nn.Module:
@@ -47,7 +58,21 @@ MODELS = {
         lambda: smp.UPerNet("resnet18", encoder_weights=None, classes=11, decoder_channels=32),
         *((256, 288), "decoder.psp", "decoder.psp.out_conv.0"),
     ),
+    "smp deeplab": (
+        lambda: smp.DeepLabV3("resnet18", encoder_weights=None, classes=11),
+        *((64, 96), "decoder.aspp", "decoder.aspp.project.0"),
+    ),
+    "smp segformer": (
+        lambda: smp.Segformer("resnet18", encoder_weights=None, classes=11, decoder_segmentation_channels=32),
+        *((64, 96), "decoder", "decoder.fuse_stage.0"),
+    ),
+    "smp unet": (
+        lambda: smp.Unet("resnet18", encoder_weights=None, classes=11, decoder_interpolation="bilinear"),
+        *((64, 96), "decoder.blocks.0", "decoder.blocks.0.conv1.0"),
+    ),
     "transformers upernet": (upernet, (256, 288), "decode_head", "decode_head.bottleneck.conv"),
+    "transformers upernet fpn": (upernet, (256, 288), "decode_head", "decode_head.fpn_bottleneck.conv"),
+    "transformers segformer": (segformer, (64, 96), "decode_head", "decode_head.linear_fuse"),
 }
 
 
