@@ -72,6 +72,17 @@ def test_equals_the_head_alone(way, width, kernel, bias, mode):
     assert ours[0].stride() == expected[0].stride()
 
 
+def test_maps_that_change_their_shape_but_not_their_size():
+    """As many cells as pixels, which are interpolated all the same; beside levels that are merged."""
+    stock = TokenHead(width=64).to(DOUBLE).eval()
+    fused = fuse(copy.deepcopy(stock), modules=[""])
+    sizes = ((12, 15), (15, 12), (9, 20), (3, 3))
+    maps = [torch.randn(2, c, *size, dtype=DOUBLE) for c, size in zip(CHANNELS, sizes, strict=True)]
+    for grad in (None, torch.randn(2, 6, *sizes[0], dtype=DOUBLE)):
+        for a, b in zip(outcome(fused, maps, grad), outcome(stock, maps, grad), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
 def test_runs_at_low_resolution(monkeypatch):
     model, shapes, taken = TokenHead().eval(), [], []
     fuse(model)

@@ -21,6 +21,7 @@ from ..split_weight import split_product
 from .lazy import Part
 
 LEAST_ELEMENTS = 1 << 14  # of upsampled maps; see head.concatenation_is_cheaper
+MOST_CELLS_ON_CUDA = 1024  # of a map: pyramid_context_'s CUDA kernels are made for few
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,10 @@ class Convolution:
         for part, sources in parts:
             cells, channels = cells_of(part, sources), sources[0].size(2)
             gain = part.channels * (channels + o) * cells - o * channels * (part.channels + cells)
-            merged.append(part.projection is not None and kernel == (1, 1) and gain > 0)
-            low.append(part.corners is not None and cells < pixels)
+            few = not sources[0].is_cuda or cells <= MOST_CELLS_ON_CUDA
+            low.append(part.corners is not None and cells < pixels and few)
+            before = low[-1] or part.corners is None  # not upsampled before it is convolved
+            merged.append(part.projection is not None and kernel == (1, 1) and before and gain > 0)
         levels = [(p, s) for (p, s), is_low in zip(parts, low, strict=True) if is_low]
         sizes = [_size(part, sources) for part, sources in levels]
         if sum(part.channels for part, _ in levels) * pixels < LEAST_ELEMENTS or len(levels) > MAX_LEVELS:
@@ -97,11 +100,12 @@ class Convolution:
                 maps.append(_map(self.parts[i], sources[i], self.size))
         plain = [i for i in levels if not self.merged[i]]
         cells = [_map(self.parts[i], sources[i]).to(self.dtype).permute(0, 2, 3, 1).flatten(1, 2) for i in plain]
-        first, all_taps = None, None
-        if dense or plain:
-            first, all_taps = split_product(weight, [channels[i] for i in dense], [channels[i] for i in plain], cells)
-        if all_taps is not None:
-            taps = dict(zip(plain, all_taps.split([z.size(1) for z in cells], 1), strict=True))
+        first = None
+        if plain:
+            first, rows = split_product(weight, [channels[i] for i in dense], [channels[i] for i in plain], cells)
+            taps = dict(zip(plain, rows.split([z.size(1) for z in cells], 1), strict=True))
+        elif dense:
+            first = torch.cat([weight.narrow(1, *channels[i]) for i in dense], 1)
         taps |= {i: products[i] for i in levels if self.merged[i]}
 
         output = None

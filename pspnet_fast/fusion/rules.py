@@ -49,7 +49,8 @@ def _upsample(
         return NotImplemented
     n, c, h, w = input.shape
     pair = _target((h, w), size, scale_factor)
-    if pair is None or max(h, w) > MAX_BINS or h * w > pair[0] * pair[1] or (h * w == pair[0] * pair[1]) > projected:
+    copied = projected and (h, w) == pair
+    if pair is None or max(h, w) > MAX_BINS or (h * w >= pair[0] * pair[1] and not copied):
         return NotImplemented
     corners = bool(align_corners)
     dtype = input.dtype
@@ -58,10 +59,10 @@ def _upsample(
     sources, compute, part = (input,), _itself, Part(c)
     if projected:
         sources, compute, part = input.sources(), input._compute, input.parts[0]
-    if (h, w) == pair:  # a copy
-        return (
-            Concat.make(compute, sources, input.shape, dtype, parts=(part,)) if dtype == input.dtype else NotImplemented
-        )
+    if copied and dtype != input.dtype:
+        return NotImplemented
+    if copied:
+        return Concat.make(compute, sources, input.shape, dtype, parts=(part,))
     return Concat.make(
         lambda *sources: _interpolate(compute(*sources), pair, corners),
         sources,

@@ -11,7 +11,7 @@ from torch import nn
 if any(importlib.util.find_spec(name) is None for name in ("peft", "timm", "torchvision")):
     pytest.skip("no peers installed: make test-peers", allow_module_level=True)
 
-import test_peers  # noqa: F401  (torchvision's operators where it cannot load its own)
+import packages  # noqa: F401  (torchvision's operators where it cannot load its own)
 from peft import LoraConfig, get_peft_model
 from timm.layers import BatchNormAct2d
 

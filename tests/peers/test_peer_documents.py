@@ -8,7 +8,7 @@ from documents import PEERS, python_blocks
 if any(importlib.util.find_spec(name) is None for name in PEERS):
     pytest.skip("no peers installed: make test-peers", allow_module_level=True)
 
-import test_peers  # noqa: F401  (torchvision's operators where it cannot load its own)
+import packages  # noqa: F401  (torchvision's operators where it cannot load its own)
 
 BLOCKS = python_blocks(of_peers=True)
 

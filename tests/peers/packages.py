@@ -1,0 +1,91 @@
+"""The models of the packages whose heads fuse knows, with random weights; importing this needs the packages."""
+
+import torch
+from torch import nn
+
+if torch.version.cuda is None:
+    # torchvision's compiled operators are those of a CUDA build and do not load: the two that its Python code knows
+    # have to exist all the same
+    _operators = torch.library.Library("torchvision", "DEF")
+    for _name in ("nms", "qnms"):
+        _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+import segmentation_models_pytorch as smp
+from transformers import (
+    ConvNextConfig,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
+
+
+def upernet(sizes: list[int], depths: list[int], hidden_size: int, classes: int) -> nn.Module:
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    backbone = ConvNextConfig(hidden_sizes=sizes, depths=depths, out_features=stages)
+    config = UperNetConfig(backbone_config=backbone, num_labels=classes, hidden_size=hidden_size)
+    return UperNetForSemanticSegmentation(config)
+
+
+def segformer(sizes: list[int], depths: list[int], hidden_size: int, classes: int) -> nn.Module:
+    config = SegformerConfig(
+        hidden_sizes=sizes,
+        depths=depths,
+        num_attention_heads=[1, 2, 5, 8] if sizes[2] % 5 == 0 else [1, 2, 4, 8],
+        decoder_hidden_size=hidden_size,
+        num_labels=classes,
+        drop_path_rate=0.0,
+    )
+    return SegformerForSemanticSegmentation(config)
+
+
+def of_smp(name: str, encoder: str, classes: int = 11, **arguments: object) -> nn.Module:
+    return getattr(smp, name)(encoder, encoder_weights=None, classes=classes, **arguments)
+
+
+# small ones, for tests: builds the model, the size of an image, the module to fuse, the convolution that gains
+SMALL = {
+    "smp resnet18": (lambda: of_smp("PSPNet", "resnet18"), (64, 96), "decoder", "decoder.conv.0"),
+    "smp resnet50": (
+        lambda: of_smp("PSPNet", "resnet50", encoder_depth=5, output_stride=8),
+        *((64, 96), "decoder", "decoder.conv.0"),
+    ),
+    "smp upernet": (
+        lambda: of_smp("UPerNet", "resnet18", decoder_channels=32),
+        *((256, 288), "decoder.psp", "decoder.psp.out_conv.0"),
+    ),
+    "smp deeplab": (lambda: of_smp("DeepLabV3", "resnet18"), (64, 96), "decoder.aspp", "decoder.aspp.project.0"),
+    "smp segformer": (
+        lambda: of_smp("Segformer", "resnet18", decoder_segmentation_channels=32),
+        *((64, 96), "decoder", "decoder.fuse_stage.0"),
+    ),
+    "smp unet": (
+        lambda: of_smp("Unet", "resnet18", decoder_interpolation="bilinear"),
+        *((64, 96), "decoder.blocks.0", "decoder.blocks.0.conv1.0"),
+    ),
+    "transformers upernet": (
+        lambda: upernet([32, 64, 96, 128], [1] * 4, 64, 19),
+        *((256, 288), "decode_head", "decode_head.bottleneck.conv"),
+    ),
+    "transformers upernet fpn": (
+        lambda: upernet([32, 64, 96, 128], [1] * 4, 64, 19),
+        *((256, 288), "decode_head", "decode_head.fpn_bottleneck.conv"),
+    ),
+    "transformers segformer": (
+        lambda: segformer([16, 32, 40, 64], [1] * 4, 64, 19),
+        *((64, 96), "decode_head", "decode_head.linear_fuse"),
+    ),
+}
+
+# as they are used, for benchmarks: builds the model, the side of an image
+LARGE = {
+    "transformers SegFormer-B0": (lambda: segformer([32, 64, 160, 256], [2, 2, 2, 2], 256, 150), 512),
+    "transformers SegFormer-B2": (lambda: segformer([64, 128, 320, 512], [3, 4, 6, 3], 768, 150), 512),
+    "transformers UPerNet, ConvNeXt-T": (lambda: upernet([96, 192, 384, 768], [3, 3, 9, 3], 512, 150), 512),
+    "smp PSPNet, resnet50": (lambda: of_smp("PSPNet", "resnet50", 21, encoder_depth=5, output_stride=8), 512),
+    "smp UPerNet, resnet50": (lambda: of_smp("UPerNet", "resnet50", 21), 512),
+    "smp Segformer, resnet34": (lambda: of_smp("Segformer", "resnet34", 21), 512),
+    "smp DeepLabV3, resnet50": (lambda: of_smp("DeepLabV3", "resnet50", 21), 512),
+    "smp DeepLabV3+, resnet50": (lambda: of_smp("DeepLabV3Plus", "resnet50", 21), 512),
+    "smp Unet, resnet34, bilinear": (lambda: of_smp("Unet", "resnet34", 21, decoder_interpolation="bilinear"), 512),
+}
