@@ -183,8 +183,8 @@ def test_report_and_log(caplog):
     with caplog.at_level(logging.INFO, logger="pspnet_fast"):
         same, report = fuse(model, return_report=True)
     assert same is model
-    assert (report.fused, report.pyramids, report.convolutions) == (("a",), ("a.ppm",), ())
-    assert caplog.messages == [str(report)] == ["fused 'a'\nfor the pyramid 'a.ppm'"]
+    assert (report.fused, report.chosen_for, report.convolutions) == (("a",), ("a.ppm",), ())
+    assert caplog.messages == [str(report)] == ["fused 'a'\nchosen for 'a.ppm'"]
     assert fuse(model, return_report=True)[1] == report  # once more changes nothing
     _, report = fuse(Semseg(), example=torch.randn(1, 3, 40, 40), return_report=True)
     assert str(report).splitlines()[1].startswith("'cls.0', in '': 8 of 16 input channels convolved before")

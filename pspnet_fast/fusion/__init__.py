@@ -22,18 +22,18 @@ class FuseReport:
 
     Attributes:
         fused: names of the modules in whose forward upsampling is put off.
-        pyramids: names of the modules, pyramids for example, that they were chosen for; empty where they were named or
-            found by an example.
+        chosen_for: names of the modules that upsample, pyramids for example, for which they were chosen; empty where
+            they were named or found by an example.
         convolutions: what the forward on the example convolved at low resolution; empty without an example.
     """
 
     fused: tuple[str, ...]
-    pyramids: tuple[str, ...] = ()
+    chosen_for: tuple[str, ...] = ()
     convolutions: tuple[LowResolution, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"fused {name!r}" for name in self.fused]
-        lines += [f"for the pyramid {name!r}" for name in self.pyramids]
+        lines += [f"chosen for {name!r}" for name in self.chosen_for if name not in self.fused]
         return "\n".join([*lines, *map(str, self.convolutions)])
 
 

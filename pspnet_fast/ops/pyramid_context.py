@@ -39,10 +39,11 @@ def pyramid_context_(
     norm: Norm | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """Adds to a convolution of x what it gives for the pyramid's levels, in place, in one read and write.
+    """Adds to a convolution of x what it gives for upsampled maps, the levels, in place, in one read and write.
 
     A k x k convolution of [x, U_1 ... U_L] is the sum of one of x and one of each upsampled level U_l = upsample(z_l).
-    A level has few cells, so each is multiplied with the weights of every tap first, and the products are interpolated:
+    A level has fewer cells than U_l has pixels, so each is multiplied with the weights of every tap first, and the
+    products are interpolated. Levels may be as few as a pyramid's or as many as a feature pyramid's maps have:
 
         taps[n, cell (i, j) of l, u * kw + v, o] = sum over c of weight_l[o, c, u, v] * z_l[n, c, i, j]
         conv[n, o] += sum over l, u, v of upsample(taps[n, cells of l, u * kw + v, o]), shifted by tap (u, v)
