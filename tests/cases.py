@@ -25,11 +25,22 @@ SIZES = [
 ]
 CHANNELS = 19  # no multiple of any vector
 LAYOUTS_AND_CHANNELS = [("contiguous", 19), ("channels_last", 19), ("channels_last", 24)]  # 24: of every 16-byte vector
+# size of a map, levels of many cells (of more than the map has pixels, too), channels, kernel_size, dilation
+MANY_CELLS = [
+    ((26, 37), ((13, 19), (7, 9)), 21, 3, 1),
+    ((9, 20), ((17, 25), (9, 20)), 37, (5, 3), (2, 1)),
+    ((21, 16), ((21, 16), 1), 70, 1, 1),
+]
 
 
 def make_smaller() -> None:
     """Fewer pixels and channels, of the same variety: for runs under sanitizers."""
     SIZES[SIZES.index((60, 60))] = (20, 20)
+    MANY_CELLS[:] = [
+        ((9, 11), ((5, 7), (3, 4)), 5, 3, 1),
+        ((4, 7), ((6, 9), (4, 7)), 8, (5, 3), (2, 1)),
+        ((7, 6), ((7, 6), 1), 6, 1, 1),
+    ]
     LAYOUTS_AND_CHANNELS[:] = [("contiguous", 5), ("channels_last", 5), ("channels_last", 8)]
 
 

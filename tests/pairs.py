@@ -9,7 +9,7 @@ from fused_pair import Head
 from stock import StockPPM
 from stock_head import StockHead, make_head
 from torch import Tensor, nn
-from toy_data import ToyBackbone
+from toy_backbone import ToyBackbone
 
 from pspnet_fast import PSPNet, fuse
 

@@ -83,7 +83,7 @@ def run_sample(mode: str, files: list[str]) -> subprocess.CompletedProcess[str]:
 
 # mode -> processes that share the operators; the longest first. Forward is how the operators' tests run themselves, the
 # whole of them, and blocks finds what thread finds.
-SAMPLED = {"blocks": 3, "address": 1, "random": 1, "reverse": 1}
+SAMPLED = {"blocks": 8, "address": 2, "random": 1, "reverse": 1}
 
 
 @pytest.fixture(scope="module")

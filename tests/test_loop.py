@@ -9,7 +9,8 @@ import cv2
 import pytest
 import torch
 from torch import Tensor, nn
-from toy_data import NAMES, ToyBackbone, write_toy_data
+from toy_backbone import ToyBackbone
+from toy_data import NAMES, write_toy_data
 from toy_training import CONFIG, Items, assert_equal_states, train
 
 from pspnet_fast.data.list_dataset import ListDataset

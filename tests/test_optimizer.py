@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from toy_data import ToyBackbone
+from toy_backbone import ToyBackbone
 
 from pspnet_fast.models import PSPNet
 from pspnet_fast.training.config import TrainConfig

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import nn
-from toy_data import ToyBackbone
+from toy_backbone import ToyBackbone
 
 from pspnet_fast.models import PSPNet
 

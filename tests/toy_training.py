@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from toy_data import NAMES, ToyBackbone
+from toy_backbone import ToyBackbone
+from toy_data import NAMES
 
 from pspnet_fast.data.list_dataset import ListDataset
 from pspnet_fast.data.transforms import EvalTransform, TrainTransform
