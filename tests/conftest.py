@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import signal
 from collections.abc import Iterator
 
 import cases
@@ -22,6 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as shells start what runs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--sample") is not None:
         cases.make_smaller()
 

@@ -29,11 +29,7 @@ def test_signal_to_the_whole_group(work: Workspace, tmp_path: Path, number: int,
     arguments = ["train", work.config, work.root, "train.epochs=9999", "train.workers=1", "train.log_every=1"]
     command = [*COMMAND, *map(str, arguments), "--out", str(out)]
 
-    def heed() -> None:
-        signal.signal(number, signal.SIG_DFL)  # shells ignore it for what they run in the background
-
-    pipes: dict = {"stdout": -1, "stderr": -1, "text": True}
-    with subprocess.Popen(command, **pipes, start_new_session=True, preexec_fn=heed, env=ENVIRONMENT) as process:
+    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, start_new_session=True, env=ENVIRONMENT) as process:
         log = out / "log.jsonl"
         while process.poll() is None and not (log.exists() and '"iteration"' in log.read_text()):
             time.sleep(0.05)
