@@ -21,7 +21,8 @@ from ..split_weight import split_product
 from .lazy import Part
 
 LEAST_ELEMENTS = 1 << 14  # of upsampled maps; see head.concatenation_is_cheaper
-MOST_CELLS_ON_CUDA = 1024  # of a map: pyramid_context_'s CUDA kernels are made for few
+FEW_CELLS = 1024  # of a map: what pyramid_context_'s CUDA kernels are made for
+LEAST_CHANNELS = 128  # of a map of more cells, where the kernel is larger than 1x1: the products of fewer may cost more
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Convolution:
         for part, sources in parts:
             cells, channels = cells_of(part, sources), sources[0].size(2)
             gain = part.channels * (channels + o) * cells - o * channels * (part.channels + cells)
-            few = not sources[0].is_cuda or cells <= MOST_CELLS_ON_CUDA
-            low.append(part.corners is not None and cells < pixels and few)
+            many_pay = not sources[0].is_cuda and (kernel == (1, 1) or part.channels >= LEAST_CHANNELS)
+            low.append(part.corners is not None and cells < pixels and (cells <= FEW_CELLS or many_pay))
             before = low[-1] or part.corners is None  # not upsampled before it is convolved
             merged.append(part.projection is not None and kernel == (1, 1) and before and gain > 0)
         levels = [(p, s) for (p, s), is_low in zip(parts, low, strict=True) if is_low]
