@@ -71,9 +71,9 @@ def fuse(
     a convolution takes the maps as they were before, as FusedPSPHead does, exactly; and whatever else touches such a
     map computes it first, as the model alone would have. Where F.linear gives the upsampled map and a 1x1 convolution
     takes it (SegFormer), both run as one linear map. In inference, batch norm and ReLU run in the same pass. So any
-    head will do, however it is written: semseg's pyramid, mmsegmentation's PSPHead, UPerHead and SegformerHead,
+    head will do, however it is written; tested are semseg's pyramid, mmsegmentation's PSPHead and UPerHead (stand-ins),
     segmentation_models_pytorch's PSPNet, UPerNet, Segformer, DeepLabV3 and bilinear Unet, transformers' UperNetHead and
-    SegformerDecodeHead, HRNet's concatenation of its branches.
+    SegformerDecodeHead.
 
     Parameters, state_dict, optimizers, copies, pickles and checkpointing go on as before. Under torch.compile, export,
     torch.jit and the transforms of torch.func the model's own forward runs, without gain.

@@ -159,10 +159,8 @@ class Convolution:
 
     def _zeros(self, sources: list[list[Tensor]], weight: Tensor) -> Tensor:
         """Channels-last where a convolution of the concatenation would be."""
-        last = torch.channels_last
-        maps = [_map(part._replace(corners=None), s) for part, s in zip(self.parts, sources, strict=True)]
-        is_last = all(m.is_contiguous(memory_format=last) and not m.is_contiguous() for m in maps)
-        layout = last if is_last else torch.contiguous_format
+        is_last = all(_is_channels_last(part, s) for part, s in zip(self.parts, sources, strict=True))
+        layout = torch.channels_last if is_last else torch.contiguous_format
         return torch.zeros(
             sources[0][0].size(0), weight.size(0), *self.size, dtype=self.dtype, device=weight.device
         ).contiguous(memory_format=layout)
@@ -174,8 +172,16 @@ def _size(part: Part, sources: Sequence[Tensor]) -> tuple[int, int]:
 
 
 def cells_of(part: Part, sources: Sequence[Tensor]) -> int:
+    """How many cells a part's map has before its upsampling."""
     h, w = _size(part, sources)
     return h * w
+
+
+def _is_channels_last(part: Part, sources: Sequence[Tensor]) -> bool:
+    """Whether a part's map lies so and not contiguously, too; one of tokens does, transposed as they are."""
+    if part.projection is not None:
+        return part.channels > 1 and cells_of(part, sources) > 1
+    return sources[0].is_contiguous(memory_format=torch.channels_last) and not sources[0].is_contiguous()
 
 
 def _map(part: Part, sources: Sequence[Tensor], size: tuple[int, int] | None = None) -> Tensor:

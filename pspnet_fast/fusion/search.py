@@ -60,20 +60,17 @@ def candidates(model: nn.Module) -> dict[str, str]:
         upsamples = upsamples or any(isinstance(child, nn.Upsample) for child in module.children())
         if name in found or not upsamples:
             continue
-        owner = name if _concatenates(module) else _above(model, name)
-        above = model.get_submodule(owner)
-        if _concatenates(above) and any(isinstance(m, nn.Conv2d) for m in above.modules()):
+        owner = name if called & _CONCATENATING else _above(model, name)
+        above = module if owner == name else model.get_submodule(owner)
+        if _called(type(above)) & _CONCATENATING and any(isinstance(m, nn.Conv2d) for m in above.modules()):
             found[name] = owner
     # what lies in a module that is fused needs no scope of its own, at whose end everything would be computed
     owners = set(found.values())
     return {n: o for n, o in found.items() if not any(o != p and (not p or o.startswith(p + ".")) for p in owners)}
 
 
-_UPSAMPLING = ("interpolate", "upsample", "resize")  # resize: mmsegmentation's
-
-
-def _concatenates(module: nn.Module) -> bool:
-    return not _called(type(module)).isdisjoint(("cat", "concat"))
+_UPSAMPLING = {"interpolate", "upsample", "resize"}  # resize: mmsegmentation's
+_CONCATENATING = {"cat", "concat"}
 
 
 def _called(cls: type) -> set[str]:
