@@ -9,8 +9,7 @@ import copy
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -46,19 +45,15 @@ class Clock:
             self.seconds += time.perf_counter() - self.start
 
 
-def medians(runs: list[Callable[[], float]], count: int) -> list[float]:
-    """Milliseconds of each, in turn, so that a slower minute of the machine is one of all."""
-    for run in runs:
-        run()
-    return [
-        statistics.median(times) * 1e3 for times in zip(*([run() for run in runs] for _ in range(count)), strict=True)
-    ]
-
-
-def timed(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+def ratios(run: Callable[[int], Sequence[float]], count: int) -> list[str]:
+    """Medians of both models' times and their ratio, in turn, so that a slower minute of the machine is one of both."""
+    run(0), run(1)
+    times = [(run(0), run(1)) for _ in range(count)]
+    cells = []
+    for pairs in zip(*(zip(stock, ours, strict=True) for stock, ours in times), strict=True):
+        before, after = (statistics.median(column) * 1e3 for column in zip(*pairs, strict=True))
+        cells += [f"{before:.0f} / {after:.0f} ms", f"{before / after:.2f}"]
+    return cells
 
 
 def compare(name: str, dtype: torch.dtype, count: int) -> str:
@@ -70,31 +65,28 @@ def compare(name: str, dtype: torch.dtype, count: int) -> str:
     models = [stock, ours]
     clocks = [Clock(model, report.fused) for model in models]
 
-    def head(i: int) -> float:
-        clocks[i].seconds = 0.0
+    def forward(i: int) -> tuple[float, float]:
+        """Seconds of the fused modules, and of the whole."""
+        clocks[i].seconds, start = 0.0, time.perf_counter()
         with torch.no_grad():
             models[i](image)
-        return clocks[i].seconds
+        return clocks[i].seconds, time.perf_counter() - start
 
-    def whole(i: int) -> float:
-        with torch.no_grad():
-            return timed(lambda: models[i](image))
-
-    def step(i: int) -> float:
-        return timed(lambda: logits_of(models[i](image)).float().square().mean().backward())
+    def step(i: int) -> tuple[float]:
+        start = time.perf_counter()
+        logits_of(models[i](image)).float().square().mean().backward()
+        return (time.perf_counter() - start,)
 
     with torch.no_grad():
         a, b = (logits_of(model(image)).double() for model in models)
     cells = [name, str(dtype).removeprefix("torch."), f"{((a - b).norm() / a.norm()).item():.0e}"]
-    for what in (head, whole, step):
-        if what is step:
-            for model in models:
-                model.train()
-                for m in model.modules():  # a batch of one: norms of one value a channel keep their statistics
-                    if isinstance(m, nn.BatchNorm2d):
-                        m.eval()
-        before, after = medians([partial(what, i) for i in range(2)], count)
-        cells += [f"{before:.0f} / {after:.0f} ms", f"{before / after:.2f}"]
+    cells += ratios(forward, count)
+    for model in models:
+        model.train()
+        for m in model.modules():  # a batch of one: norms of one value a channel keep their statistics
+            if isinstance(m, nn.BatchNorm2d):
+                m.eval()
+    cells += ratios(step, count)
     return f"| {' | '.join(cells)} |"
 
 

@@ -13,6 +13,8 @@ from .ops._library import needs_grad
 from .ops.checks import Norm
 from .split_weight import Channels, split_product, why_not_split
 
+LEAST_ELEMENTS = 1 << 14  # of upsampled maps, for whose convolution more operations pay (concatenation_is_cheaper)
+
 
 class FusedPSPHead(nn.Module):
     """Pyramid pooling, reduction and bottleneck convolution of a PSPNet or UPerNet head, with norm and activation.
@@ -120,7 +122,7 @@ def concatenation_is_cheaper(ppm: FusedPPM, height: int, width: int) -> bool:
     the number of operations decides.
     """
     pixels = height * width
-    return sum(_cells(ppm)) > pixels or len(ppm.levels) * ppm.reduction_channels * pixels < 1 << 14
+    return sum(_cells(ppm)) > pixels or len(ppm.levels) * ppm.reduction_channels * pixels < LEAST_ELEMENTS
 
 
 def _cells(ppm: FusedPPM) -> list[int]:

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..head import LEAST_ELEMENTS
 from ..ops.checks import MAX_LEVELS, MAX_SEEN
 from ..ops.pyramid_context import Norm
 from ..split_weight import split_product
 from .lazy import Part
 
-LEAST_ELEMENTS = 1 << 14  # of upsampled maps; see head.concatenation_is_cheaper
 FEW_CELLS = 1024  # of a map: what pyramid_context_'s CUDA kernels are made for
 LEAST_CHANNELS = 128  # of a map of more cells, where the kernel is larger than 1x1: the products of fewer may cost more
 
