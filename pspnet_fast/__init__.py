@@ -6,11 +6,13 @@ from .head import FusedPSPHead
 from .losses import UpsampleCrossEntropyLoss
 from .models import PSPNet
 from .modules import FusedPPM
+from .upsample_concat import FusedUpsampleConcat
 
 __version__ = "0.1.0"
 __all__ = [
     "FusedPPM",
     "FusedPSPHead",
+    "FusedUpsampleConcat",
     "PSPNet",
     "UpsampleCrossEntropyLoss",
     "fuse",

@@ -91,7 +91,7 @@ def _fused(input: Tensor, ppm: FusedPPM, conv: nn.Conv2d, norm: nn.Module, activ
     output = F.conv2d(input, weight, conv.bias, padding=padding, dilation=conv.dilation)  # type: ignore[arg-type]
     kh, kw = conv.kernel_size
     settings: dict[str, Any] = {"dilation": conv.dilation, "align_corners": ppm.align_corners}
-    folded = _folded(norm, output.dtype)
+    folded = folded(norm, output.dtype)
     inference = not needs_grad(output, taps, *(folded or ())[:4])
     folded = folded if inference else None
     relu = inference and (folded is not None or is_identity(norm)) and is_relu(activation)
@@ -143,7 +143,7 @@ def conv_dtype(input: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if autocasts and input.dtype != torch.float64 else input.dtype
 
 
-def _folded(norm: nn.Module, dtype: torch.dtype) -> Norm | None:
+def folded(norm: nn.Module, dtype: torch.dtype) -> Norm | None:
     """A batch norm in evaluation mode, an affine map by its buffers, as ops.pyramid_context_ takes it."""
     if not has_statistics(norm):
         return None
