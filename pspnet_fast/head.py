@@ -91,10 +91,7 @@ def _fused(input: Tensor, ppm: FusedPPM, conv: nn.Conv2d, norm: nn.Module, activ
     output = F.conv2d(input, weight, conv.bias, padding=padding, dilation=conv.dilation)  # type: ignore[arg-type]
     kh, kw = conv.kernel_size
     settings: dict[str, Any] = {"dilation": conv.dilation, "align_corners": ppm.align_corners}
-    folded = folded(norm, output.dtype)
-    inference = not needs_grad(output, taps, *(folded or ())[:4])
-    folded = folded if inference else None
-    relu = inference and (folded is not None or is_identity(norm)) and is_relu(activation)
+    folded, relu = epilogue(norm, activation, output.dtype, output, taps)
     output = ops.pyramid_context_(output, taps, ppm.bins, (kh, kw), norm=folded, relu=relu, **settings)
     if folded is None:
         output = norm(output)
@@ -143,7 +140,17 @@ def conv_dtype(input: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if autocasts and input.dtype != torch.float64 else input.dtype
 
 
-def folded(norm: nn.Module, dtype: torch.dtype) -> Norm | None:
+def epilogue(norm: nn.Module, activation: nn.Module, dtype: torch.dtype, *tensors: Tensor) -> tuple[Norm | None, bool]:
+    """What of norm and activation ops.pyramid_context_ may do, whose result depends on these tensors: the norm as it
+    takes it, or None, and whether the ReLU. Nothing where a gradient is needed.
+    """
+    folded = _folded(norm, dtype)
+    if needs_grad(*tensors, *(folded or ())[:4]):
+        return None, False
+    return folded, (folded is not None or is_identity(norm)) and is_relu(activation)
+
+
+def _folded(norm: nn.Module, dtype: torch.dtype) -> Norm | None:
     """A batch norm in evaluation mode, an affine map by its buffers, as ops.pyramid_context_ takes it."""
     if not has_statistics(norm):
         return None

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from .fusion.convolution import Convolution
 from .fusion.lazy import Part
-from .head import conv_dtype, folded
-from .layers import is_convolution, is_identity, is_relu, needs_plain
-from .ops._library import needs_grad
+from .head import conv_dtype, epilogue
+from .layers import is_convolution, needs_plain
 from .ops.checks import DTYPES, MAX_BINS, check_flag
 from .split_weight import why_not_split
 
@@ -70,15 +69,14 @@ class FusedUpsampleConcat(nn.Module):
         if convolution is None:
             upsampled = [_upsample(z, (height, width), self.align_corners) for z in maps]
             return self.activation(self.norm(self.conv(torch.cat(upsampled, 1))))
-        conv, norm = self.conv, folded(self.norm, convolution.dtype)
-        tensors = [*maps, conv.weight] if conv.bias is None else [*maps, conv.weight, conv.bias]
-        inference = not needs_grad(*tensors, *(norm or ())[:4])
-        norm = norm if inference else None
-        relu = inference and (norm is not None or is_identity(self.norm)) and is_relu(self.activation)
-        if norm is not None:
-            convolution, tensors = convolution.followed_by(norm[4]), [*tensors, *norm[:4]]
+        weight, bias = self.conv.weight, self.conv.bias
+        tensors = [*maps, weight] if bias is None else [*maps, weight, bias]
+        folded, relu = epilogue(self.norm, self.activation, convolution.dtype, *tensors)
+        if folded is not None:
+            *statistics, eps = folded
+            convolution, tensors = convolution.followed_by(eps), [*tensors, *statistics]
         output = convolution(*tensors, relu=relu)
-        if norm is None:
+        if folded is None:
             output = self.norm(output)
         return output if relu else self.activation(output)
 

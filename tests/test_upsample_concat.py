@@ -107,7 +107,8 @@ def test_small_maps_are_convolved_as_they_are(monkeypatch):
     assert_same(outcome(ours, make(), None), outcome(stock, make(), None))
     ((bins, settings),) = taken
     assert bins == [(5, 7), (11, 12), (14, 2)]
-    assert settings["relu"] and settings["norm"] is not None
+    assert settings["relu"]
+    assert settings["norm"] is not None
 
 
 def test_layers_are_called_where_they_are_more_than_their_class():
