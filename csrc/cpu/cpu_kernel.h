@@ -93,24 +93,35 @@ void dispatch(DType dtype, Function&& function) {
 
 // ---- instruction sets and threads --------------------------------------------------------------------------------
 // A task is a struct whose always-inline operator()(begin, end) does the units [begin, end) of the work. It is compiled
-// once for each instruction set, and the best that this processor has runs (isa.cpp).
+// once for each instruction set, and the best that this processor has runs (isa.cpp). A task whose operator() is a
+// template gets the bytes of that instruction set's vectors: the compiler takes wider ones apart, but builds them
+// element by element where it cannot see through.
 
 enum class Isa : int { kBaseline, kAvx2, kAvx512 };
 Isa isa();
 
+template <int kBytes, class Task>
+PSP_INLINE void run_with(const Task& task, int64_t begin, int64_t end) {
+  if constexpr (requires { task.template operator()<kBytes>(begin, end); }) {
+    task.template operator()<kBytes>(begin, end);
+  } else {
+    task(begin, end);
+  }
+}
+
 template <class Task>
 void run_baseline(const Task& task, int64_t begin, int64_t end) {
-  task(begin, end);
+  run_with<16>(task, begin, end);
 }
 #if PSP_X86_64
 template <class Task>
 __attribute__((target("avx2,fma,bmi2"))) void run_avx2(const Task& task, int64_t begin, int64_t end) {
-  task(begin, end);
+  run_with<32>(task, begin, end);
 }
 template <class Task>
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi2,prefer-vector-width=512"))) void run_avx512(
     const Task& task, int64_t begin, int64_t end) {
-  task(begin, end);
+  run_with<64>(task, begin, end);
 }
 #endif
 
@@ -201,19 +212,19 @@ PSP_INLINE void store_plane(const Image& image, int64_t n, int64_t c, int64_t H,
   for (int64_t h = 0; h < H; ++h) store(to + h * image.stride_h, from + h * W, W, stream);
 }
 
-// 64 bytes of accumulators: one vector register or several, by instruction set.
-template <class acc_t>
+// 64 bytes of accumulators: one vector register or several, by instruction set; or as many bytes as are asked for.
+template <class acc_t, int kBytes>
 struct VectorType {
-  typedef acc_t type __attribute__((vector_size(64)));
+  typedef acc_t type __attribute__((vector_size(kBytes)));
 };
-template <class acc_t>
-using Vector = typename VectorType<acc_t>::type;
-template <class acc_t>
-constexpr int64_t kLanes = 64 / sizeof(acc_t);
+template <class acc_t, int kBytes = 64>
+using Vector = typename VectorType<acc_t, kBytes>::type;
+template <class acc_t, int kBytes = 64>
+constexpr int64_t kLanes = kBytes / sizeof(acc_t);
 
-template <class acc_t>
-PSP_INLINE Vector<acc_t> load(const acc_t* from) {
-  Vector<acc_t> v;
+template <class acc_t, int kBytes = 64>
+PSP_INLINE Vector<acc_t, kBytes> load(const acc_t* from) {
+  Vector<acc_t, kBytes> v;
   __builtin_memcpy(&v, from, sizeof v);
   return v;
 }

@@ -40,9 +40,6 @@ struct ContextBase {
 // Where a plane's cells are few, planar maps are computed plane by plane, 16 at once, so that taps are read and written
 // in whole cache lines; else, as channels-last ones, in chunks of channels, a vector of which belongs to one pixel.
 constexpr int64_t kPlanes = 16;
-constexpr int64_t kVectors = 4;  // of a chunk of channels
-template <class acc_t>
-constexpr int64_t kChannels = kVectors * kLanes<acc_t>;
 
 template <class Args>
 bool by_planes(const Args& a) {
@@ -51,19 +48,14 @@ bool by_planes(const Args& a) {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls function with std::integral_constant<int, n>, n from 1 to kVectors: as many vectors hold `channels`.
-template <class acc_t, class Function>
-PSP_INLINE void with_vectors(int64_t channels, const Function& function) {
-  switch (divide_up(channels, kLanes<acc_t>)) {
-    case 1:
-      return function(std::integral_constant<int, 1>{});
-    case 2:
-      return function(std::integral_constant<int, 2>{});
-    case 3:
-      return function(std::integral_constant<int, 3>{});
-    default:
-      return function(std::integral_constant<int, 4>{});
-  }
+// Channels of a chunk, of which `each` elements for every channel are to stay in the second-level cache. Planar maps
+// have some 64 planes at hand: more cache lines than that, at the same place of planes whose size is a power of two,
+// would drive each other out.
+template <class acc_t, class Args>
+int64_t chunk_channels(const Args& a, int64_t each) {
+  constexpr int64_t kCache = int64_t{256} << 10, kStep = 64;
+  const int64_t fitting = kCache / (each * static_cast<int64_t>(sizeof(acc_t))) / kStep * kStep;
+  return std::clamp(fitting, kStep, a.channels_last ? divide_up(a.O, kStep) * kStep : kStep);
 }
 
 }  // namespace pspnet_fast::cpu
