@@ -34,74 +34,6 @@ struct Epilogue {
   }
 };
 
-// Planar maps, a unit is 16 planes: taps become one row of W for each vertical column, of which a map's row is a sum.
-template <class T>
-struct PlanesContext : ContextBase<T, PyramidContextArgs> {
-  using acc_t = acc_type<T>;
-  using Base = ContextBase<T, PyramidContextArgs>;
-  Epilogue<T> epilogue;
-  bool stream;
-
-  explicit PlanesContext(const PyramidContextArgs& args)
-      : Base(args),
-        epilogue(args),
-        stream(args.N * args.O * args.H * args.W * static_cast<int64_t>(sizeof(T)) > kStreamBytes) {}
-
-  int64_t units() const { return this->a.N * divide_up(this->a.O, kPlanes); }
-
-  PSP_INLINE void operator()(int64_t begin, int64_t end) const {
-    const auto& a = this->a;
-    const int64_t blocks = divide_up(a.O, kPlanes), cells = this->seen_cells();
-    Scratch<acc_t> taps(cells * kPlanes), rows(this->vertical.count() * a.W), wide, plane(a.H * a.W);
-    Scratch<T> narrow;
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t n = unit / blocks, first = unit % blocks * kPlanes;
-      const int64_t planes = std::min(kPlanes, a.O - first);
-      const T* from = static_cast<const T*>(a.taps) + n * cells * a.O + first;
-      for (int64_t cell = 0; cell < cells; ++cell) {
-        for (int64_t k = 0; k < planes; ++k) taps[cell * kPlanes + k] = to_acc(from[cell * a.O + k]);
-      }
-      for (int64_t k = 0; k < planes; ++k) {
-        fill_rows(&taps[k], rows.data());
-        const WidePlane<T> conv(a.conv, n, first + k, a.H, a.W, wide);
-        const acc_t scale = epilogue.scale[first + k], shift = epilogue.shift[first + k];
-        for (int64_t h = 0; h < a.H; ++h) {
-          const acc_t* before = conv.data + h * a.W;
-          const auto& terms = this->vertical.rows[h];
-          fill_by_vectors(
-              &plane[h * a.W], a.W,
-              [&](int64_t w) __attribute__((always_inline)) {
-                Vector<acc_t> sum = load(before + w);
-                for (const auto& term : terms) sum += term.weight * load(&rows[term.column * a.W + w]);
-                return epilogue(sum, scale, shift);
-              },
-              [&](int64_t w) __attribute__((always_inline)) {
-                acc_t sum = before[w];
-                for (const auto& term : terms) sum += term.weight * rows[term.column * a.W + w];
-                return epilogue(sum, scale, shift);
-              });
-        }
-        store_wide_plane(a.conv, n, first + k, a.H, a.W, plane, narrow, stream);
-      }
-    }
-    if (stream) store_fence();
-  }
-
-  PSP_INLINE void fill_rows(const acc_t* taps, acc_t* rows) const {
-    const int64_t W = this->a.W;
-    std::fill_n(rows, this->vertical.count() * W, acc_t(0));
-    for (int i = 0; i < this->vertical.count(); ++i) {
-      for (int j = this->begin_w(i); j < this->end_w(i); ++j) {
-        const auto& column = this->horizontal.columns[j];
-        const acc_t value = taps[this->seen(i, j) * kPlanes];
-        const acc_t* __restrict__ weights = column.weights.data();
-        acc_t* __restrict__ row = rows + i * W + column.begin;
-        for (int64_t w = 0; w < column.end - column.begin; ++w) row[w] += value * weights[w];
-      }
-    }
-  }
-};
-
 // A unit is one row of a chunk of channels: what the taps give to the row is summed over the vertical columns first,
 // then for each pixel over the horizontal ones. Vectors lie along channels; planar maps are transposed on their way.
 template <class T>
@@ -250,10 +182,6 @@ struct RowsContext : ContextBase<T, PyramidContextArgs> {
 void pyramid_context(const PyramidContextArgs& a) {
   dispatch(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (by_planes(a)) {
-      const PlanesContext<T> task(a);
-      return parallel(task.units(), task);
-    }
     const RowsContext<T> task(a);
     parallel(task.units(), task);
   });

@@ -37,15 +37,6 @@ struct ContextBase {
   }
 };
 
-// Where a plane's cells are few, planar maps are computed plane by plane, 16 at once, so that taps are read and written
-// in whole cache lines; else, as channels-last ones, in chunks of channels, a vector of which belongs to one pixel.
-constexpr int64_t kPlanes = 16;
-
-template <class Args>
-bool by_planes(const Args& a) {
-  return !a.channels_last && a.levels.first[a.levels.count] <= 256;
-}
-
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Channels of a chunk, of which `each` elements for every channel are to stay in the second-level cache. Planar maps

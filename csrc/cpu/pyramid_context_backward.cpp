@@ -4,65 +4,6 @@
 namespace pspnet_fast::cpu {
 namespace {
 
-// Planar maps, a unit is 16 planes, so that grad_taps is written in whole cache lines.
-template <class T>
-struct PlanesContextBackward : ContextBase<T, PyramidContextBackwardArgs> {
-  using acc_t = acc_type<T>;
-  using Base = ContextBase<T, PyramidContextBackwardArgs>;
-  using Base::Base;
-
-  int64_t units() const { return this->a.N * divide_up(this->a.O, kPlanes); }
-
-  PSP_INLINE void operator()(int64_t begin, int64_t end) const {
-    const auto& a = this->a;
-    const int64_t blocks = divide_up(a.O, kPlanes), cells = this->seen_cells();
-    Scratch<acc_t> row(a.W), wide;
-    Scratch<T> grads(cells * kPlanes);
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t n = unit / blocks, first = unit % blocks * kPlanes;
-      const int64_t planes = std::min(kPlanes, a.O - first);
-      for (int64_t k = 0; k < planes; ++k) {
-        const WidePlane<T> grad(a.grad_conv, n, first + k, a.H, a.W, wide);
-        for (int i = 0; i < this->vertical.count(); ++i) {
-          sum_column(this->vertical.columns[i], grad.data, row.data());
-          for (int j = this->begin_w(i); j < this->end_w(i); ++j) {
-            const auto& column = this->horizontal.columns[j];
-            acc_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t w = 0; w < column.end - column.begin; ++w) sum += row[column.begin + w] * column.weights[w];
-            grads[this->seen(i, j) * kPlanes + k] = from_acc<T>(sum);
-          }
-        }
-      }
-      T* out = static_cast<T*>(a.grad_taps) + n * cells * a.O + first;
-      for (int64_t cell = 0; cell < cells; ++cell) std::copy_n(&grads[cell * kPlanes], planes, out + cell * a.O);
-    }
-  }
-
-  // row[w] = the sum over the column's positions h of weight * grad[h, w]
-  PSP_INLINE void sum_column(const typename SeenAxis<acc_t>::Column& column, const acc_t* grad, acc_t* row) const {
-    const int64_t W = this->a.W, count = column.end - column.begin;
-    const acc_t *weights = column.weights.data(), *from = grad + column.begin * W;
-    fill_by_vectors(
-        row, W,
-        [&](int64_t w) __attribute__((always_inline)) {
-          Vector<acc_t> sums[2] = {};
-          int64_t h = 0;
-          for (; h + 2 <= count; h += 2) {
-            sums[0] += weights[h] * load(from + h * W + w);
-            sums[1] += weights[h + 1] * load(from + (h + 1) * W + w);
-          }
-          if (h < count) sums[0] += weights[h] * load(from + h * W + w);
-          return sums[0] + sums[1];
-        },
-        [&](int64_t w) __attribute__((always_inline)) {
-          acc_t sum = 0;
-          for (int64_t h = 0; h < count; ++h) sum += weights[h] * from[h * W + w];
-          return sum;
-        });
-  }
-};
-
 // A unit is a band of rows of a chunk of channels: each row is summed into the horizontal columns, and these into the
 // vertical columns that begin in the band, as long as they go on. Vectors lie along channels; planar maps are
 // transposed on their way. Each tap is summed in the order of the rows, whatever the bands.
@@ -210,10 +151,6 @@ struct RowsContextBackward : ContextBase<T, PyramidContextBackwardArgs> {
 void pyramid_context_backward(const PyramidContextBackwardArgs& a) {
   dispatch(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (by_planes(a)) {
-      const PlanesContextBackward<T> task(a);
-      return parallel(task.units(), task);
-    }
     const RowsContextBackward<T> task(a);
     parallel(task.units(), task);
   });
