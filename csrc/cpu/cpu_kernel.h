@@ -26,7 +26,8 @@
 namespace pspnet_fast::cpu {
 
 // ---- storage types -----------------------------------------------------------------------------------------------
-// Conversions are branch-free integer and float arithmetic, so that loops over them vectorise on every target.
+// Conversions are branch-free integer and float arithmetic, so that loops over them vectorise on every target; F and U
+// are float and uint32_t, or vectors of them.
 
 struct BFloat16 {
   uint16_t bits;
@@ -46,35 +47,44 @@ struct AccumulateType<double> {
 template <class T>
 using acc_type = typename AccumulateType<T>::type;
 
+template <class F, class U>
+PSP_INLINE F widen_bfloat16(U bits) {
+  return std::bit_cast<F>(bits << 16);
+}
+template <class F, class U>
+PSP_INLINE F widen_half(U bits) {
+  // The multiplication by 2^112 moves the exponent's bias, exactly, for normal and subnormal numbers alike.
+  const F scaled = std::bit_cast<F>((bits & 0x7fffu) << 13) * 0x1p112f;
+  const U special = (bits & 0x7c00u) == 0x7c00u ? U{} + 0x7f800000u : U{};  // infinity, NaN
+  return std::bit_cast<F>(std::bit_cast<U>(scaled) | special | (bits & 0x8000u) << 16);
+}
+template <class U, class F>
+PSP_INLINE U narrow_bfloat16(F v) {  // round to nearest even
+  const U bits = std::bit_cast<U>(v);
+  const U rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? U{} + 0x7fc0u : rounded;
+}
+template <class U, class F>
+PSP_INLINE U narrow_half(F v) {  // round to nearest even
+  const U bits = std::bit_cast<U>(v), magnitude = bits & 0x7fffffffu;
+  const U normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  // Below 2^-14 the addition of 0.5 leaves the multiple of 2^-24, rounded, in the mantissa's low bits.
+  const U subnormal = std::bit_cast<U>(std::bit_cast<F>(magnitude) + 0.5f) - 0x3f000000u;
+  const U large = magnitude > 0x7f800000u ? U{} + 0x7e00u : U{} + 0x7c00u;
+  const U finite = magnitude < 0x38800000u ? subnormal : normal;
+  return (magnitude >= 0x47800000u ? large : finite) | (bits >> 16 & 0x8000u);
+}
+
 PSP_INLINE float to_acc(float v) { return v; }
 PSP_INLINE double to_acc(double v) { return v; }
-PSP_INLINE float to_acc(BFloat16 v) { return std::bit_cast<float>(static_cast<uint32_t>(v.bits) << 16); }
-PSP_INLINE float to_acc(Half v) {
-  // The multiplication by 2^112 moves the exponent's bias, exactly, for normal and subnormal numbers alike.
-  const float scaled = std::bit_cast<float>((v.bits & 0x7fffu) << 13) * 0x1p112f;
-  const uint32_t special = (v.bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;  // infinity, NaN
-  return std::bit_cast<float>(std::bit_cast<uint32_t>(scaled) | special | (v.bits & 0x8000u) << 16);
-}
+PSP_INLINE float to_acc(BFloat16 v) { return widen_bfloat16<float>(uint32_t{v.bits}); }
+PSP_INLINE float to_acc(Half v) { return widen_half<float>(uint32_t{v.bits}); }
 
 template <class T>
 PSP_INLINE T from_acc(acc_type<T> v) {
-  return v;
-}
-template <>
-PSP_INLINE BFloat16 from_acc<BFloat16>(float v) {  // round to nearest even
-  const uint32_t bits = std::bit_cast<uint32_t>(v);
-  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded)};
-}
-template <>
-PSP_INLINE Half from_acc<Half>(float v) {  // round to nearest even
-  const uint32_t bits = std::bit_cast<uint32_t>(v), magnitude = bits & 0x7fffffffu;
-  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-  // Below 2^-14 the addition of 0.5 leaves the multiple of 2^-24, rounded, in the mantissa's low bits.
-  const uint32_t subnormal = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
-  const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
-  return {static_cast<uint16_t>((magnitude >= 0x47800000u ? large : finite) | (bits >> 16 & 0x8000u))};
+  if constexpr (std::is_same_v<T, BFloat16>) return {static_cast<uint16_t>(narrow_bfloat16<uint32_t>(v))};
+  if constexpr (std::is_same_v<T, Half>) return {static_cast<uint16_t>(narrow_half<uint32_t>(v))};
+  if constexpr (std::is_same_v<T, acc_type<T>>) return v;
 }
 
 template <class Function>

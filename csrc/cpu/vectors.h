@@ -6,19 +6,31 @@
 
 namespace pspnet_fast::cpu {
 
+template <int kBytes>
+struct Integers {
+  typedef uint32_t Wide __attribute__((vector_size(kBytes)));
+  typedef uint16_t Narrow __attribute__((vector_size(kBytes / 2)));
+};
+
 // `lanes` elements from memory, zeros behind them.
 template <int kBytes, class T>
 PSP_INLINE Vector<acc_type<T>, kBytes> load_wide(const T* from, int64_t lanes = kLanes<acc_type<T>, kBytes>) {
   using acc_t = acc_type<T>;
   constexpr int64_t kL = kLanes<acc_t, kBytes>;
-  acc_t values[kL] = {};
-  if (lanes == kL) {
-    if constexpr (std::is_same_v<T, acc_t>) return load<acc_t, kBytes>(from);
-    for (int64_t k = 0; k < kL; ++k) values[k] = to_acc(from[k]);
-  } else {
+  if (lanes < kL) {
+    acc_t values[kL] = {};
     for (int64_t k = 0; k < lanes; ++k) values[k] = to_acc(from[k]);
+    return load<acc_t, kBytes>(values);
   }
-  return load<acc_t, kBytes>(values);
+  if constexpr (std::is_same_v<T, acc_t>) {
+    return load<acc_t, kBytes>(from);
+  } else {
+    typename Integers<kBytes>::Narrow narrow;
+    __builtin_memcpy(&narrow, from, sizeof narrow);
+    const auto bits = __builtin_convertvector(narrow, typename Integers<kBytes>::Wide);
+    if constexpr (std::is_same_v<T, BFloat16>) return widen_bfloat16<Vector<float, kBytes>>(bits);
+    if constexpr (std::is_same_v<T, Half>) return widen_half<Vector<float, kBytes>>(bits);
+  }
 }
 
 template <class acc_t, class V>
@@ -30,14 +42,19 @@ PSP_INLINE void store(acc_t* to, V v) {
 template <class T, class V>
 PSP_INLINE void store_narrow(T* to, V v, int64_t lanes = sizeof(V) / sizeof(acc_type<T>)) {
   constexpr int64_t kL = sizeof(V) / sizeof(acc_type<T>);
-  if (lanes == kL) {
-    if constexpr (std::is_same_v<T, acc_type<T>>) {
-      store(to, v);
-    } else {
-      for (int64_t k = 0; k < kL; ++k) to[k] = from_acc<T>(v[k]);
-    }
-  } else {
+  if (lanes < kL) {
     for (int64_t k = 0; k < lanes; ++k) to[k] = from_acc<T>(v[k]);
+    return;
+  }
+  if constexpr (std::is_same_v<T, acc_type<T>>) {
+    store(to, v);
+  } else {
+    using Wide = typename Integers<sizeof(V)>::Wide;
+    Wide bits;
+    if constexpr (std::is_same_v<T, BFloat16>) bits = narrow_bfloat16<Wide>(v);
+    if constexpr (std::is_same_v<T, Half>) bits = narrow_half<Wide>(v);
+    const auto narrow = __builtin_convertvector(bits, typename Integers<sizeof(V)>::Narrow);
+    __builtin_memcpy(to, &narrow, sizeof narrow);
   }
 }
 

@@ -116,7 +116,8 @@ class Convolution:
             bias = None
         for i, product in products.items():
             if not self.low[i]:
-                map = product.squeeze(2).transpose(1, 2).unflatten(2, self.size)
+                # by way of a matrix: a product of one image may have strides that no layout is recognised by
+                map = product.flatten(0, 2).view(product.size(0), *self.size, product.size(3)).permute(0, 3, 1, 2)
                 output = map if output is None else output + map
         if bias is not None and levels:  # to the tap in the middle of a level: interpolation leaves a constant as it is
             least = min(levels, key=lambda i: taps[i].size(1))

@@ -45,7 +45,11 @@ def _upsample(
     antialias: bool = False,
 ) -> Any:
     projected = isinstance(input, Concat) and input.replaceable() and [p.corners for p in input.parts] == [None]
-    if mode != "bilinear" or antialias or not (projected or _is_map(input)):
+    if mode != "bilinear" or antialias:
+        return NotImplemented
+    if isinstance(input, Lazy) and not projected:
+        input = input.value()
+    if not (projected or _is_map(input)):
         return NotImplemented
     n, c, h, w = input.shape
     pair = _target((h, w), size, scale_factor)
@@ -122,6 +126,13 @@ def _concatenate(tensors: Any, dim: Any = 0) -> Any:
 
     shape = (n, sum(part.channels for part in parts), *size)
     return Concat.make(concatenate, sources, shape, dtype, parts=tuple(parts))
+
+
+def _pad(input: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Any:
+    """By nothing, as U-Nets do where a map's size has halves."""
+    if not isinstance(input, Concat) or not input.replaceable() or mode != "constant" or any(pad):
+        return NotImplemented
+    return Concat.make(input._compute, input.sources(), input.shape, input.dtype, parts=input.parts)
 
 
 def _itself(source: Tensor) -> Tensor:
@@ -277,6 +288,7 @@ _RULES: dict[Any, tuple[Sequence[str] | None, Callable[..., Any]]] = {
     F.interpolate: (_INTERPOLATE, _upsample),
     torch.cat: (("tensors", "dim"), _concatenate),
     torch.concat: (("tensors", "dim"), _concatenate),
+    F.pad: (("input", "pad", "mode", "value"), _pad),
     F.linear: (("input", "weight", "bias"), _linear),
     **dict.fromkeys((*_PERMUTE, Tensor.transpose, torch.transpose), (None, _transpose)),
     **dict.fromkeys((Tensor.reshape, torch.reshape, Tensor.view), (None, _reshape)),
