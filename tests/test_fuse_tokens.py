@@ -83,6 +83,14 @@ def test_maps_that_change_their_shape_but_not_their_size():
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+def test_one_image_has_the_strides_of_channels_last():
+    """So that the next convolution takes it as it is; torch's products of one image leave others."""
+    model = fuse(TokenHead().eval())
+    with torch.no_grad():
+        output = model([torch.randn(1, c, *size) for c, size in zip(CHANNELS, SIZES, strict=True)])
+    assert output.stride() == (6 * 12 * 13, 1, 13 * 6, 6)
+
+
 def test_runs_at_low_resolution(monkeypatch):
     model, shapes, taken = TokenHead().eval(), [], []
     fuse(model)

@@ -27,9 +27,9 @@ PSP_INLINE acc_t mix(acc_t low, acc_t high, acc_t lambda) {
   return low + lambda * (high - low);
 }
 
-template <class acc_t>
-PSP_INLINE void add_to(acc_t* to, Vector<acc_t> v) {
-  v += load(to);
+template <class acc_t, class V>
+PSP_INLINE void add_to(acc_t* to, V v) {
+  v += load<acc_t, sizeof(V)>(to);
   __builtin_memcpy(to, &v, sizeof v);
 }
 
@@ -56,7 +56,7 @@ struct Axis {
 template <class acc_t>
 struct Tile {
   static constexpr int64_t kColumns = 64;  // at most: two rows of 150 classes then fit into the second-level cache
-  int64_t first = 0, columns = 0, from = 0, count = 0, stride = 0;  // stride: count in whole vectors
+  int64_t first = 0, columns = 0, from = 0, count = 0, stride = 0;  // stride: count in whole cache lines
   // of each pixel, those to its left and right, counted from `from`; behind the last pixel, its own again
   typename ExpConstants<acc_t>::Int low[kColumns], high[kColumns];
   acc_t lambda[kColumns];
@@ -96,8 +96,6 @@ struct RowPair {
 template <class T, class Args>
 struct CrossEntropyBase {
   using acc_t = acc_type<T>;
-  using V = Vector<acc_t>;
-  static constexpr int64_t kStep = kLanes<acc_t>;
   const Args& a;
   Axis<acc_t> rows, columns;
   int64_t blocks;
@@ -127,16 +125,18 @@ struct CrossEntropyBase {
   PSP_INLINE int64_t first_row(int64_t block) const { return block * a.h / blocks; }
 
   // Row i and the one below. Where no row is interpolated, that is row i again: no NaN from below a pixel, as in torch.
+  template <int kBytes>
   PSP_INLINE void read(RowPair<acc_t>& pair, const Tile<acc_t>& tile, int64_t n, int64_t i) const {
     const int64_t below = a.h == a.H ? i : std::min(i + 1, a.h - 1);
     const int first = pair.rows[1].index == i;
-    read(pair.rows[first], tile, n, i);
+    read<kBytes>(pair.rows[first], tile, n, i);
     pair.low = pair.high = &pair.rows[first];
     if (below == i) return;
-    read(pair.rows[1 - first], tile, n, below);
+    read<kBytes>(pair.rows[1 - first], tile, n, below);
     pair.high = &pair.rows[1 - first];
   }
 
+  template <int kBytes>
   PSP_INLINE void read(Row<acc_t>& row, const Tile<acc_t>& tile, int64_t n, int64_t i) const {
     if (row.index == i) return;
     row.index = i;
@@ -156,7 +156,7 @@ struct CrossEntropyBase {
       }
     }
     subtract_greatest(row, count, stride);
-    interpolate(row, tile);
+    interpolate<kBytes>(row, tile);
   }
 
   PSP_INLINE void subtract_greatest(Row<acc_t>& row, int64_t count, int64_t stride) const {
@@ -186,17 +186,21 @@ struct CrossEntropyBase {
     for (acc_t& logit : row.logits) logit = logit < kNever<acc_t> ? kNever<acc_t> : logit;
   }
 
+  // A line of logits that fits into one register, or two, is interpolated by their permutation.
+  template <int kBytes>
   PSP_INLINE void interpolate(Row<acc_t>& row, const Tile<acc_t>& tile) const {
+    using V = Vector<acc_t, kBytes>;
+    constexpr int64_t kStep = kLanes<acc_t, kBytes>;
     constexpr int64_t kColumns = Tile<acc_t>::kColumns;
     row.values.resize(a.K * kColumns);
     row.smooth.resize(kColumns);
     const auto line = [&](acc_t* __restrict__ to, const acc_t* __restrict__ from) __attribute__((always_inline)) {
-      if (tile.stride == kStep) {
-        const V logits = load(from);
+      if (kBytes >= 32 && tile.stride == kLanes<acc_t>) {
+        const V one = load<acc_t, kBytes>(from), two = load<acc_t, kBytes>(from + tile.stride - kStep);
         for (int64_t x = 0; x < kColumns; x += kStep) {
-          const V left = __builtin_shuffle(logits, load_integers<acc_t>(tile.low + x));
-          const V right = __builtin_shuffle(logits, load_integers<acc_t>(tile.high + x));
-          const V value = left + load(tile.lambda + x) * (right - left);
+          const V left = __builtin_shuffle(one, two, load_integers<acc_t, kBytes>(tile.low + x));
+          const V right = __builtin_shuffle(one, two, load_integers<acc_t, kBytes>(tile.high + x));
+          const V value = left + load<acc_t, kBytes>(tile.lambda + x) * (right - left);
           __builtin_memcpy(to + x, &value, sizeof value);
         }
       } else {

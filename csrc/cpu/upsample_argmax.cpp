@@ -15,6 +15,7 @@ struct UpsampleArgmax {
   const UpsampleArgmaxArgs& a;
   Upsampling<T> upsampling{a};
 
+  template <int kBytes>
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     UpsampledRows<T> rows(upsampling);
     acc_t best[kColumns];
@@ -27,7 +28,7 @@ struct UpsampleArgmax {
       Class* const found = static_cast<Class*>(a.classes) + to;
       for (int64_t x = 0; x < unit.columns; ++x) found[x] = static_cast<Class>(classes[x]);
       if (a.confidence == nullptr) continue;
-      confide(rows, best);
+      confide<kBytes>(rows, best);
       std::memcpy(static_cast<acc_t*>(a.confidence) + to, best, static_cast<size_t>(unit.columns) * sizeof(acc_t));
     }
   }
@@ -47,14 +48,15 @@ struct UpsampleArgmax {
   }
 
   // The probability of the greatest logits, in their place.
+  template <int kBytes>
   PSP_INLINE void confide(const UpsampledRows<T>& rows, acc_t* best) const {
     constexpr int64_t kVectors = 4;  // at once, in registers
-    for (int64_t x = 0; x < kColumns; x += kVectors * kLanes<acc_t>) {
-      Vector<acc_t> sums[kVectors] = {};
+    for (int64_t x = 0; x < kColumns; x += kVectors * kLanes<acc_t, kBytes>) {
+      Vector<acc_t, kBytes> sums[kVectors] = {};
       for (int64_t k = 0; k < a.K; ++k) {
         for (int64_t v = 0; v < kVectors; ++v) {
-          const int64_t at = x + v * kLanes<acc_t>;
-          sums[v] += exp_vector<acc_t>(rows.load(k, at) - load(best + at));
+          const int64_t at = x + v * kLanes<acc_t, kBytes>;
+          sums[v] += exp_vector<acc_t>(rows.template load<kBytes>(k, at) - load<acc_t, kBytes>(best + at));
         }
       }
       for (auto& sum : sums) sum = acc_t(1) / sum;

@@ -15,8 +15,8 @@ namespace {
 template <class T>
 struct CrossEntropy : CrossEntropyBase<T, UpsampleCrossEntropyArgs> {
   using Base = CrossEntropyBase<T, UpsampleCrossEntropyArgs>;
-  using Base::Base, Base::kStep, Base::a;
-  using typename Base::acc_t, typename Base::V;
+  using Base::Base, Base::a;
+  using typename Base::acc_t;
   static constexpr int64_t kColumns = Tile<acc_t>::kColumns;
   double* sums = nullptr;  // [units, 2]: losses and weights
   std::atomic<int64_t>* bad_pixel = nullptr;
@@ -31,6 +31,7 @@ struct CrossEntropy : CrossEntropyBase<T, UpsampleCrossEntropyArgs> {
     double loss, weight;
   };
 
+  template <int kBytes>
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     Line line;
     for (int64_t unit = begin; unit < end; ++unit) {
@@ -41,11 +42,11 @@ struct CrossEntropy : CrossEntropyBase<T, UpsampleCrossEntropyArgs> {
         for (Row<acc_t>& row : line.logits.rows) row.index = -1;
         for (int64_t i = this->first_row(block); i < this->first_row(block + 1); ++i) {
           if (this->rows.begin[i] == this->rows.begin[i + 1]) continue;
-          this->read(line.logits, tile, line.n, i);
+          this->template read<kBytes>(line.logits, tile, line.n, i);
           for (line.y = this->rows.begin[i]; line.y < this->rows.begin[i + 1]; ++line.y) {
             line.mu = this->rows.pixels[line.y].lambda;
             this->read_targets(line.targets, tile, line.n, line.y);
-            sum_exponentials(line, tile);
+            sum_exponentials<kBytes>(line, tile);
             take_losses(line, tile);
           }
         }
@@ -54,7 +55,10 @@ struct CrossEntropy : CrossEntropyBase<T, UpsampleCrossEntropyArgs> {
     }
   }
 
+  template <int kBytes>
   PSP_INLINE void sum_exponentials(Line& line, const Tile<acc_t>& tile) const {
+    using V = Vector<acc_t, kBytes>;
+    constexpr int64_t kStep = kLanes<acc_t, kBytes>;
     constexpr int64_t kVectors = 4;  // at once, in registers
     for (int64_t x = 0; x < tile.columns; x += kVectors * kStep) {
       V shifts[kVectors] = {}, totals[kVectors];
@@ -65,9 +69,9 @@ struct CrossEntropy : CrossEntropyBase<T, UpsampleCrossEntropyArgs> {
       }
       if (vanished) {
         for (int64_t v = 0; v < kVectors; ++v) {
-          shifts[v] = logit(line, 0, x + v * kStep);
+          shifts[v] = logit<V>(line, 0, x + v * kStep);
           for (int64_t k = 1; k < a.K; ++k) {
-            const V value = logit(line, k, x + v * kStep);
+            const V value = logit<V>(line, k, x + v * kStep);
             shifts[v] = value > shifts[v] ? value : shifts[v];
           }
         }
@@ -79,19 +83,21 @@ struct CrossEntropy : CrossEntropyBase<T, UpsampleCrossEntropyArgs> {
     }
   }
 
-  template <size_t vectors>
+  template <class V, size_t vectors>
   PSP_INLINE void sum_exp(const Line& line, int64_t x, const V (&shifts)[vectors], V (&totals)[vectors]) const {
     for (V& total : totals) total = V{};
     for (int64_t k = 0; k < a.K; ++k) {
       for (size_t v = 0; v < vectors; ++v) {
-        totals[v] += exp2_vector<acc_t>(logit(line, k, x + static_cast<int64_t>(v) * kStep) - shifts[v]);
+        const int64_t at = x + static_cast<int64_t>(v * sizeof(V) / sizeof(acc_t));
+        totals[v] += exp2_vector<acc_t>(logit<V>(line, k, at) - shifts[v]);
       }
     }
   }
 
+  template <class V>
   PSP_INLINE V logit(const Line& line, int64_t k, int64_t x) const {
-    const V low = load(&line.logits.low->values[k * kColumns + x]);
-    return low + line.mu * (load(&line.logits.high->values[k * kColumns + x]) - low);
+    const V low = load<acc_t, sizeof(V)>(&line.logits.low->values[k * kColumns + x]);
+    return low + line.mu * (load<acc_t, sizeof(V)>(&line.logits.high->values[k * kColumns + x]) - low);
   }
 
   // Writes what is kept of each pixel and adds losses and weights.

@@ -12,8 +12,8 @@ constexpr int64_t kTileRows = 8;  // lines of pixels whose tables are in hand at
 template <class T>
 struct CrossEntropyBackward : CrossEntropyBase<T, UpsampleCrossEntropyBackwardArgs> {
   using Base = CrossEntropyBase<T, UpsampleCrossEntropyBackwardArgs>;
-  using Base::Base, Base::kStep, Base::a;
-  using typename Base::acc_t, typename Base::V;
+  using Base::Base, Base::a;
+  using typename Base::acc_t;
   static constexpr int64_t kColumns = Tile<acc_t>::kColumns, kTogether = 4;  // classes folded at once
   acc_t* shared = nullptr;  // [N, blocks, 2, K, w]: of a block's first row, from this block and the one before
 
@@ -24,6 +24,7 @@ struct CrossEntropyBackward : CrossEntropyBase<T, UpsampleCrossEntropyBackwardAr
     typename ExpConstants<acc_t>::Int targets[kTileRows * kColumns];
   };
 
+  template <int kBytes>
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     RowPair<acc_t> logits;
     Tables tables;
@@ -40,18 +41,18 @@ struct CrossEntropyBackward : CrossEntropyBase<T, UpsampleCrossEntropyBackwardAr
         for (int64_t i = first; i < last; ++i) {
           std::fill(below.begin(), below.end(), acc_t(0));
           const int64_t bottom = this->rows.begin[i + 1];
-          if (this->rows.begin[i] < bottom) this->read(logits, tile, n, i);
+          if (this->rows.begin[i] < bottom) this->template read<kBytes>(logits, tile, n, i);
           acc_t* const under = logits.low == logits.high ? above.data() : below.data();
           for (int64_t y = this->rows.begin[i]; y < bottom; y += kTileRows) {
             const int64_t count = std::min(kTileRows, bottom - y);
             if (!fill(tables, tile, n, y, count)) continue;
             if (logits.clamped()) add_exactly(tables, tile, n, y, count, above.data(), under);
-            add(*logits.low, *logits.high, tile, tables, y, count, above.data(), under);
+            add<kBytes>(*logits.low, *logits.high, tile, tables, y, count, above.data(), under);
           }
-          fold(tile, above.data(), &rows[(i - first) * line]);
+          fold<kBytes>(tile, above.data(), &rows[(i - first) * line]);
           std::swap(above, below);
         }
-        fold(tile, above.data(), &rows[(last - first) * line]);
+        fold<kBytes>(tile, above.data(), &rows[(last - first) * line]);
       }
       for (int64_t i = first; i < last; ++i) {
         const acc_t* row = &rows[(i - first) * line];
@@ -101,8 +102,12 @@ struct CrossEntropyBackward : CrossEntropyBase<T, UpsampleCrossEntropyBackwardAr
   }
 
   // Adds the gradient of the lines [y, y + count) to the interpolated rows above and below.
+  template <int kBytes>
   PSP_INLINE void add(const Row<acc_t>& low, const Row<acc_t>& high, const Tile<acc_t>& tile, const Tables& tables,
                       int64_t y, int64_t count, acc_t* above, acc_t* below) const {
+    using V = Vector<acc_t, kBytes>;
+    constexpr int64_t kStep = kLanes<acc_t, kBytes>;
+    constexpr auto load = cpu::load<acc_t, kBytes>;
     const SourceIndex<acc_t>* lines = &this->rows.pixels[y];
     for (int64_t k = 0; k < a.K; ++k) {
       for (int64_t x = 0; x < tile.columns; x += kStep) {
@@ -115,9 +120,10 @@ struct CrossEntropyBackward : CrossEntropyBase<T, UpsampleCrossEntropyBackwardAr
           V grad = exp2_vector<acc_t>(top + mu * down - load(&tables.lse[pixel])) * load(&tables.scale[pixel]);
           if (this->smoothing) grad -= this->smooth[k] * load(&tables.grad[pixel]);
           // here, not once all pixels are summed, where it would cost the digits of a softmax near 1
-          grad -= load_integers<acc_t>(&tables.targets[pixel]) == static_cast<typename ExpConstants<acc_t>::Int>(k)
-                      ? load(&tables.focus[pixel])
-                      : V{};
+          grad -=
+              load_integers<acc_t, kBytes>(&tables.targets[pixel]) == static_cast<typename ExpConstants<acc_t>::Int>(k)
+                  ? load(&tables.focus[pixel])
+                  : V{};
           whole += grad;
           lower += mu * grad;
         }
@@ -150,9 +156,10 @@ struct CrossEntropyBackward : CrossEntropyBase<T, UpsampleCrossEntropyBackwardAr
   }
 
   // Adds a tile's part of an interpolated row to the row of logits' gradients, [K, w].
+  template <int kBytes>
   PSP_INLINE void fold(const Tile<acc_t>& tile, const acc_t* sums, acc_t* row) const {
-    if (tile.stride == kStep && is_finite(sums)) {
-      fold_vectors(tile, sums, row);
+    if (tile.stride == kLanes<acc_t> && is_finite<kBytes>(sums)) {
+      fold_vectors<kBytes>(tile, sums, row);
       return;
     }
     for (int64_t k = 0; k < a.K; ++k) {
@@ -165,29 +172,39 @@ struct CrossEntropyBackward : CrossEntropyBase<T, UpsampleCrossEntropyBackwardAr
     }
   }
 
+  template <int kBytes>
   PSP_INLINE bool is_finite(const acc_t* sums) const {
-    V zeros = {};
-    for (int64_t i = 0; i < a.K * kColumns; i += kStep) zeros += load(sums + i) * acc_t(0);
+    constexpr int64_t kStep = kLanes<acc_t, kBytes>;
+    Vector<acc_t, kBytes> zeros = {};
+    for (int64_t i = 0; i < a.K * kColumns; i += kStep) zeros += load<acc_t, kBytes>(sums + i) * acc_t(0);
     acc_t total = 0;
     for (int64_t lane = 0; lane < kStep; ++lane) total += zeros[lane];
     return total == 0;
   }
 
-  // The same, of what is finite, as a product with the matrix of interpolation, where its rows are vectors.
+  // The same, of what is finite, as a product with the matrix of interpolation, where its rows are of one cache line.
+  template <int kBytes>
   PSP_INLINE void fold_vectors(const Tile<acc_t>& tile, const acc_t* sums, acc_t* row) const {
-    V weights[kColumns] = {};
+    constexpr int64_t kRow = kLanes<acc_t>, kStep = kLanes<acc_t, kBytes>, kParts = kRow / kStep;
+    acc_t weights[kColumns * kRow] = {};
     for (int64_t x = 0; x < tile.columns; ++x) {
-      weights[x][tile.low[x]] += 1 - tile.lambda[x];
-      weights[x][tile.high[x]] += tile.lambda[x];
+      weights[x * kRow + tile.low[x]] += 1 - tile.lambda[x];
+      weights[x * kRow + tile.high[x]] += tile.lambda[x];
     }
     for (int64_t k = 0; k < a.K; k += kTogether) {
-      V parts[kTogether] = {};
+      Vector<acc_t, kBytes> parts[kTogether][kParts] = {};
       for (int64_t x = 0; x < tile.columns; ++x) {
-        for (int64_t c = 0; c < kTogether; ++c) parts[c] += sums[(k + c) * kColumns + x] * weights[x];
+        Vector<acc_t, kBytes> line[kParts];
+        for (int64_t q = 0; q < kParts; ++q) line[q] = load<acc_t, kBytes>(weights + x * kRow + q * kStep);
+        for (int64_t c = 0; c < kTogether; ++c) {
+          for (int64_t q = 0; q < kParts; ++q) parts[c][q] += sums[(k + c) * kColumns + x] * line[q];
+        }
       }
       for (int64_t c = 0; c < std::min(kTogether, a.K - k); ++c) {
+        acc_t values[kRow];
+        std::memcpy(values, parts[c], sizeof values);
         acc_t* const to = row + (k + c) * a.w + tile.from;
-        for (int64_t j = 0; j < tile.count; ++j) to[j] += parts[c][j];
+        for (int64_t j = 0; j < tile.count; ++j) to[j] += values[j];
       }
     }
   }

@@ -18,35 +18,38 @@ struct UpsampleSoftmaxAccumulate {
     if (a.mirrored) std::reverse(upsampling.columns.begin(), upsampling.columns.end());
   }
 
+  template <int kBytes>
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     UpsampledRows<T> rows(upsampling);
     Scratch<acc_t> values(a.K * kColumns);
     for (int64_t number = begin; number < end; ++number) {
       const auto unit = upsampling.unit(number);
       rows.go_to(unit);
-      for (int64_t x = 0; x < unit.columns; x += kLanes<acc_t>) softmax(rows, x, &values[x]);
+      for (int64_t x = 0; x < unit.columns; x += kLanes<acc_t, kBytes>) softmax<kBytes>(rows, x, &values[x]);
       add(unit, values.data());
     }
   }
 
  private:
   // values[k * kColumns + lane] = weight * softmax over k
+  template <int kBytes>
   PSP_INLINE void softmax(const UpsampledRows<T>& rows, int64_t x, acc_t* values) const {
-    const auto store = [&](int64_t k, Vector<acc_t> v)
+    using V = Vector<acc_t, kBytes>;
+    const auto store = [&](int64_t k, V v)
                            __attribute__((always_inline)) { std::memcpy(values + k * kColumns, &v, sizeof v); };
-    Vector<acc_t> greatest = rows.load(0, x), sum = {};
+    V greatest = rows.template load<kBytes>(0, x), sum = {};
     for (int64_t k = 0; k < a.K; ++k) {
-      const Vector<acc_t> value = rows.load(k, x);
+      const V value = rows.template load<kBytes>(k, x);
       greatest = value > greatest ? value : greatest;
       store(k, value);
     }
     for (int64_t k = 0; k < a.K; ++k) {
-      const Vector<acc_t> e = exp_vector<acc_t>(load(values + k * kColumns) - greatest);
+      const V e = exp_vector<acc_t>(load<acc_t, kBytes>(values + k * kColumns) - greatest);
       sum += e;
       store(k, e);
     }
-    const Vector<acc_t> scale = static_cast<acc_t>(a.weight) / sum;
-    for (int64_t k = 0; k < a.K; ++k) store(k, load(values + k * kColumns) * scale);
+    const V scale = static_cast<acc_t>(a.weight) / sum;
+    for (int64_t k = 0; k < a.K; ++k) store(k, load<acc_t, kBytes>(values + k * kColumns) * scale);
   }
 
   PSP_INLINE void add(const typename Upsampling<T>::Unit& unit, const acc_t* values) const {

@@ -83,10 +83,11 @@ class UpsampledRows {
     return (acc_t(1) - lambda_) * buffers_[low_][offset] + lambda_ * buffers_[high_][offset];
   }
 
-  // Those at the columns [at, at + kLanes).
-  PSP_INLINE Vector<acc_t> load(int64_t k, int64_t at) const {
-    const int64_t offset = k * kColumns + at;
-    return (acc_t(1) - lambda_) * cpu::load(&buffers_[low_][offset]) + lambda_ * cpu::load(&buffers_[high_][offset]);
+  // Those at as many columns from `at` on as a vector of kBytes holds.
+  template <int kBytes>
+  PSP_INLINE Vector<acc_t, kBytes> load(int64_t k, int64_t at) const {
+    const acc_t *low = &buffers_[low_][k * kColumns + at], *high = &buffers_[high_][k * kColumns + at];
+    return (acc_t(1) - lambda_) * cpu::load<acc_t, kBytes>(low) + lambda_ * cpu::load<acc_t, kBytes>(high);
   }
 
  private:

@@ -25,16 +25,16 @@ struct ExpConstants<double> {
 };
 
 // Integers as wide as an accumulator, as many as a vector holds; comparisons of vectors give this type too.
-template <class acc_t>
+template <class acc_t, int kBytes>
 struct IntVectorType {
-  typedef typename ExpConstants<acc_t>::Int type __attribute__((vector_size(64)));
+  typedef typename ExpConstants<acc_t>::Int type __attribute__((vector_size(kBytes)));
 };
-template <class acc_t>
-using IntVector = typename IntVectorType<acc_t>::type;
+template <class acc_t, int kBytes>
+using IntVector = typename IntVectorType<acc_t, kBytes>::type;
 
-template <class acc_t>
-PSP_INLINE IntVector<acc_t> load_integers(const typename ExpConstants<acc_t>::Int* from) {
-  IntVector<acc_t> v;
+template <class acc_t, int kBytes>
+PSP_INLINE IntVector<acc_t, kBytes> load_integers(const typename ExpConstants<acc_t>::Int* from) {
+  IntVector<acc_t, kBytes> v;
   __builtin_memcpy(&v, from, sizeof v);
   return v;
 }
@@ -42,10 +42,11 @@ PSP_INLINE IntVector<acc_t> load_integers(const typename ExpConstants<acc_t>::In
 constexpr double kLn2 = 0.69314718055994530942, kLog2E = 1.44269504088896340736;
 
 // 2^n exp(log_base * r), where the integer n stands in the low bits of `shifted`.
-template <class acc_t>
-PSP_INLINE Vector<acc_t> power_times_exp(Vector<acc_t> shifted, Vector<acc_t> r, double log_base) {
+template <class acc_t, class V>
+PSP_INLINE V power_times_exp(V shifted, V r, double log_base) {
   using C = ExpConstants<acc_t>;
-  Vector<acc_t> result = {};
+  using Integers = IntVector<acc_t, sizeof(V)>;
+  V result = {};
 #pragma GCC unroll 16
   for (int k = C::kDegree; k >= 0; --k) {
     double numerator = 1, factorial = 1;
@@ -53,25 +54,25 @@ PSP_INLINE Vector<acc_t> power_times_exp(Vector<acc_t> shifted, Vector<acc_t> r,
     for (int i = 1; i <= k; ++i) numerator *= log_base, factorial *= i;
     result = result * r + static_cast<acc_t>(numerator / factorial);
   }
-  const IntVector<acc_t> power = (__builtin_bit_cast(IntVector<acc_t>, shifted) + C::kBias) << C::kMantissa;
-  return result * __builtin_bit_cast(Vector<acc_t>, power);
+  const Integers power = (__builtin_bit_cast(Integers, shifted) + C::kBias) << C::kMantissa;
+  return result * __builtin_bit_cast(V, power);
 }
 
 // exp(x) for x <= 88, as in a softmax, whose greatest exponent is 0. Subnormal results are 0; NaN stays NaN.
-template <class acc_t>
-PSP_INLINE Vector<acc_t> exp_vector(Vector<acc_t> x) {
+template <class acc_t, class V>
+PSP_INLINE V exp_vector(V x) {
   using C = ExpConstants<acc_t>;
-  const Vector<acc_t> shifted = x * acc_t(kLog2E) + C::kRound, n = shifted - C::kRound;
-  const Vector<acc_t> r = (x - n * C::kLn2High) - n * C::kLn2Low;
-  return x < C::kLowest ? Vector<acc_t>{} : power_times_exp<acc_t>(shifted, r, 1);
+  const V shifted = x * acc_t(kLog2E) + C::kRound, n = shifted - C::kRound;
+  const V r = (x - n * C::kLn2High) - n * C::kLn2Low;
+  return x < C::kLowest ? V{} : power_times_exp<acc_t>(shifted, r, 1);
 }
 
 // 2^x for x <= 127 likewise, whose r takes no multiplications.
-template <class acc_t>
-PSP_INLINE Vector<acc_t> exp2_vector(Vector<acc_t> x) {
+template <class acc_t, class V>
+PSP_INLINE V exp2_vector(V x) {
   using C = ExpConstants<acc_t>;
-  const Vector<acc_t> shifted = x + C::kRound, r = x - (shifted - C::kRound);
-  return x < acc_t(1 - C::kBias) ? Vector<acc_t>{} : power_times_exp<acc_t>(shifted, r, kLn2);
+  const V shifted = x + C::kRound, r = x - (shifted - C::kRound);
+  return x < acc_t(1 - C::kBias) ? V{} : power_times_exp<acc_t>(shifted, r, kLn2);
 }
 
 }  // namespace pspnet_fast::cpu

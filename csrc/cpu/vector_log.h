@@ -7,22 +7,22 @@ namespace pspnet_fast::cpu {
 
 // log(x) = n ln 2 + log(m), m in [sqrt(1/2), sqrt(2)), and log(m) = 2 atanh(s) = 2 (s + s^3 / 3 + s^5 / 5 ...) with
 // s = (m - 1) / (m + 1), |s| < 0.172. For normal x > 0; NaN stays NaN.
-template <class acc_t>
-PSP_INLINE Vector<acc_t> log_vector(Vector<acc_t> x) {
+template <class acc_t, class V>
+PSP_INLINE V log_vector(V x) {
   using C = ExpConstants<acc_t>;
+  using Integers = IntVector<acc_t, sizeof(V)>;
   using Int = typename C::Int;
   constexpr int kTerms = sizeof(acc_t) == 4 ? 5 : 11;
   constexpr Int kOne = Int(C::kBias) << C::kMantissa, kHalf = __builtin_bit_cast(Int, acc_t(0.70710678118654752));
-  const IntVector<acc_t> bits = __builtin_bit_cast(IntVector<acc_t>, x) + (kOne - kHalf);
-  const IntVector<acc_t> power = (bits >> C::kMantissa) - C::kBias;
-  const IntVector<acc_t> mantissa = (bits & ((Int(1) << C::kMantissa) - 1)) + kHalf;
-  const Vector<acc_t> m = __builtin_bit_cast(Vector<acc_t>, mantissa),
-                      n = __builtin_convertvector(power, Vector<acc_t>);
-  const Vector<acc_t> s = (m - 1) / (m + 1), square = s * s;
-  Vector<acc_t> series = {};
+  const Integers bits = __builtin_bit_cast(Integers, x) + (kOne - kHalf);
+  const Integers power = (bits >> C::kMantissa) - C::kBias;
+  const Integers mantissa = (bits & ((Int(1) << C::kMantissa) - 1)) + kHalf;
+  const V m = __builtin_bit_cast(V, mantissa), n = __builtin_convertvector(power, V);
+  const V s = (m - 1) / (m + 1), square = s * s;
+  V series = {};
 #pragma GCC unroll 16
   for (int k = kTerms - 1; k > 0; --k) series = (series + acc_t(1) / acc_t(2 * k + 1)) * square;
-  const Vector<acc_t> result = n * C::kLn2High + (2 * (s * series + s) + n * C::kLn2Low);
+  const V result = n * C::kLn2High + (2 * (s * series + s) + n * C::kLn2Low);
   return x == x ? result : x;
 }
 
