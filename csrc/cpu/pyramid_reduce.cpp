@@ -1,5 +1,5 @@
 // The 1x1 convolutions of all levels on the CPU: products of tall, thin matrices (P cells of C values against R x C
-// weights), held in register tiles of 64-byte vectors; lower precisions are widened a tile's rows at a time.
+// weights), held in register tiles of vectors; lower precisions are widened a tile's rows at a time.
 #include <cmath>
 
 #include "cpu_kernel.h"
@@ -7,12 +7,15 @@
 namespace pspnet_fast::cpu {
 namespace {
 
-constexpr int kRows = 6, kColumns = 4;  // a register tile: 24 accumulators of the 32 vector registers
+// A register tile: 24 accumulators of the 32 vector registers of AVX-512, 12 of the 16 that others have.
+constexpr int kRows = 6, kColumns = 4;
+template <int kBytes>
+constexpr int kTileRows = kBytes == 64 ? kRows : kRows / 2;
 
-template <class acc_t>
-PSP_INLINE acc_t horizontal_sum(Vector<acc_t> v) {
+template <class acc_t, class V>
+PSP_INLINE acc_t horizontal_sum(V v) {
   acc_t sum = 0;
-  for (int64_t k = 0; k < kLanes<acc_t>; ++k) sum += v[k];
+  for (size_t k = 0; k < sizeof(V) / sizeof(acc_t); ++k) sum += v[k];
   return sum;
 }
 
@@ -37,8 +40,8 @@ struct Widened {
   }
 };
 
-// Calls tile(row, rows_in_tile as a constant) over all of `rows`, in tiles of kRows and one smaller.
-template <int kTile = kRows, class Tile>
+// Calls tile(row, rows_in_tile as a constant) over all of `rows`, in tiles of kTile and one smaller.
+template <int kTile, class Tile>
 PSP_INLINE void for_tiles(int64_t row, int64_t rows, const Tile& tile) {
   for (; row + kTile <= rows; row += kTile) tile(row, std::integral_constant<int, kTile>{});
   if constexpr (kTile > 1) {
@@ -61,6 +64,7 @@ struct Reduce {
   const PyramidReduceArgs& a;
   const acc_t* pooled;  // [N, P, C], widened
 
+  template <int kBytes>
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     Scratch<acc_t> scratch;
     for (int64_t unit = begin; unit < end; ++unit) {
@@ -68,11 +72,11 @@ struct Reduce {
       const int64_t r0 = unit / a.levels.count * kColumns, columns = std::min<int64_t>(kColumns, a.R - r0);
       const Widened<T> weight(static_cast<const T*>(a.weights[l]) + r0 * a.C, columns, a.C, a.C, scratch);
       const LevelRows row(a.levels, l);
-      for_tiles(0, a.N * row.cells, [&](int64_t m, auto rows) __attribute__((always_inline)) {
+      for_tiles<kTileRows<kBytes>>(0, a.N * row.cells, [&](int64_t m, auto rows) __attribute__((always_inline)) {
         if (columns == kColumns) {
-          tile<rows(), kColumns>(l, row, m, r0, weight);
+          tile<kBytes, rows(), kColumns>(l, row, m, r0, weight);
         } else {
-          for (int64_t q = 0; q < columns; ++q) tile<rows(), 1>(l, row, m, r0 + q, {weight, q});
+          for (int64_t q = 0; q < columns; ++q) tile<kBytes, rows(), 1>(l, row, m, r0 + q, {weight, q});
         }
       });
     }
@@ -84,17 +88,19 @@ struct Reduce {
     PSP_INLINE Rows(const Widened<T>& w, int64_t first = 0) : data(w.data + first * w.stride), stride(w.stride) {}
   };
 
-  template <int kM, int kR>
+  template <int kBytes, int kM, int kR>
   PSP_INLINE void tile(int l, const LevelRows& row, int64_t m, int64_t r, const Rows& weight) const {
-    Vector<acc_t> sums[kM][kR] = {};
+    using V = Vector<acc_t, kBytes>;
+    constexpr int64_t kL = kLanes<acc_t, kBytes>;
+    V sums[kM][kR] = {};
     const acc_t* inputs[kM];
     for (int i = 0; i < kM; ++i) inputs[i] = pooled + row(m + i) * a.C;
     int64_t c = 0;
-    for (; c + kLanes<acc_t> <= a.C; c += kLanes<acc_t>) {
-      Vector<acc_t> w[kR];
-      for (int q = 0; q < kR; ++q) w[q] = load(weight.data + q * weight.stride + c);
+    for (; c + kL <= a.C; c += kL) {
+      V w[kR];
+      for (int q = 0; q < kR; ++q) w[q] = load<acc_t, kBytes>(weight.data + q * weight.stride + c);
       for (int i = 0; i < kM; ++i) {
-        const Vector<acc_t> x = load(inputs[i] + c);
+        const V x = load<acc_t, kBytes>(inputs[i] + c);
         for (int q = 0; q < kR; ++q) sums[i][q] += x * w[q];
       }
     }
@@ -131,6 +137,7 @@ struct ReduceBackwardPooled {
   const PyramidReduceBackwardArgs& a;
   const acc_t* grad;  // [N, P, R], widened
 
+  template <int kBytes>
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     Scratch<acc_t> scratch, padded(a.R * kBlock);
     for (int64_t unit = begin; unit < end; ++unit) {
@@ -146,33 +153,39 @@ struct ReduceBackwardPooled {
         weight.data = padded.data(), weight.stride = kBlock;
       }
       const LevelRows row(a.levels, l);
-      for_tiles(0, a.N * row.cells, [&](int64_t m, auto rows) __attribute__((always_inline)) {
-        tile<rows()>(row, m, c0, columns, weight);
+      for_tiles<kTileRows<kBytes>>(0, a.N * row.cells, [&](int64_t m, auto rows) __attribute__((always_inline)) {
+        for (int64_t c = 0; c < columns; c += kColumns * kLanes<acc_t, kBytes>) {
+          tile<kBytes, rows()>(row, m, c0, c, columns, weight);
+        }
       });
     }
   }
 
-  template <int kM>
-  PSP_INLINE void tile(const LevelRows& row, int64_t m, int64_t c0, int64_t columns, const Widened<T>& weight) const {
-    Vector<acc_t> sums[kM][kColumns] = {};
+  // The columns of a tile, from column c of the block on.
+  template <int kBytes, int kM>
+  PSP_INLINE void tile(const LevelRows& row, int64_t m, int64_t c0, int64_t c, int64_t columns,
+                       const Widened<T>& weight) const {
+    using V = Vector<acc_t, kBytes>;
+    constexpr int64_t kL = kLanes<acc_t, kBytes>;
+    V sums[kM][kColumns] = {};
     const acc_t* grads[kM];
     for (int i = 0; i < kM; ++i) grads[i] = grad + row(m + i) * a.R;
     for (int64_t r = 0; r < a.R; ++r) {
-      Vector<acc_t> w[kColumns];
+      V w[kColumns];
       for (int q = 0; q < kColumns; ++q) {
-        const acc_t* from = weight.data + r * weight.stride + q * kLanes<acc_t>;
+        const acc_t* from = weight.data + r * weight.stride + c + q * kL;
         __builtin_prefetch(from + 16 * weight.stride);  // rows lie pages apart: the hardware does not foresee them
-        w[q] = load(from);
+        w[q] = load<acc_t, kBytes>(from);
       }
       for (int i = 0; i < kM; ++i) {
         for (int q = 0; q < kColumns; ++q) sums[i][q] += grads[i][r] * w[q];
       }
     }
     for (int i = 0; i < kM; ++i) {
-      acc_t values[kBlock];
+      acc_t values[kColumns * kL];
       __builtin_memcpy(values, sums[i], sizeof values);
-      T* out = static_cast<T*>(a.grad_pooled) + row(m + i) * a.C + c0;
-      for (int64_t k = 0; k < columns; ++k) out[k] = from_acc<T>(values[k]);
+      T* out = static_cast<T*>(a.grad_pooled) + row(m + i) * a.C + c0 + c;
+      for (int64_t k = 0; k < std::min(kColumns * kL, columns - c); ++k) out[k] = from_acc<T>(values[k]);
     }
   }
 };
@@ -181,45 +194,47 @@ struct ReduceBackwardPooled {
 template <class T>
 struct ReduceBackwardWeight {
   using acc_t = acc_type<T>;
-  static constexpr int64_t kBlock = kColumns * kLanes<acc_t>;
   const PyramidReduceBackwardArgs& a;
   const acc_t *grad, *pooled;  // [N, P, R], [N, P, C + padding], widened
   int64_t pooled_stride;
   bool stream;
 
+  template <int kBytes>
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int l = static_cast<int>(unit % a.levels.count);
-      const int64_t r0 = unit / a.levels.count * kRows;
-      for_tiles(r0, std::min(r0 + kRows, a.R), [&](int64_t r, auto rows) __attribute__((always_inline)) {
-        for (int64_t c = 0; c < a.C; c += kBlock) tile<rows()>(l, r, c);
+      const int64_t r0 = unit / a.levels.count * kRows, last = std::min(r0 + kRows, a.R);
+      for_tiles<kTileRows<kBytes>>(r0, last, [&](int64_t r, auto rows) __attribute__((always_inline)) {
+        for (int64_t c = 0; c < a.C; c += kColumns * kLanes<acc_t, kBytes>) tile<kBytes, rows()>(l, r, c);
       });
     }
     if (stream) store_fence();
   }
 
-  template <int kR>
+  template <int kBytes, int kR>
   PSP_INLINE void tile(int l, int64_t r, int64_t c) const {
+    using V = Vector<acc_t, kBytes>;
+    constexpr int64_t kL = kLanes<acc_t, kBytes>, kTile = kColumns * kL;
     const LevelRows row(a.levels, l);
-    Vector<acc_t> sums[kR][kColumns] = {};
+    V sums[kR][kColumns] = {};
     for (int64_t n = 0; n < a.N; ++n) {
       for (int64_t p = row.first; p < row.first + row.cells; ++p) {
         const acc_t* grads = grad + (n * row.P + p) * a.R + r;
         const acc_t* from = pooled + (n * row.P + p) * pooled_stride + c;
-        Vector<acc_t> x[kColumns];
-        for (int q = 0; q < kColumns; ++q) x[q] = load(from + q * kLanes<acc_t>);
+        V x[kColumns];
+        for (int q = 0; q < kColumns; ++q) x[q] = load<acc_t, kBytes>(from + q * kL);
         for (int i = 0; i < kR; ++i) {
           for (int q = 0; q < kColumns; ++q) sums[i][q] += grads[i] * x[q];
         }
       }
     }
-    const int64_t columns = std::min(kBlock, a.C - c);
+    const int64_t columns = std::min(kTile, a.C - c);
     for (int i = 0; i < kR; ++i) {
-      acc_t values[kBlock];
+      acc_t values[kTile];
       __builtin_memcpy(values, sums[i], sizeof values);
       T* out = static_cast<T*>(a.grad_weights) + ((l * a.R + r + i) * a.C) + c;
-      T narrow[kBlock];
-      for (int64_t k = 0; k < kBlock; ++k) narrow[k] = from_acc<T>(values[k]);
+      T narrow[kTile];
+      for (int64_t k = 0; k < kTile; ++k) narrow[k] = from_acc<T>(values[k]);
       store(out, narrow, columns, stream);
     }
   }
