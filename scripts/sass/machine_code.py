@@ -106,6 +106,19 @@ def compile_cubin(source: Path, architecture: int = 90, options: tuple[str, ...]
     return cubin
 
 
+def extract_cubin(file: Path, architecture: int) -> Path:
+    """The machine code for one architecture, out of an object for several."""
+    cuobjdump = find("cuobjdump")
+    if cuobjdump is None:
+        sys.exit("no cuobjdump on PATH, in CUDA_HOME or in this environment: pip install nvidia-cuda-cuobjdump")
+    command = [str(cuobjdump), "-xelf", f".sm_{architecture}.", str(file.resolve())]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=file.parent).stdout
+    extracted = re.findall(r"Extracting ELF file.*: (\S+)", said)
+    if len(extracted) != 1:
+        sys.exit(f"{file} holds no machine code for sm_{architecture}, or more than one: {said}")
+    return file.parent / extracted[0]
+
+
 def disassemble(cubin: Path) -> str:
     nvdisasm = find("nvdisasm")
     if nvdisasm is None:
