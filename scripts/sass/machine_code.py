@@ -119,6 +119,26 @@ def extract_cubin(file: Path, architecture: int) -> Path:
     return file.parent / extracted[0]
 
 
+def cubin_of(source: Path) -> Path:
+    """Its machine code for sm_90; compiled if it, or what it includes, is newer."""
+    cubin = FOLDER / f"{source.stem}.90.cubin"
+    inputs = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.cuh"), source]
+    if not cubin.exists() or cubin.stat().st_mtime < max(path.stat().st_mtime for path in inputs):
+        compile_cubin(source)
+    return cubin
+
+
+def resources(cubin: Path) -> dict[str, tuple[int, int]]:
+    """symbol -> (registers of a thread, bytes of static shared memory)."""
+    cuobjdump = find("cuobjdump")
+    if cuobjdump is None:
+        sys.exit("no cuobjdump on PATH, in CUDA_HOME or in this environment: pip install nvidia-cuda-cuobjdump")
+    command = [str(cuobjdump), "-res-usage", str(cubin)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:\d+ SHARED:(\d+)", text.stdout + text.stderr)
+    return {symbol: (int(registers), int(shared)) for symbol, registers, shared in found}
+
+
 def disassemble(cubin: Path) -> str:
     nvdisasm = find("nvdisasm")
     if nvdisasm is None:
