@@ -133,10 +133,8 @@ def main() -> None:
     if not disassembles:
         print("check_cuda: no cuobjdump or no nvdisasm: the machine code was not read")
     if args.json is not None:
-        args.json.write_text(
-            json.dumps([{"kernel": names[k], "arch": a, **row} for (k, a), row in sorted(table.items())], indent=1)
-            + "\n"
-        )
+        kernels = [{"kernel": names[k], "arch": a, **row} for (k, a), row in sorted(table.items())]
+        args.json.write_text(json.dumps({"kernels": kernels}, indent=1) + "\n")
     if failures:
         sys.exit("check_cuda: " + "; ".join(failures))
     print(f"check_cuda: {len(mangled)} kernels for sm_{', sm_'.join(map(str, architectures))}: no warning, no spill")

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Compiles every CUDA source and binding without a GPU: warnings, stack frames and register spills are errors.
 # Links them for CUDA builds of torch, the oldest and the newest, and imports the result there (check_torch.py).
-# Prints what each kernel uses on each architecture and judges its machine code (check_cuda.py).
+# Prints what each kernel uses on each architecture and judges its machine code (check_cuda.py), executes that on the CPU
+# for some of the benchmarks' cases, predicts their time and compares their instructions with a budget (sass/predict.py).
 # usage: scripts/check_cuda.sh [REPORT.json, else build/cuda_static.json]   (CUDA_HOME, PYTHON; exit 3: there is no nvcc)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -43,4 +44,6 @@ python=${PYTHON:-python3}
       -isystem "$cuda/include" "$source"
   done
 }
-"$python" scripts/check_cuda.py "$out" --json "${1:-build/cuda_static.json}"
+report=${1:-build/cuda_static.json}
+"$python" scripts/check_cuda.py "$out" --json "$report"
+"$python" scripts/sass/predict.py --budgets --blocks 6 --json "$report" || [ $? -eq 3 ]

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from execute import Launch
 from machine_code import ROOT, demangle
 
@@ -60,8 +59,3 @@ def observing(take: Callable[[Launch], bool]) -> Iterator[None]:
             loaded[EXPORTED](None)
     if errors:
         raise errors[0]
-
-
-def torch_threads() -> None:
-    """One: launches come from the calling thread in any case, and there is nothing else to do."""
-    torch.set_num_threads(1)

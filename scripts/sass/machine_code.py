@@ -120,12 +120,14 @@ def extract_cubin(file: Path, architecture: int) -> Path:
 
 
 def cubin_of(source: Path) -> Path:
-    """Its machine code for sm_90; compiled if it, or what it includes, is newer."""
-    cubin = FOLDER / f"{source.stem}.90.cubin"
+    """Its machine code for sm_90, as scripts/check_cuda.sh made it; compiled if it, or what it includes, is newer."""
     inputs = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.cuh"), source]
-    if not cubin.exists() or cubin.stat().st_mtime < max(path.stat().st_mtime for path in inputs):
-        compile_cubin(source)
-    return cubin
+    changed = max(path.stat().st_mtime for path in inputs)
+    checked = ROOT / "build" / "check_cuda" / f"{source.stem}.sm_90.cubin"
+    for cubin in (checked, FOLDER / f"{source.stem}.90.cubin"):
+        if cubin.exists() and cubin.stat().st_mtime > changed:
+            return cubin
+    return compile_cubin(source)
 
 
 def resources(cubin: Path) -> dict[str, tuple[int, int]]:

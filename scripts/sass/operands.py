@@ -8,7 +8,10 @@ import numpy as np
 
 Array = np.ndarray
 Read = Callable[["Registers"], Array]
-MASK32 = np.uint64(0xFFFFFFFF)
+Do = Callable[["Registers", Array], None]
+U32, I32, U64, I64, F32, F64 = np.uint32, np.int32, np.uint64, np.int64, np.float32, np.float64
+MASK32 = U64(0xFFFFFFFF)
+COMPARE = {"LT": np.less, "LE": np.less_equal, "GT": np.greater, "GE": np.greater_equal, "EQ": np.equal}
 REGISTER = re.compile(r"^([-~!]?)(\|?)(UR|R)(\d+|Z)((?:\.\w+)*)\|?$")
 PREDICATE = re.compile(r"^(!?)(UP|P)([T\d])$")
 CONSTANT = re.compile(r"^([-~]?)(\|?)c\[0x(\w+)\]\[(?:(U?R\d+|U?RZ)(?:\+)?)?(?:(-?)0x(\w+))?\]\|?$")
@@ -31,6 +34,18 @@ class Registers:
 
     def constant(self, offset: int, size: int) -> int:
         return int.from_bytes(self.constants[offset : offset + size].tobytes(), "little")
+
+
+def low32(value: Array) -> Array:
+    return (value & MASK32).astype(U32)
+
+
+def as_signed(value: Array) -> Array:
+    return low32(value).view(I32).astype(I64)
+
+
+def is_predicate(text: str) -> bool:
+    return text.lstrip("!")[:1] in "PU" and text.lstrip("!")[:2] in ("PT", "UP", *(f"P{i}" for i in range(7)))
 
 
 def split(text: str) -> list[str]:

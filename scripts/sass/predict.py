@@ -1,8 +1,9 @@
 """Predicts the time of every kernel from its machine code, executed on a CPU: docs/kernels.md says how and how far.
 
 usage: python scripts/sass/predict.py [WORD ...] [--lines] [--json FILE] [--markdown] [--budgets [--write]]
-A case is profiled if its name holds all the words: "pyramid_context bfloat16 16x60x60". --lines lists where in the
-sources the instructions are.
+A case is profiled if its name holds all the words: "pyramid_context_ bfloat16" 16x60x60. --lines lists where in the
+sources the instructions are. --budgets takes the cases of scripts/sass/budgets.json, and ends with an error where one
+needs more instructions a unit than is written there; --write writes what it needs now.
 """
 
 import argparse
@@ -18,13 +19,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
-from cases import Case, Work, build, cases
 from execute import Executor, Launch
 from launches import observing
-from machine_code import ORDER, ROOT, Kernel, cubin_of, disassemble, kernels_of, resources
+from machine_code import ORDER, ROOT, Kernel, cubin_of, disassemble, find, kernels_of, resources
+from workloads import Case, Work, build, cases
 
-BUDGETS = ROOT / "csrc" / "cuda" / "budgets.json"
-SLACK = 1.02  # what another version of the compiler may add
+BUDGETS = Path(__file__).parent / "budgets.json"  # case -> instructions of a thread, a unit
+SLACK = 1.03  # what another version of the compiler may add
 
 # An H100 (SXM), by its documents but for the first two.
 COPY, L2 = 3.0e12, 5.5e12  # bytes a second: of a copy, and between L2 and multiprocessors
@@ -202,26 +203,65 @@ def show(p: Profile) -> None:
         )
 
 
+def print_table(profiles: list[Profile]) -> None:
+    print("| case | floor us | predicted us | | limit | instructions a unit | read | occupancy |")
+    print("| --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |")
+    for p in profiles:
+        occupancy = ", ".join(f"{kernel.occupancy:.2f}" for kernel in p.kernels)
+        print(
+            f"| {p.case} | {p.floor * 1e6:.1f} | {p.predicted * 1e6:.1f} | {p.predicted / p.floor:.1f}x | {p.limit} | "
+            f"{p.instructions:.1f} a {p.unit} | {p.reread:.2f}x | {occupancy} |"
+        )
+
+
+def over_budget(profiles: list[Profile], budgets: dict[str, float]) -> list[str]:
+    """In words, the cases that take more than their budget."""
+    return [
+        f"{p.case} takes {p.instructions:.2f} instructions a {p.unit}, and may take {budgets[p.case]}"
+        for p in profiles
+        if p.instructions > SLACK * budgets.get(p.case, float("inf"))
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="WORD")
     parser.add_argument("--lines", action="store_true")
+    parser.add_argument("--markdown", action="store_true", help="as the tables of docs/kernels.md")
+    parser.add_argument("--budgets", action="store_true")
+    parser.add_argument("--write", action="store_true")
     parser.add_argument("--blocks", type=int, default=12, help="of each launch, at most (12)")
-    parser.add_argument("--json", type=Path, help="write everything here")
+    parser.add_argument("--json", type=Path, help="adds everything to this file")
     args = parser.parse_args()
+    if missing := [program for program in ("nvcc", "cuobjdump", "nvdisasm") if find(program) is None]:
+        print(f"predict: skipped: there is no {missing[0]}")
+        sys.exit(3)
     torch.set_num_threads(1)
+    budgets: dict[str, float] = json.loads(BUDGETS.read_text()) if args.budgets else {}
+    if unknown := budgets.keys() - {str(case) for case in cases()}:
+        sys.exit(f"predict: no such case in {BUDGETS.name}: {', '.join(unknown)}")
     profiles = []
     for case in cases():
-        if not all(word in str(case).replace("_ ", "_ ") for word in args.words):
+        if not all(word in str(case) for word in args.words) or (args.budgets and str(case) not in budgets):
             continue
         lines: Counter[str] = Counter()
         profiles.append(profile(case, args.blocks, lines))
-        show(profiles[-1])
+        if not args.markdown:
+            show(profiles[-1])
         if args.lines:
             for line, executed in lines.most_common(24):
                 print(f"        {executed / sum(lines.values()):6.1%} {line}")
+    if args.markdown:
+        print_table(profiles)
     if args.json is not None:
-        args.json.write_text(json.dumps([asdict(p) for p in profiles], indent=1) + "\n")
+        report = json.loads(args.json.read_text()) if args.json.exists() else {}
+        report["profiles"] = [asdict(p) for p in profiles]
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if args.budgets and args.write:
+        budgets |= {p.case: round(p.instructions, 2) for p in profiles}
+        BUDGETS.write_text(json.dumps(budgets, indent=1) + "\n")
+    elif exceeding := over_budget(profiles, budgets):
+        sys.exit("predict: " + "; ".join(exceeding))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def moving(call: Callable[[], object], floor_bytes: int) -> Work:
 
 def build(case: Case) -> Work:
     """The tensors and the call of a case."""
-    o, dtype = torch.ops.pspnet_fast, DTYPES[case.dtype]
+    o, dtype = torch.ops.pspnet_fast, DTYPES.get(case.dtype, torch.int64)
     N, H = case.batch, case.size
     last = case.layout == "channels_last"
 
