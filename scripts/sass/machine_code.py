@@ -142,10 +142,17 @@ def resources(cubin: Path) -> dict[str, tuple[int, int]]:
 
 
 def disassemble(cubin: Path) -> str:
+    """The listing; kept beside the cubin, since several scripts read it."""
+    listing = cubin.with_suffix(".sass")
+    if listing.exists() and listing.stat().st_mtime >= cubin.stat().st_mtime:
+        return listing.read_text()
     nvdisasm = find("nvdisasm")
     if nvdisasm is None:
         sys.exit("no nvdisasm on PATH, in CUDA_HOME or in this environment: pip install nvidia-cuda-nvdisasm")
-    return subprocess.run([str(nvdisasm), "-c", "-g", str(cubin)], capture_output=True, text=True, check=True).stdout
+    command = [str(nvdisasm), "-c", "-g", str(cubin)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    listing.write_text(text)
+    return text
 
 
 def kernels_of(listing: str) -> list[Kernel]:
@@ -157,7 +164,7 @@ def kernels_of(listing: str) -> list[Kernel]:
         elif not found:
             continue
         elif match := LINE.search(line):
-            source = (Path(match[1]).name, int(match[2]))
+            source = (match[1].rpartition("/")[2], int(match[2]))
         elif match := LABEL.match(line):
             found[-1].labels[match[1]] = len(found[-1].instructions)
         elif match := INSTRUCTION.search(line):
