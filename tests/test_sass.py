@@ -1,5 +1,6 @@
 """scripts/sass: the machine code of the CUDA kernels, executed on the CPU, is right; and what costs are taken from."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -141,46 +142,70 @@ def test_what_accesses_cost() -> None:
     assert memory.wavefronts(32 * lane, 16, mask) == (8, 4)
 
 
-KERNEL = """
-__global__ void count(const float* from, float* to, double factor, int n) {
-  float sum = 0;
-  for (int i = threadIdx.x; i < n; i += 32) sum += from[i];
-  if (threadIdx.x % 2) sum = sqrtf(sum);
-  to[threadIdx.x] = sum PRECISION;
-}
-"""
-
-
-def compiled(folder: Path, precision: str) -> machine_code.Kernel:
-    source = folder / "count.cu"
-    source.write_text(KERNEL.replace("PRECISION", precision))
-    cubin = folder / "count.cubin"
-    command = [machine_code.find("nvcc"), "-arch=sm_90", "-O3", "-cubin", source, "-o", cubin]
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, machine_code.Kernel]:
+    """The kernels of sass_kernels.cu."""
+    cubin = tmp_path_factory.mktemp("sass") / "kernels.cubin"
+    source = Path(__file__).parent / "sass_kernels.cu"
+    command = [machine_code.find("nvcc"), "-std=c++17", "-arch=sm_90", "-O3", "-cubin", source, "-o", cubin]
     subprocess.run([str(part) for part in command], check=True)
-    (kernel,) = machine_code.kernels_of(machine_code.disassemble(cubin))
-    return kernel
+    found = machine_code.kernels_of(machine_code.disassemble(cubin))
+    return {kernel.name.split("(")[0]: kernel for kernel in found}
 
 
-def test_a_loop_counts_once_a_warp_and_step(tmp_path: Path) -> None:
-    kernel = compiled(tmp_path, "")
-    assert not any(instruction.double for instruction in kernel.instructions)
-    assert any(instruction.double for instruction in compiled(tmp_path, "* factor").instructions)
-    data, result = torch.rand(32 * 7), torch.zeros(32)
-    parameters = b"".join(
-        [
-            data.data_ptr().to_bytes(8, "little"),
-            result.data_ptr().to_bytes(8, "little"),
-            bytes(8),
-            (32 * 7).to_bytes(8, "little"),
-        ]
-    )
-    executor = Executor(kernel, Launch(kernel.name, (1, 1, 1), (32, 1, 1), 0, parameters))
+def run_warp(kernel: machine_code.Kernel, *parameters: Tensor | int) -> Executor:
+    numbers = (p.data_ptr() if isinstance(p, Tensor) else p for p in parameters)
+    packed = b"".join(number.to_bytes(8, "little") for number in numbers)
+    executor = Executor(kernel, Launch(kernel.name, (1, 1, 1), (32, 1, 1), 0, packed))
     executor.run(0)
+    return executor
+
+
+def test_a_loop_counts_once_a_warp_and_step(small: dict[str, machine_code.Kernel]) -> None:
+    data, result = torch.rand(32 * 7), torch.zeros(32)
+    counts = run_warp(small["sums"], data, result, 32 * 7).counts
     sums = data.view(7, 32).sum(0)
     torch.testing.assert_close(result, torch.where(torch.arange(32) % 2 == 1, sums.sqrt(), sums))
-    assert executor.counts.requested == {"load": 7 * 4, "store": 4}
-    assert executor.counts.requests["load"] == 7
-    assert executor.counts.distinct == {"load": 7 * 4, "store": 4}
+    assert counts.requested == {"load": 7 * 4, "store": 4}
+    assert counts.requests == {"load": 7, "store": 1}
+    assert counts.distinct == {"load": 7 * 4, "store": 4}
+    (read,) = (i for i, instruction in enumerate(small["sums"].instructions) if instruction.operation == "LDG")
+    assert counts.executed[read] == 7
+
+
+def test_double_precision_is_seen(small: dict[str, machine_code.Kernel]) -> None:
+    with_double = {name for name, kernel in small.items() if any(i.double for i in kernel.instructions)}
+    assert with_double == {"in_double"}
+
+
+@pytest.mark.parametrize("rows", [16, 11])
+def test_asynchronous_copies_and_matrix_products(small: dict[str, machine_code.Kernel], rows: int) -> None:
+    a, b, d = torch.randn(16, 16).bfloat16(), torch.randn(8, 16).bfloat16(), torch.zeros(16, 8)
+    counts = run_warp(small["product"], a, b, d, rows).counts
+    a[rows:] = 0
+    torch.testing.assert_close(d, a.float() @ b.float().T + 1)
+    assert counts.requested["load"] == rows + 8
+
+
+def test_what_lanes_exchange(small: dict[str, machine_code.Kernel]) -> None:
+    x, y, votes, lane = torch.rand(32) + 0.5, torch.zeros(32), torch.zeros(32, dtype=torch.int32), torch.arange(32)
+
+    def of(other: Tensor) -> Tensor:
+        return x[torch.where((other >= 0) & (other < 32), other, lane)]
+
+    run_warp(small["lanes"], x, y, votes)
+    exchanged = of(lane + 3) + 2 * of(lane - 1) + 4 * x[5] + 8 * x[lane ^ 9]
+    torch.testing.assert_close(y, 2**x + x.log2() + exchanged)
+    ballot = sum(int(v > 1) << i for i, v in enumerate(x)) + int((x > 1.4).any()) + 2
+    assert {vote & 0xFFFFFFFF for vote in votes.tolist()} == {ballot & 0xFFFFFFFF}
+
+
+def test_pairs_of_halves(small: dict[str, machine_code.Kernel]) -> None:
+    x, u = torch.randn(3, 64).bfloat16(), torch.randn(3, 64).half()
+    y, v = torch.zeros(64).bfloat16(), torch.zeros(64).half()
+    run_warp(small["pairs"], x, y, u, v)
+    torch.testing.assert_close(y, (x[0].double() * x[1].double() + x[2].double()).bfloat16())
+    torch.testing.assert_close(v, (u[0].double() * u[1].double() + u[2].double()).half())
 
 
 def test_budget_refuses_what_is_longer() -> None:
@@ -192,7 +217,5 @@ def test_budget_refuses_what_is_longer() -> None:
 
 
 def test_budgets_name_cases() -> None:
-    import json
-
     known = {str(case) for case in predict.cases()}
     assert json.loads(predict.BUDGETS.read_text(encoding="utf-8")).keys() <= known

@@ -30,7 +30,8 @@ SLACK = 1.03  # what another version of the compiler may add
 # An H100 (SXM), by its documents but for the first two.
 COPY, L2 = 3.0e12, 5.5e12  # bytes a second: of a copy, and between L2 and multiprocessors
 PROCESSORS, CLOCK = 132, 1.75e9
-ISSUE, ALU, SPECIAL = 4, 2, 0.5  # warp instructions a cycle and multiprocessor: all, of the integer pipe, MUFU
+# Warp instructions a cycle and multiprocessor: all, of the integer pipe, MUFU, m16n8k16 products (mma, not wgmma).
+ISSUE, ALU, SPECIAL, TENSOR = 4, 2, 0.5, 0.6
 LAUNCH = 3e-6  # of a kernel, until its first result
 REGISTERS, SHARED, THREADS, BLOCKS = 65536, 227 * 1024, 2048, 32  # of a multiprocessor
 IN_FMA_PIPE = {"FFMA", "FADD", "FMUL", "IMAD", "HFMA2", "HADD2", "HMUL2"}  # the others of their kinds are the ALU's
@@ -132,6 +133,7 @@ def profile_kernel(stem: str, launch: Launch, most: int, lines: Counter[str]) ->
         "issue": total / ISSUE * cycles,
         "integer pipe": alu / ALU * cycles,
         "special functions": kinds["special"] / SPECIAL * cycles,
+        "matrix products": kinds["tensor"] / TENSOR * cycles,
         "L1 and shared": (counts.passes * scale + through_l1 / 128) * cycles,
         "L2": through_l2 / L2,
     }

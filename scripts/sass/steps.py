@@ -8,7 +8,7 @@ import numpy as np
 from floats import from_float16
 from machine_code import Instruction
 from memory import WARP, Array, load, store
-from operands import address, integer, low32, next_register, number, predicate, writer
+from operands import address, integer, is_predicate, low32, next_register, number, predicate, writer
 
 if TYPE_CHECKING:
     from execute import Block, Executor
@@ -144,8 +144,8 @@ def shuffle(_: "Executor", instruction: Instruction, operands: list[str]) -> Ste
 
 
 def vote(_: "Executor", instruction: Instruction, operands: list[str]) -> Step:
-    ballot, put = writer(operands[0]), writer(operands[1])
-    read = predicate(operands[2])
+    ballot = None if is_predicate(operands[0]) else writer(operands[0])
+    put, read = writer(operands[-2]), predicate(operands[-1])
     every = "ALL" in instruction.modifiers
 
     def step(block: "Block", mask: Array) -> None:
@@ -157,7 +157,8 @@ def vote(_: "Executor", instruction: Instruction, operands: list[str]) -> Step:
         bits = (taken.reshape(-1, WARP).astype(np.uint64) << np.arange(WARP, dtype=np.uint64)).sum(1)
         rows = taken.reshape(-1, WARP), part.reshape(-1, WARP)
         result = (rows[0] | ~rows[1]).all(1) if every else rows[0].any(1)
-        ballot(block.registers, mask, low32(bits)[block.warp])
+        if ballot is not None:
+            ballot(block.registers, mask, low32(bits)[block.warp])
         put(block.registers, mask, result[block.warp])
 
     return step
