@@ -73,14 +73,15 @@ class Profile:
 
 
 @cache
-def kernels(stem: str) -> dict[str, Kernel]:
-    cubin = cubin_of(ROOT / "csrc" / "cuda" / f"{stem}.cu")
-    return {kernel.name: kernel for kernel in kernels_of(disassemble(cubin))}
-
-
-@cache
-def used(stem: str) -> dict[str, tuple[int, int]]:
-    return resources(cubin_of(ROOT / "csrc" / "cuda" / f"{stem}.cu"))
+def compiled(operator: str) -> tuple[dict[str, Kernel], dict[str, tuple[int, int]]]:
+    """The kernels of an operator's sources by name, and by symbol their registers and static shared memory."""
+    found: dict[str, Kernel] = {}
+    used: dict[str, tuple[int, int]] = {}
+    for source in (ROOT / "csrc" / "cuda").glob(f"{operator.removesuffix('_').removesuffix('_backward')}*.cu"):
+        cubin = cubin_of(source)
+        found |= {kernel.name: kernel for kernel in kernels_of(disassemble(cubin))}
+        used |= resources(cubin)
+    return found, used
 
 
 def sample(executor: Executor, grid: int, most: int) -> float:
@@ -103,8 +104,9 @@ def in_alu(operation: str, kind: str) -> bool:
     )
 
 
-def profile_kernel(stem: str, launch: Launch, most: int, lines: Counter[str]) -> KernelProfile:
-    kernel = kernels(stem)[launch.name]
+def profile_kernel(operator: str, launch: Launch, most: int, lines: Counter[str]) -> KernelProfile:
+    found, used = compiled(operator)
+    kernel = found[launch.name]
     executor = Executor(kernel, launch)
     grid, threads = int(np.prod(launch.grid)), int(np.prod(launch.block))
     largest = sample(executor, grid, most)
@@ -117,7 +119,7 @@ def profile_kernel(stem: str, launch: Launch, most: int, lines: Counter[str]) ->
         lines[f"{instruction.source[0]}:{instruction.source[1]}"] += executed * scale
         if in_alu(instruction.operation, instruction.kind):
             alu += executed * scale
-    registers, static = used(stem)[kernel.symbol]
+    registers, static = used[kernel.symbol]
     shared = static + launch.shared
     warps = ceil(threads / 32)
     resident = min(
@@ -158,10 +160,9 @@ def profile_kernel(stem: str, launch: Launch, most: int, lines: Counter[str]) ->
 def profile(case: Case, most: int, lines: Counter[str]) -> Profile:
     work: Work = build(case)
     found: list[KernelProfile] = []
-    stem = case.operator.removesuffix("_").removesuffix("_backward")
 
     def take(launch: Launch) -> bool:
-        found.append(profile_kernel(stem, launch, most, lines))
+        found.append(profile_kernel(case.operator, launch, most, lines))
         return True
 
     with observing(take), torch.no_grad():

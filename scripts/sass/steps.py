@@ -85,7 +85,7 @@ def add_step(_: "Executor", instruction: Instruction, operands: list[str]) -> St
     shared = instruction.operation == "ATOMS"
     where = address(operands[1] if shared else operands[0])
     one = "INC" in instruction.modifiers
-    value = None if one else integer(operands[1], pair="64" in instruction.modifiers)
+    value = None if one else integer(operands[-1], pair="64" in instruction.modifiers)
     kind = np.uint64 if "64" in instruction.modifiers else np.uint32
     if "ADD" not in instruction.modifiers and not one:
         raise NotImplementedError(str(instruction))
