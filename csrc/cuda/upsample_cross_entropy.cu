@@ -15,6 +15,10 @@ constexpr int kColumns = 8;                    // and columns, one after another
 constexpr int kBatch = 128;                    // pixels whose terms are in shared memory at once
 constexpr int kMost = 256;                     // classes of a block of the backward
 
+// Losses are summed times this, so that 2^32 of the largest do not overflow: double precision would be slow.
+template <class A>
+constexpr A kSummed = sizeof(A) == 8 ? A(1) : A(0x1p-32);
+
 template <class T, class Args>
 __device__ __forceinline__ acc_t<T> weight_of(const Args& args, int k) {
   return args.weight == nullptr ? acc_t<T>(1) : static_cast<const acc_t<T>*>(args.weight)[k];
@@ -22,7 +26,7 @@ __device__ __forceinline__ acc_t<T> weight_of(const Args& args, int k) {
 
 template <class T, class Args>
 __device__ __forceinline__ acc_t<T> focus_of(const Args& args, int k) {
-  return static_cast<acc_t<T>>(1 - args.label_smoothing) * weight_of<T>(args, k);
+  return (1 - static_cast<acc_t<T>>(args.label_smoothing)) * weight_of<T>(args, k);
 }
 
 template <class Args>
@@ -40,8 +44,9 @@ __device__ __forceinline__ int64_t target_at(const Args& args, int64_t pixel) {
 }
 
 // The sums over a block's threads of two numbers, the same in every run; thread 0 gets them.
-__device__ __forceinline__ void block_sums(double& a, double& b) {
-  PSP_SHARED(double, sums, 2 * kThreads);
+template <class A>
+__device__ __forceinline__ void block_sums(A& a, A& b) {
+  PSP_SHARED(A, sums, 2 * kThreads);
   const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
   sums[2 * thread] = a;
   sums[2 * thread + 1] = b;
@@ -65,17 +70,17 @@ __global__ void __launch_bounds__(kThreads, 2)
     cross_entropy_pixels(const __grid_constant__ UpsampleCrossEntropyArgs args) {
   const int K = static_cast<int>(args.K), H = static_cast<int>(args.H), W = static_cast<int>(args.W);
   const Pixel at = pixel_of_thread(H, W);
-  double loss_sum = 0, weight_sum = 0;
+  acc_t<T> loss_sum = 0, weight_sum = 0;
   if (at.x < W && at.y < H) {
     const int64_t to = (at.n * H + at.y) * W + at.x, target = target_at(args, to);
     acc_t<T> loss = 0, lse = 0;
     if (target != args.ignore_index && (target < 0 || target >= K)) {
       loss = lse = static_cast<acc_t<T>>(NAN);
-      loss_sum = weight_sum = static_cast<double>(NAN);
+      loss_sum = weight_sum = loss;
     } else if (target != args.ignore_index) {
       const Corners<T> corners(args, at.n, at.x, at.y);
-      const bool smoothing = args.label_smoothing > 0;
-      const auto share = static_cast<acc_t<T>>(args.label_smoothing / K);
+      const bool smoothing = static_cast<acc_t<T>>(args.label_smoothing) > 0;
+      const auto share = static_cast<acc_t<T>>(args.label_smoothing) / static_cast<acc_t<T>>(K);
       acc_t<T> greatest, sum, logit, smooth, smooth_total, values[V];  // logit is as it is, smooth less the greatest
       bool careful = false;
       for (;;) {
@@ -107,36 +112,45 @@ __global__ void __launch_bounds__(kThreads, 2)
       lse = sum > 0 ? greatest + log_sum : static_cast<acc_t<T>>(NAN);  // NaN where all logits are -infinity, too
       loss = focus_of<T>(args, static_cast<int>(target)) * (log_sum - (logit - greatest));
       if (smoothing) loss += smooth_total * log_sum - smooth;
-      loss_sum = static_cast<double>(loss);
-      weight_sum = static_cast<double>(weight_of<T>(args, static_cast<int>(target)));
+      loss_sum = kSummed<acc_t<T>> * loss;
+      weight_sum = weight_of<T>(args, static_cast<int>(target));
     }
     static_cast<acc_t<T>*>(args.lse)[to] = lse;
     if (args.reduction == Reduction::kNone) static_cast<acc_t<T>*>(args.loss)[to] = loss;
   }
   block_sums(loss_sum, weight_sum);
   if (threadIdx.x == 0 && threadIdx.y == 0) {
-    double* const sums = static_cast<double*>(args.workspace) + 2 * static_cast<int64_t>(blockIdx.x);
+    auto* const sums = static_cast<acc_t<T>*>(args.workspace) + 2 * static_cast<int64_t>(blockIdx.x);
     sums[0] = loss_sum;
     sums[1] = weight_sum;
   }
+}
+
+// Adds to a sum; what its rounding loses goes to the next summand, but not beside an infinite sum.
+template <class A>
+__device__ __forceinline__ void add_exactly(A& sum, A& lost, A summand) {
+  const A next = summand - lost, total = sum + next;
+  lost = total - sum - next;
+  if (lost != lost) lost = 0;
+  sum = total;
 }
 
 // The reduced loss and the sum of the weights, of the blocks' sums. One block.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     cross_entropy_total(const __grid_constant__ UpsampleCrossEntropyArgs args, int64_t blocks) {
-  const double* const sums = static_cast<const double*>(args.workspace);
-  double loss = 0, weight = 0;
+  const auto* const sums = static_cast<const acc_t<T>*>(args.workspace);
+  acc_t<T> loss = 0, weight = 0, lost_loss = 0, lost_weight = 0;
   for (int64_t i = threadIdx.x; i < blocks; i += kThreads) {
-    loss += sums[2 * i];
-    weight += sums[2 * i + 1];
+    add_exactly(loss, lost_loss, sums[2 * i]);
+    add_exactly(weight, lost_weight, sums[2 * i + 1]);
   }
   block_sums(loss, weight);
   if (threadIdx.x != 0) return;
-  *static_cast<acc_t<T>*>(args.total_weight) = static_cast<acc_t<T>>(weight);
+  *static_cast<acc_t<T>*>(args.total_weight) = weight;
   if (args.reduction == Reduction::kNone) return;
   if (args.reduction == Reduction::kMean) loss = weight == 0 ? 0 * loss : loss / weight;  // a NaN stays
-  *static_cast<acc_t<T>*>(args.loss) = static_cast<acc_t<T>>(loss);
+  *static_cast<acc_t<T>*>(args.loss) = loss / kSummed<acc_t<T>>;
 }
 
 // What the classes of a pixel have in common: the softmax is exp(z - lse), its gradient scale * softmax - smooth *
@@ -157,7 +171,7 @@ __device__ __forceinline__ Terms<acc_t<T>> terms_of(const UpsampleCrossEntropyBa
   const acc_t<T> grad =
       args.reduction == Reduction::kNone ? static_cast<const acc_t<T>*>(args.grad_loss)[pixel] : factor;
   const acc_t<T> focus = grad * focus_of<T>(args, static_cast<int>(target));
-  const acc_t<T> smooth = grad * static_cast<acc_t<T>>(args.label_smoothing / static_cast<double>(args.K));
+  const acc_t<T> smooth = grad * (static_cast<acc_t<T>>(args.label_smoothing) / static_cast<acc_t<T>>(args.K));
   return {0, 0, lse[pixel], focus + smooth * smooth_total, focus, smooth, static_cast<int>(target)};
 }
 
@@ -191,7 +205,7 @@ __global__ void __launch_bounds__(kMost, 1)
     factor = total == 0 ? A(0) : factor / total;
   }
   A smooth_total = static_cast<A>(args.K);
-  if (args.label_smoothing > 0 && args.weight != nullptr) {
+  if (static_cast<A>(args.label_smoothing) > 0 && args.weight != nullptr) {
     smooth_total = 0;
     for (int i = 0; i < args.K; ++i) smooth_total += weight_of<T>(args, i);
   }
