@@ -28,7 +28,7 @@ types: .venv/installed
 	@echo "types: a minute the first time"
 	$(BIN)/mypy
 
-# nvcc alone: no GPU and no CUDA build of torch are needed
+# no GPU is needed, and no CUDA build of torch in the environment; downloads two, a gigabyte, into build/
 check-cuda: .venv/installed
 	@PYTHON=$(BIN)/python scripts/check_cuda.sh || { [ $$? -eq 3 ] && echo "check-cuda: skipped"; }
 

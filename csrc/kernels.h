@@ -27,6 +27,18 @@ auto dispatch_int(IntType type, Function&& function) {
   }
 }
 
+// A number among the arguments, in both precisions: a conversion in a kernel would take double precision there.
+class Number {
+ public:
+  Number(double value = 0) : wide_(value), narrow_(static_cast<float>(value)) {}
+  PSP_HOST_DEVICE explicit operator double() const { return wide_; }
+  PSP_HOST_DEVICE explicit operator float() const { return narrow_; }
+
+ private:
+  double wide_;
+  float narrow_;
+};
+
 // A map of shape [N, C, H, W] by its strides, in elements. Planar maps have stride_w == 1 (or W == 1), channels-last
 // maps stride_c == 1 (or C == 1); the other strides are free, so slices of larger tensors need no copy.
 struct Image {
@@ -64,7 +76,7 @@ struct PyramidReduceArgs {
   // Folded normalisation: weight, bias, running mean, running variance, [R] each; nullptr: none.
   const void* norm[kMaxLevels][4];
   DType norm_dtype;
-  double eps[kMaxLevels];
+  Number eps[kMaxLevels];
   bool relu;
   void* reduced;  // [N, P, R]
   void* workspace;
@@ -113,7 +125,7 @@ struct PyramidContextArgs {
   // Folded normalisation: weight, bias, running mean, running variance, [O] each; nullptr: none.
   const void* norm[4];
   DType norm_dtype;
-  double eps;
+  Number eps;
   bool relu;
   Image conv;  // [N, O, H, W]
 };
@@ -149,7 +161,7 @@ struct UpsampleSoftmaxAccumulateArgs {
   int64_t N, K, h, w, H, W;
   Image logits;         // any strides
   Image probabilities;  // [N, K, H, W], float, double for double, any strides: takes weight * softmax in addition
-  double weight;
+  Number weight;
 };
 
 struct ConfusionMatrixArgs {
@@ -171,7 +183,7 @@ struct UpsampleCrossEntropyArgs {
   Reduction reduction;
   int64_t N, K, h, w, H, W;
   int64_t ignore_index;
-  double label_smoothing;
+  Number label_smoothing;
   Image logits;
   const void* target;  // [N, H, W]
   const void* weight;  // [K] in acc; nullptr: all 1
@@ -190,7 +202,7 @@ struct UpsampleCrossEntropyBackwardArgs {
   Reduction reduction;
   int64_t N, K, h, w, H, W;
   int64_t ignore_index;
-  double label_smoothing;
+  Number label_smoothing;
   Image logits;
   const void* target;
   const void* weight;

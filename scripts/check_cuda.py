@@ -1,17 +1,19 @@
 """Reads what ptxas said about each kernel (scripts/check_cuda.sh) and prints it as a table.
 
-With cuobjdump at hand (it comes inside the triton wheel), also whether kernels that work on 16-byte vectors really
-load and store them.
+From the machine code for sm_90 also whether kernels that work on 16-byte vectors really load and store them, and that
+none but those for float64 computes in double precision. Its disassembly needs cuobjdump and nvdisasm, of the toolkit or
+of the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
 """
 
 import argparse
-import importlib.util
 import json
 import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
+
+from sass.machine_code import demangle, disassemble, extract_cubin, find, kernels_of
+
+ARCHITECTURE = 90  # of the machine code that is read
 
 # Which kernels load ("L") and store ("S") device memory in 16-byte vectors by design: those for planes in every
 # instance, the others in the instances whose vectors hold more than one element.
@@ -23,6 +25,9 @@ WIDE = {
     "context_rows": "LS",
     "argmax_pixels": "L",
     "count_pixels": "",
+    "cross_entropy_backward": "",
+    "cross_entropy_pixels": "L",
+    "cross_entropy_total": "",
     "pool_backward_cells": "LS",
     "pool_backward_planes": "LS",
     "pool_bins": "L",
@@ -44,13 +49,6 @@ USED = re.compile(r"Used (\d+) registers.*")
 SHARED = re.compile(r"(\d+) bytes smem")
 
 
-def demangle(names: list[str]) -> list[str]:
-    """Kernel names with their template arguments, without namespaces and parameters."""
-    text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    lines = [line.replace("pspnet_fast::cuda::(anonymous namespace)::", "") for line in text.splitlines()]
-    return [re.sub(r"^void |\(pspnet_fast::.*", "", line) for line in lines]
-
-
 def resources(log: str) -> dict[tuple[str, int], dict[str, int]]:
     """(mangled kernel, architecture) -> registers, static shared memory, stack and spill bytes."""
     found: dict[tuple[str, int], dict[str, int]] = {}
@@ -68,32 +66,16 @@ def resources(log: str) -> dict[tuple[str, int], dict[str, int]]:
     return found
 
 
-def find_cuobjdump() -> Path | None:
-    on_path = shutil.which("cuobjdump")
-    if on_path is not None:
-        return Path(on_path)
-    triton = importlib.util.find_spec("triton")
-    if triton is None or triton.origin is None:
-        return None
-    path = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return path if path.exists() else None
-
-
-def wide_accesses(cuobjdump: Path, file: Path) -> dict[tuple[str, int], dict[str, int]]:
-    """(mangled kernel, architecture) -> 16-byte loads and stores of device memory in its disassembly."""
-    command = ["env", f"PATH={cuobjdump.parent}:/usr/bin:/bin", str(cuobjdump), "-sass", str(file)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found: dict[tuple[str, int], dict[str, int]] = {}
-    arch, kernel = 0, ""
-    for line in text.splitlines():
-        if match := re.search(r"arch = sm_(\d+)", line):
-            arch = int(match.group(1))
-        elif match := re.search(r"Function : (\S+)", line):
-            kernel = match.group(1)
-            found[kernel, arch] = {"wide_loads": 0, "wide_stores": 0}
-        elif match := re.search(r"\b(LDG|STG)\.\S*128", line):
-            found[kernel, arch]["wide_loads" if match.group(1) == "LDG" else "wide_stores"] += 1
-    return found
+def machine_code(file: Path) -> dict[str, dict[str, int]]:
+    """kernel -> 16-byte loads and stores of device memory and double precision instructions, for ARCHITECTURE."""
+    return {
+        kernel.symbol: {
+            "wide_loads": sum(i.operation == "LDG" and "128" in i.modifiers for i in kernel.instructions),
+            "wide_stores": sum(i.operation == "STG" and "128" in i.modifiers for i in kernel.instructions),
+            "double": sum(i.double for i in kernel.instructions),
+        }
+        for kernel in kernels_of(disassemble(extract_cubin(file, ARCHITECTURE)))
+    }
 
 
 def missing_wide(kernel: str, loads: int, stores: int) -> str:
@@ -121,14 +103,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the table here")
     args = parser.parse_args()
 
+    disassembles = find("cuobjdump") is not None and find("nvdisasm") is not None
     table: dict[tuple[str, int], dict[str, int]] = {}
-    cuobjdump = find_cuobjdump()
     for log in sorted(args.folder.glob("*.log")):
-        found = resources(log.read_text())
-        if cuobjdump is not None:
-            for key, count in wide_accesses(cuobjdump, log.with_suffix(".o")).items():
-                found[key].update(count)
-        table.update(found)
+        table |= resources(log.read_text())
+        if disassembles:
+            for symbol, counts in machine_code(log.with_suffix(".o")).items():
+                table[symbol, ARCHITECTURE].update(counts)
     mangled = sorted({kernel for kernel, _ in table})
     names = dict(zip(mangled, demangle(mangled), strict=True))
     architectures = sorted({arch for _, arch in table})
@@ -142,11 +123,15 @@ def main() -> None:
         print(f"{names[kernel]:{width}}", *(f"{cell(row):>20}" for row in rows))
         if any(row["stack"] or row["spills"] for row in rows):
             failures.append(f"{names[kernel]} uses local memory")
-        wide = [min(row.get(field, -1) for row in rows) for field in ("wide_loads", "wide_stores")]
-        if cuobjdump is not None and (lacks := missing_wide(names[kernel], *wide)):
+        if not disassembles:
+            continue
+        code = table[kernel, ARCHITECTURE]
+        if lacks := missing_wide(names[kernel], code["wide_loads"], code["wide_stores"]):
             failures.append(f"{names[kernel]} has no {lacks}")
-    if cuobjdump is None:
-        print("check_cuda: no cuobjdump: 16-byte accesses were not checked")
+        if code["double"] and "double" not in names[kernel]:
+            failures.append(f"{names[kernel]} has {code['double']} instructions of double precision")
+    if not disassembles:
+        print("check_cuda: no cuobjdump or no nvdisasm: the machine code was not read")
     if args.json is not None:
         args.json.write_text(
             json.dumps([{"kernel": names[k], "arch": a, **row} for (k, a), row in sorted(table.items())], indent=1)

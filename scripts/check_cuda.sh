@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Compiles every CUDA source and binding without a GPU: warnings, stack frames and register spills are errors.
-# Prints what each kernel uses on each architecture and, with cuobjdump, whether it has the 16-byte accesses it should.
+# Links them for CUDA builds of torch, the oldest and the newest, and imports the result there (check_torch.py).
+# Prints what each kernel uses on each architecture and judges its machine code (check_cuda.py).
 # usage: scripts/check_cuda.sh [REPORT.json, else build/cuda_static.json]   (CUDA_HOME, PYTHON; exit 3: there is no nvcc)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,24 +16,31 @@ fi
 out=build/check_cuda
 rm -rf "$out"
 mkdir -p "$out"
-gencode=()
-for arch in 80 90 100 120; do gencode+=(-gencode "arch=compute_$arch,code=sm_$arch"); done
-for source in csrc/cuda/*.cu; do
-  name=$(basename "$source" .cu)
-  echo "check_cuda: $source"
-  if ! "$cuda/bin/nvcc" -std=c++17 -O3 --threads 2 "${gencode[@]}" -Werror all-warnings -Xcompiler -Wall,-Wextra \
-    -Xptxas -v,-warn-spills,-warn-lmem-usage -c "$source" -o "$out/$name.o" >"$out/$name.log" 2>&1; then
+compile() {
+  name=$(basename "$1" .cu)
+  echo "check_cuda: $1"
+  gencode=()
+  for arch in 80 90 100 120; do gencode+=(-gencode "arch=compute_$arch,code=sm_$arch"); done
+  if ! "$cuda/bin/nvcc" -std=c++17 -O3 "${gencode[@]}" -lineinfo -Werror all-warnings -Xcompiler -fPIC,-Wall,-Wextra \
+    -Xptxas -v,-warn-spills,-warn-lmem-usage -c "$1" -o "$out/$name.o" >"$out/$name.log" 2>&1; then
     grep -E "error|warning" "$out/$name.log" | c++filt >&2
     exit 1
   fi
-done
+}
+export -f compile
+export cuda out
+printf '%s\0' csrc/cuda/*.cu | xargs -0 -P "$(nproc)" -I{} bash -c 'set -euo pipefail; compile {}'
 
 python=${PYTHON:-python3}
-torch_include=$("$python" -c "import torch.utils.cpp_extension as e; print(*('-isystem ' + p for p in e.include_paths()))")
-for source in csrc/*.cpp; do
-  echo "check_cuda: $source"
-  # shellcheck disable=SC2086  # several options
-  "${CXX:-g++}" -std=c++20 -fsyntax-only -Wall -Wextra -Wno-missing-field-initializers -Werror \
-    -DPSPNET_FAST_WITH_CUDA -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000 $torch_include -isystem "$cuda/include" "$source"
-done
+"$python" scripts/check_torch.py "$out" --cuda "$cuda" || {
+  [ $? -eq 3 ] || exit 1
+  torch_include=$("$python" -c "import torch.utils.cpp_extension as e; print(*('-isystem ' + p for p in e.include_paths()))")
+  for source in csrc/*.cpp; do
+    echo "check_cuda: $source, its syntax"
+    # shellcheck disable=SC2086  # several options
+    "${CXX:-g++}" -std=c++20 -fsyntax-only -Wall -Wextra -Wno-missing-field-initializers -Werror \
+      -DPSPNET_FAST_WITH_CUDA -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000 $torch_include \
+      -isystem "$cuda/include" "$source"
+  done
+}
 "$python" scripts/check_cuda.py "$out" --json "${1:-build/cuda_static.json}"

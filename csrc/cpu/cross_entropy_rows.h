@@ -110,13 +110,14 @@ struct CrossEntropyBase {
         rows(a.h, a.H, a.align_corners),
         columns(a.w, a.W, a.align_corners),
         blocks(blocks),
-        smoothing(a.label_smoothing > 0),
+        smoothing(static_cast<double>(a.label_smoothing) > 0),
         smooth(a.K),
         focus(a.K) {
     double total = 0;
     for (int64_t k = 0; k < a.K; ++k) {
-      const double share = a.label_smoothing / static_cast<double>(a.K) * static_cast<double>(weight(k));
-      focus[k] = static_cast<acc_t>((1 - a.label_smoothing) * static_cast<double>(weight(k)));
+      const auto smoothing = static_cast<double>(a.label_smoothing), own = static_cast<double>(weight(k));
+      const double share = smoothing / static_cast<double>(a.K) * own;
+      focus[k] = static_cast<acc_t>((1 - smoothing) * own);
       smooth[k] = static_cast<acc_t>(share);
       total += share;
     }

@@ -42,6 +42,7 @@ __device__ __forceinline__ int64_t first_channel(int chunk) {
 // of the chunk, for t < blockDim.x * V.
 template <int V, class A>
 __device__ A block_total(const A (&values)[V]) {
+  static_assert(kWarp * V <= kThreads);  // make_chunks gives at most a warp of lanes: a thread a channel
   PSP_SHARED(A, partial, kThreads * V);
   const int channels = static_cast<int>(blockDim.x) * V;
   const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);

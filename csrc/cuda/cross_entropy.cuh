@@ -30,8 +30,8 @@ struct Smoothing {
 
   template <class Args>
   explicit Smoothing(const Args& args)
-      : focus(static_cast<A>(1 - args.label_smoothing)),
-        share(static_cast<A>(args.label_smoothing / static_cast<double>(args.K))) {}
+      : focus(static_cast<A>(1 - static_cast<double>(args.label_smoothing))),
+        share(static_cast<A>(static_cast<double>(args.label_smoothing) / static_cast<double>(args.K))) {}
 };
 
 template <class T, class Args>

@@ -36,6 +36,9 @@ __device__ __forceinline__ int misalignment(const T* pointer) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) % 16 / sizeof(T));
 }
 
+// Whether H x W elements, and the vectors of a block beyond them, can be counted in int.
+PSP_HOST_DEVICE bool countable(int64_t H, int64_t W) { return H * W <= INT_MAX - kThreads * 16; }
+
 // Rows without gaps are one run of elements.
 PSP_HOST_DEVICE bool dense(const Image& image, int64_t H, int64_t W) { return image.stride_h == W || H == 1; }
 

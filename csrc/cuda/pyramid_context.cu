@@ -291,7 +291,7 @@ Staging plan_backward(const PyramidContextBackwardArgs& args) {
 }
 
 bool fits(const Levels& levels, const Window& window, int64_t O, int64_t H, int64_t W) {
-  return fits_int(levels, O, H, W) && H * (W + 32) <= INT_MAX && count_taps(levels, window) <= INT_MAX;
+  return fits_int(levels, O, H, W) && H * (W + 32) <= INT_MAX - kThreads && count_taps(levels, window) <= INT_MAX;
 }
 
 // Chunks of channels whose columns fit into shared memory.

@@ -345,7 +345,7 @@ int pyramid_pool_backward(const PyramidPoolBackwardArgs& args, void* stream) {
   return dispatch(args.dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t table = cells + static_cast<int64_t>(rows.count) * padded(static_cast<int>(args.W));
-    if (!args.channels_last && table * sizeof(acc_t<T>) <= kSharedBytes && args.H * args.W <= INT_MAX) {
+    if (!args.channels_last && table * sizeof(acc_t<T>) <= kSharedBytes && countable(args.H, args.W)) {
       return launch(pool_backward_planes<T>, args.N * args.C, kThreads, table * sizeof(acc_t<T>), stream, args, rows,
                     columns);
     }

@@ -290,7 +290,7 @@ int pyramid_upsample_concat(const PyramidUpsampleConcatArgs& args, void* stream)
     const int64_t channels = args.levels.count * args.R;
     const size_t table = sizeof(acc_t<T>) * most_bins(args.levels.bins_h, args.levels.count) *
                          static_cast<size_t>(padded(static_cast<int>(args.W)));
-    if (!args.channels_last && table <= kSharedBytes && args.H * args.W <= INT_MAX) {
+    if (!args.channels_last && table <= kSharedBytes && countable(args.H, args.W)) {
       return launch(upsample_planes<T>, args.N * channels, kThreads, table, stream, args);
     }
     const bool vectors = args.channels_last && aligned(args.reduced) && args.R % kVector<T> == 0 &&
