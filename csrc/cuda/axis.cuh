@@ -25,6 +25,12 @@ struct Axis {
     const SourceIndex<acc_t<T>> source = at(pixel);
     return source.high > source.low ? source.lambda : acc_t<T>(0);
   }
+  // The same of a pixel whose lower cell is known, or of one before it or after the next, which takes nothing or the
+  // whole.
+  __device__ __forceinline__ acc_t<T> weight_after(int cell, int pixel) const {
+    const acc_t<T> beyond = source_position<acc_t<T>>(pixel, scale, align_corners) - static_cast<acc_t<T>>(cell);
+    return cell < bins - 1 ? min(max(beyond, acc_t<T>(0)), acc_t<T>(1)) : acc_t<T>(0);
+  }
   // The first pixel at or after the centre of a cell; `size` if there is none. A guess, mended where rounding misled
   // it.
   __device__ __forceinline__ int first_at(int cell) const {

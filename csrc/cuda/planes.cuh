@@ -114,4 +114,7 @@ Staging plan_staging(int64_t H, int64_t W, size_t table_bytes) {
 // Where column x of a table row in shared memory lies: eight neighbours a thread then meet no bank twice.
 PSP_HOST_DEVICE int padded(int x) { return x + x / kWarp; }
 
+// The same for rows that are read four columns at once.
+PSP_HOST_DEVICE int padded_by_four(int x) { return x + x / kWarp * 4; }
+
 }  // namespace pspnet_fast::cuda

@@ -28,20 +28,57 @@ struct Epilogue {
   }
 };
 
+// What a pixel takes along an axis of a level through a tap: two cells by where they lie, with their weights; outside
+// the map both are 0.
+template <class A>
+struct Mix {
+  int low, high;
+  A low_weight, high_weight;
+};
+
+// Of a pixel that sees `column` of an axis through a tap; the level's cells lie `pitch` apart from number `first` on.
+template <class T>
+__device__ __forceinline__ Mix<acc_t<T>> mix_of(const Axis<T>& axis, int column, int first, int pitch) {
+  const bool inside = column >= 0 && column < axis.size;
+  const auto source = axis.at(inside ? column : 0);
+  return {(first + source.low) * pitch, (first + source.high) * pitch, inside ? 1 - source.lambda : acc_t<T>(0),
+          inside ? source.lambda : acc_t<T>(0)};
+}
+
+template <class T>
+constexpr int kFour = kVector<T> < 4 ? kVector<T> : 4;  // columns that are read at once
+
+PSP_HOST_DEVICE int row_pitch(int W) { return (padded_by_four(W) + 3) / 4 * 4; }
+
 // Planar maps: taps become one row of W for each cell seen vertically, of which a row of the map is a sum.
 // Layout: planar, any alignment and row stride, in 16-byte vectors where these allow it.
 // A block takes one plane; threads over seen cells x columns, then over vectors of the plane.
 // Traffic: conv read and written once; taps are small and lie in the caches.
+// Instructions a vector of 8, for 4 levels and 3 x 3 taps where four columns are read at once: 26 a level and tap, 90
+// besides.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 3) context_planes(const __grid_constant__ PyramidContextArgs args) {
-  PSP_DYNAMIC_SHARED(acc_t<T>, rows);  // [seen_h, pitch], then the taps
-  const int H = static_cast<int>(args.H), W = static_cast<int>(args.W), pitch = padded(W);
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
+    context_planes(const __grid_constant__ PyramidContextArgs args) {
+  PSP_DYNAMIC_SHARED(acc_t<T>, rows);  // [seen_h, pitch], then the mixes and the taps
+  const int H = static_cast<int>(args.H), W = static_cast<int>(args.W), pitch = row_pitch(W);
   const int thread = static_cast<int>(threadIdx.x);
   const Levels& levels = args.levels;
   const Window& window = args.window;
   const int seen_h = first_seen(levels.bins_h, levels.count, window.size_h);
   const int64_t n = blockIdx.x / args.O, channel = blockIdx.x % args.O, count = count_taps(levels, window);
-  acc_t<T>* const taps = rows + seen_h * pitch;
+  auto* const mixes = reinterpret_cast<Mix<acc_t<T>>*>(rows + seen_h * pitch);  // [views, H]
+  const int views = levels.count * window.size_h;
+  auto* const taps = reinterpret_cast<acc_t<T>*>(mixes + views * H);
+  int first = 0;
+  for (int level = 0; level < levels.count; ++level) {
+    const Axis<T> axis(levels.bins_h[level], H, args.align_corners);
+    for (int u = 0; u < window.size_h; ++u, first += axis.bins) {
+      for (int y = thread; y < H; y += kThreads) {
+        mixes[(level * window.size_h + u) * H + y] =
+            mix_of<T>(axis, tap_pixel<int>(y, u, window.size_h, window.dilation_h), first, pitch);
+      }
+    }
+  }
   const T* const from = static_cast<const T*>(args.taps) + n * count * args.O + channel;
   for (int at = thread; at < count; at += kThreads) taps[at] = widen(from[at * args.O]);
   __syncthreads();
@@ -58,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, 3) context_planes(const __grid_const
       const auto tap = [&](int j) { return taps[tap_of(levels, window, seen.level, seen.cell, j, seen.tap, v)]; };
       sum += (1 - source.lambda) * tap(source.low) + source.lambda * tap(source.high);
     }
-    rows[row * pitch + padded(x)] = sum;
+    rows[row * pitch + padded_by_four(x)] = sum;
   }
   __syncthreads();
 
@@ -69,21 +106,32 @@ __global__ void __launch_bounds__(kThreads, 3) context_planes(const __grid_const
     T values[kVector<T>];
     load_some(target, length, values);
     acc_t<T> sums[kVector<T>] = {};
-    int first = 0;
-    for (int level = 0; level < levels.count; ++level) {
-      const int bins_h = levels.bins_h[level];
-      const Axis<T> axis(bins_h, H, args.align_corners);
-      for (int u = 0; u < window.size_h; ++u, first += bins_h) {
-        const int row = tap_pixel<int>(y, u, window.size_h, window.dilation_h);
-        if (row < 0 || row >= H) continue;
-        const auto source = axis.at(row);
-        const acc_t<T>* const low = rows + (first + source.low) * pitch;
-        const acc_t<T>* const high = rows + (first + source.high) * pitch;
+    const Mix<acc_t<T>>* const mix_of_row = mixes + y;
+    if (length == kVector<T> && x % 4 == 0) {
+      for (int view = 0; view < views; ++view) {
+        const Mix<acc_t<T>> mix = mix_of_row[view * H];
+#pragma unroll
+        for (int i = 0; i < kVector<T>; i += kFour<T>) {
+          const int at = padded_by_four(x + i);
+          acc_t<T> low[kFour<T>], high[kFour<T>];
+          load(rows + mix.low + at, low);
+          load(rows + mix.high + at, high);
+#pragma unroll
+          for (int j = 0; j < kFour<T>; ++j) {
+            sums[i + j] += mix.low_weight * low[j];
+            sums[i + j] += mix.high_weight * high[j];
+          }
+        }
+      }
+    } else {
+      for (int view = 0; view < views; ++view) {
+        const Mix<acc_t<T>> mix = mix_of_row[view * H];
 #pragma unroll
         for (int i = 0; i < kVector<T>; ++i) {
           if (i >= length) break;
-          const int at = padded(x + i);
-          sums[i] += (1 - source.lambda) * low[at] + source.lambda * high[at];
+          const int at = padded_by_four(x + i);
+          sums[i] += mix.low_weight * rows[mix.low + at];
+          sums[i] += mix.high_weight * rows[mix.high + at];
         }
       }
     }
@@ -94,14 +142,6 @@ __global__ void __launch_bounds__(kThreads, 3) context_planes(const __grid_const
     store_some(target, length, values);
   });
 }
-
-// What a pixel takes of a level through a tap: two cells by where they lie, with their weights; outside the map both
-// are 0.
-template <class A>
-struct Mix {
-  int low, high;
-  A low_weight, high_weight;
-};
 
 // Channels-last maps: the taps' part of a stretch of one row is summed over the cells seen vertically, then for each
 // pixel over those seen horizontally.
@@ -132,12 +172,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Axis<T> axis(levels.bins_w[level], W, args.align_corners);
     for (int v = 0; v < window.size_w; ++v, first += axis.bins) {
       for (int x = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x); x < size; x += kThreads) {
-        const int column = tap_pixel<int>(begin + x, v, window.size_w, window.dilation_w);
-        const bool inside = column >= 0 && column < W;
-        const auto source = axis.at(inside ? column : 0);
-        mixes[(level * window.size_w + v) * stretch + x] = {(first + source.low) * pitch, (first + source.high) * pitch,
-                                                            inside ? 1 - source.lambda : A(0),
-                                                            inside ? source.lambda : A(0)};
+        mixes[(level * window.size_w + v) * stretch + x] =
+            mix_of<T>(axis, tap_pixel<int>(begin + x, v, window.size_w, window.dilation_w), first, pitch);
       }
     }
   }
@@ -240,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       acc_t<T> sum = top == 0 ? acc_t<T>(0) : sums[at];
       for_part_of<acc_t<T>>(
           seen.cell, tap_shift(seen.tap, window.size_h, window.dilation_h), top, bottom,
-          [&](int i) { return starts[i]; }, [&](int p) { return next_h[seen.level * H + p]; },
+          [&](int i) { return starts[i]; }, [&](int p, int) { return next_h[seen.level * H + p]; },
           [&](int y, acc_t<T> weight) { sum += weight * widen(column[(y - top) * W]); });
       sums[at] = sum;
     }
@@ -255,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     acc_t<T> sum = 0;
     for_part_of<acc_t<T>>(
         tap.j, tap_shift(tap.v, window.size_w, window.dilation_w), 0, W, [&](int j) { return starts[j]; },
-        [&](int p) { return next_w[tap.level * W + p]; },
+        [&](int p, int) { return next_w[tap.level * W + p]; },
         [&](int x, acc_t<T> weight) { sum += weight * sums[row * W + x]; });
     to[at * args.O] = narrow<T>(sum);
   }
@@ -282,7 +318,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     acc_t<T> sums[V] = {};
     for_part_of<acc_t<T>>(
         seen.cell, tap_shift(seen.tap, window.size_w, window.dilation_w), 0, W, [&](int j) { return axis.start(j); },
-        [&](int p) { return axis.weight_of_next(p); },
+        [&](int p, int low) { return axis.weight_after(low, p); },
         [&](int x, acc_t<T> weight) {
           acc_t<T> grad[V];
           load_wide(row + x * args.grad_conv.stride_w, grad);
@@ -313,7 +349,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   acc_t<T> sum = 0;
   for_part_of<acc_t<T>>(
       tap.i, tap_shift(tap.u, window.size_h, window.dilation_h), 0, H, [&](int i) { return axis.start(i); },
-      [&](int p) { return axis.weight_of_next(p); },
+      [&](int p, int low) { return axis.weight_after(low, p); },
       [&](int y, acc_t<T> weight) { sum += weight * from[((item.n * H + y) * seen_w + column) * args.O]; });
   const int64_t number = item.n * count_taps(levels, window) + item.cell;
   static_cast<T*>(args.grad_taps)[number * args.O + channel] = narrow<T>(sum);
@@ -365,7 +401,8 @@ int pyramid_context(const PyramidContextArgs& args, void* stream) {
     using T = decltype(zero);
     const size_t seen_h = seen_cells(args.levels, args.levels.bins_h, args.window.size_h);
     const size_t table =
-        (seen_h * padded(static_cast<int>(args.W)) + count_taps(args.levels, args.window)) * sizeof(acc_t<T>);
+        (seen_h * row_pitch(static_cast<int>(args.W)) + count_taps(args.levels, args.window)) * sizeof(acc_t<T>) +
+        args.levels.count * args.window.size_h * args.H * sizeof(Mix<acc_t<T>>);
     if (!args.channels_last && table <= kSharedBytes) {
       return launch(context_planes<T>, args.N * args.O, kThreads, table, stream, args);
     }
