@@ -31,7 +31,7 @@ struct Epilogue {
 // What a pixel takes along an axis of a level through a tap: two cells by where they lie, with their weights; outside
 // the map both are 0.
 template <class A>
-struct Mix {
+struct alignas(16) Mix {
   int low, high;
   A low_weight, high_weight;
 };
@@ -48,7 +48,7 @@ __device__ __forceinline__ Mix<acc_t<T>> mix_of(const Axis<T>& axis, int column,
 template <class T>
 constexpr int kFour = kVector<T> < 4 ? kVector<T> : 4;  // columns that are read at once
 
-PSP_HOST_DEVICE int row_pitch(int W) { return (padded_by_four(W) + 3) / 4 * 4; }
+PSP_HOST_DEVICE int pitch_of_fours(int W) { return (padded_by_four(W) + 3) / 4 * 4; }
 
 // Planar maps: taps become one row of W for each cell seen vertically, of which a row of the map is a sum.
 // Layout: planar, any alignment and row stride, in 16-byte vectors where these allow it.
@@ -60,7 +60,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
     context_planes(const __grid_constant__ PyramidContextArgs args) {
   PSP_DYNAMIC_SHARED(acc_t<T>, rows);  // [seen_h, pitch], then the mixes and the taps
-  const int H = static_cast<int>(args.H), W = static_cast<int>(args.W), pitch = row_pitch(W);
+  const int H = static_cast<int>(args.H), W = static_cast<int>(args.W), pitch = pitch_of_fours(W);
   const int thread = static_cast<int>(threadIdx.x);
   const Levels& levels = args.levels;
   const Window& window = args.window;
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Window& window = args.window;
   const bool active = channel < args.O;
   const int seen_w = first_seen(levels.bins_w, levels.count, window.size_w), views = levels.count * window.size_w;
-  auto* const mixes = reinterpret_cast<Mix<A>*>(columns + seen_w * pitch);  // [views, stretch]
+  auto* const mixes = reinterpret_cast<Mix<A>*>(columns + in_fours(seen_w * pitch));  // [views, stretch]
 
   int first = 0;
   for (int level = 0; level < levels.count; ++level) {
@@ -375,22 +375,23 @@ template <class T, int V>
 cudaError_t launch_rows(const PyramidContextArgs& args, void* stream) {
   using A = acc_t<T>;
   constexpr size_t kMixes = 18 * 1024;  // bytes of them
-  const size_t column = sizeof(A) * V * seen_cells(args.levels, args.levels.bins_w, args.window.size_w);
+  const int64_t cells = seen_cells(args.levels, args.levels.bins_w, args.window.size_w);
   const int64_t views = int64_t{args.levels.count} * args.window.size_w;
   const int64_t fitting = static_cast<int64_t>(kMixes / sizeof(Mix<A>)) / views, parts = divide_up(args.W, fitting);
   if (fitting == 0) return cudaErrorInvalidValue;
   const int stretch = static_cast<int>(divide_up(args.W, parts));
   const size_t mixes = views * stretch * sizeof(Mix<A>);
   Chunks chunks = make_chunks(args.O, V);
-  while (chunks.lanes > 1 && column * chunks.lanes + mixes > kSharedBytes) {
+  const auto bytes = [&](int lanes) { return in_fours(cells * V * lanes) * sizeof(A) + mixes; };
+  while (chunks.lanes > 1 && bytes(chunks.lanes) > kSharedBytes) {
     chunks.lanes /= 2;
     chunks.count = static_cast<int>(divide_up(divide_up(args.O, V), chunks.lanes));
   }
   if constexpr (V > 1) {
-    if (column * chunks.lanes + mixes > kSharedBytes) return launch_rows<T, 1>(args, stream);
+    if (bytes(chunks.lanes) > kSharedBytes) return launch_rows<T, 1>(args, stream);
   }
   return launch(context_rows<T, V>, args.N * args.H * divide_up(args.W, stretch) * chunks.count, chunks.threads(),
-                column * chunks.lanes + mixes, stream, args, chunks.count, stretch);
+                bytes(chunks.lanes), stream, args, chunks.count, stretch);
 }
 
 }  // namespace
@@ -401,7 +402,7 @@ int pyramid_context(const PyramidContextArgs& args, void* stream) {
     using T = decltype(zero);
     const size_t seen_h = seen_cells(args.levels, args.levels.bins_h, args.window.size_h);
     const size_t table =
-        (seen_h * row_pitch(static_cast<int>(args.W)) + count_taps(args.levels, args.window)) * sizeof(acc_t<T>) +
+        (seen_h * pitch_of_fours(static_cast<int>(args.W)) + count_taps(args.levels, args.window)) * sizeof(acc_t<T>) +
         args.levels.count * args.window.size_h * args.H * sizeof(Mix<acc_t<T>>);
     if (!args.channels_last && table <= kSharedBytes) {
       return launch(context_planes<T>, args.N * args.O, kThreads, table, stream, args);

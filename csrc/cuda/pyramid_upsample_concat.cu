@@ -39,30 +39,37 @@ __global__ void __launch_bounds__(kThreads, 3)
   };
   const int strips = static_cast<int>(blockDim.y), strip = static_cast<int>(threadIdx.y);
   const int end = static_cast<int>((strip + 1) * args.W / strips);
-  acc_t<T> left[V] = {}, right[V] = {};
-  int column = -1;
-  for (int x = static_cast<int>(strip * args.W / strips); x < end; ++x) {
-    const auto horizontal = axis.at(x);
-    if (horizontal.low != column) {
-      column = horizontal.low;
-      interpolate(column, left);
-      interpolate(horizontal.high, right);
-    }
-    acc_t<T> values[V];
+  for (int x = static_cast<int>(strip * args.W / strips); x < end;) {
+    const int column = axis.at(x).low, stop = min(axis.start(column + 1), end);
+    acc_t<T> left[V], right[V];
+    interpolate(column, left);
+    interpolate(min(column + 1, bins_w - 1), right);
+    for (; x < stop; ++x) {
+      const acc_t<T> next = axis.weight_after(column, x);
+      acc_t<T> values[V];
 #pragma unroll
-    for (int v = 0; v < V; ++v) values[v] = (1 - horizontal.lambda) * left[v] + horizontal.lambda * right[v];
-    store_narrow(pixel<T>(args.context, item.n, channel, y, x), values);
+      for (int v = 0; v < V; ++v) values[v] = (1 - next) * left[v] + next * right[v];
+      store_narrow(pixel<T>(args.context, item.n, channel, y, x), values);
+    }
   }
 }
+
+// The rows of a table that a row of pixels lies between, by where they begin, with their weights.
+template <class A>
+struct alignas(16) RowMix {
+  int low, high;
+  A low_weight, high_weight;
+};
 
 // Planar upsampling: each row of cells is interpolated to W columns in shared memory, then between rows.
 // Layout: planar, any alignment and row stride, in 16-byte vectors where these allow it.
 // A block takes one plane; threads over rows of cells x columns, then over vectors of the plane.
 // Traffic: context written once; reduced is small and lies in the caches.
+// Instructions a vector of 8 elements, where W is even: 20 a pair.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 3) upsample_planes(const __grid_constant__ PyramidUpsampleConcatArgs args) {
-  PSP_DYNAMIC_SHARED(acc_t<T>, table);  // [bins_h, pitch]
-  const int H = static_cast<int>(args.H), W = static_cast<int>(args.W), pitch = padded(W);
+  PSP_DYNAMIC_SHARED(acc_t<T>, table);  // [bins_h, pitch], then the rows
+  const int H = static_cast<int>(args.H), W = static_cast<int>(args.W), pitch = row_pitch(W);
   const Levels& levels = args.levels;
   const int64_t channels = levels.count * args.R, n = blockIdx.x / channels, channel = blockIdx.x % channels;
   const int level = static_cast<int>(channel / args.R), bins_h = levels.bins_h[level], bins_w = levels.bins_w[level];
@@ -74,8 +81,13 @@ __global__ void __launch_bounds__(kThreads, 3) upsample_planes(const __grid_cons
     const int i = at / W, x = at - i * W;
     const auto source = columns.at(x);
     const T* const row = cells + static_cast<int64_t>(i) * bins_w * args.R;
-    table[i * pitch + padded(x)] =
+    table[i * pitch + padded_by_two(x)] =
         (1 - source.lambda) * widen(row[source.low * args.R]) + source.lambda * widen(row[source.high * args.R]);
+  }
+  auto* const mixes = reinterpret_cast<RowMix<acc_t<T>>*>(table + in_fours(bins_h * pitch));  // [H]
+  for (int y = static_cast<int>(threadIdx.x); y < H; y += kThreads) {
+    const auto source = rows.at(y);
+    mixes[y] = {source.low * pitch, source.high * pitch, 1 - source.lambda, source.lambda};
   }
   __syncthreads();
 
@@ -83,17 +95,26 @@ __global__ void __launch_bounds__(kThreads, 3) upsample_planes(const __grid_cons
   for_each_vector(to, args.context.stride_h, H, W, dense(args.context, H, W), [&](int first, int count) {
     int y = first / W, x = first - y * W;
     T* const target = to + y * args.context.stride_h + x;
-    auto source = rows.at(y);
     T values[kVector<T>];
+    if (count == kVector<T> && W % 2 == 0 && first % 2 == 0) {
+      for_each_pair<T>(first, W, [&](int i, int row, int column) {
+        const RowMix<acc_t<T>> mix = mixes[row];
+        const int at = padded_by_two(column);
+        const auto low = *reinterpret_cast<const Pair<acc_t<T>>*>(table + mix.low + at);
+        const auto high = *reinterpret_cast<const Pair<acc_t<T>>*>(table + mix.high + at);
 #pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) {
-      if (i >= count) break;
-      const acc_t<T>* const column = table + padded(x);
-      values[i] =
-          narrow<T>((1 - source.lambda) * column[source.low * pitch] + source.lambda * column[source.high * pitch]);
-      if (++x == W) {
-        x = 0;
-        source = rows.at(++y);
+        for (int j = 0; j < 2; ++j) {
+          values[i + j] = narrow<T>(mix.low_weight * low.values[j] + mix.high_weight * high.values[j]);
+        }
+      });
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVector<T>; ++i) {
+        if (i >= count) break;
+        const RowMix<acc_t<T>> mix = mixes[y];
+        const int at = padded_by_two(x);
+        values[i] = narrow<T>(mix.low_weight * table[mix.low + at] + mix.high_weight * table[mix.high + at]);
+        if (++x == W) x = 0, ++y;
       }
     }
     store_some(target, count, values);
@@ -305,8 +326,9 @@ int pyramid_upsample_concat(const PyramidUpsampleConcatArgs& args, void* stream)
   return dispatch(args.dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t channels = args.levels.count * args.R;
-    const size_t table = sizeof(acc_t<T>) * most_bins(args.levels.bins_h, args.levels.count) *
-                         static_cast<size_t>(padded(static_cast<int>(args.W)));
+    const int64_t rows = most_bins(args.levels.bins_h, args.levels.count);
+    const size_t table =
+        sizeof(acc_t<T>) * in_fours(rows * row_pitch(static_cast<int>(args.W))) + args.H * sizeof(RowMix<acc_t<T>>);
     if (!args.channels_last && table <= kSharedBytes && countable(args.H, args.W)) {
       return launch(upsample_planes<T>, args.N * channels, kThreads, table, stream, args);
     }
