@@ -60,10 +60,15 @@ PSP_HOST_DEVICE acc_t source_scale(int bins, int64_t size, bool align_corners) {
   return static_cast<acc_t>(bins) / static_cast<acc_t>(size);
 }
 
+// Where pixel `at` lies among the source's, whose first is at 0: before it, if negative.
+template <class acc_t>
+PSP_HOST_DEVICE acc_t source_position(int64_t at, acc_t scale, bool align_corners) {
+  return align_corners ? scale * static_cast<acc_t>(at) : scale * (static_cast<acc_t>(at) + acc_t(0.5)) - acc_t(0.5);
+}
+
 template <class acc_t>
 PSP_HOST_DEVICE SourceIndex<acc_t> source_index(int64_t at, acc_t scale, int bins, bool align_corners) {
-  acc_t real =
-      align_corners ? scale * static_cast<acc_t>(at) : scale * (static_cast<acc_t>(at) + acc_t(0.5)) - acc_t(0.5);
+  acc_t real = source_position<acc_t>(at, scale, align_corners);
   if (real < acc_t(0)) real = acc_t(0);
   int low = static_cast<int>(real);
   if (low > bins - 1) low = bins - 1;

@@ -25,19 +25,24 @@ struct Axis {
     const SourceIndex<acc_t<T>> source = at(pixel);
     return source.high > source.low ? source.lambda : acc_t<T>(0);
   }
-  // The first pixel whose `low` is at least `cell`; `size` if there is none.
-  __device__ __forceinline__ int start(int cell) const {
-    int begin = 0, end = size;
-    while (begin < end) {
-      const int middle = (begin + end) / 2;
-      if (at(middle).low >= cell) {
-        end = middle;
-      } else {
-        begin = middle + 1;
-      }
-    }
-    return begin;
+  // The same of a pixel whose lower cell is known, or of one before it or after the next, which takes nothing or the
+  // whole.
+  __device__ __forceinline__ acc_t<T> weight_after(int cell, int pixel) const {
+    const acc_t<T> beyond = source_position<acc_t<T>>(pixel, scale, align_corners) - static_cast<acc_t<T>>(cell);
+    return cell < bins - 1 ? min(max(beyond, acc_t<T>(0)), acc_t<T>(1)) : acc_t<T>(0);
   }
+  // The first pixel at or after the centre of a cell; `size` if there is none. A guess, mended where rounding misled
+  // it.
+  __device__ __forceinline__ int first_at(int cell) const {
+    const auto wanted = static_cast<acc_t<T>>(cell), half = align_corners ? acc_t<T>(0) : acc_t<T>(0.5);
+    const acc_t<T> guess = (wanted + half) / scale - half;
+    int pixel = guess > 0 ? (guess < static_cast<acc_t<T>>(size) ? static_cast<int>(guess) : size) : 0;
+    while (pixel > 0 && source_position<acc_t<T>>(pixel - 1, scale, align_corners) >= wanted) --pixel;
+    while (pixel < size && source_position<acc_t<T>>(pixel, scale, align_corners) < wanted) ++pixel;
+    return pixel;
+  }
+  // The first pixel whose `low` is at least `cell`; `size` if there is none.
+  __device__ __forceinline__ int start(int cell) const { return cell <= 0 ? 0 : cell >= bins ? size : first_at(cell); }
 };
 
 }  // namespace pspnet_fast::cuda

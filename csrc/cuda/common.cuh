@@ -133,6 +133,9 @@ __device__ __forceinline__ T* pixel(const Image& image, int64_t n, int64_t c, in
          x * image.stride_w;
 }
 
+// Where what follows `count` numbers in shared memory may begin, on a 16-byte boundary.
+PSP_HOST_DEVICE constexpr int64_t in_fours(int64_t count) { return (count + 3) / 4 * 4; }
+
 PSP_HOST_DEVICE constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Kernels count channels and along an axis in int, over whole tensors in int64_t.

@@ -111,7 +111,30 @@ Staging plan_staging(int64_t H, int64_t W, size_t table_bytes) {
   return {static_cast<int>(rows), tile_bytes, tile_bytes + table_bytes};
 }
 
-// Where column x of a table row in shared memory lies: eight neighbours a thread then meet no bank twice.
-PSP_HOST_DEVICE int padded(int x) { return x + x / kWarp; }
+template <class A>
+struct alignas(2 * sizeof(A)) Pair {
+  A values[2];
+};
+
+// Where column x of a table row in shared memory lies, whose columns are read in pairs: neighbours a thread then meet
+// few banks twice.
+PSP_HOST_DEVICE int padded_by_two(unsigned x) { return static_cast<int>(x + x / kWarp * 2); }
+PSP_HOST_DEVICE int row_pitch(int W) { return padded_by_two(W + W % 2); }
+
+// Calls visit(i, y, x) for the elements i and i + 1 of a vector that begins with number `first` = y * W + x. Rows of an
+// even number of columns hold such pairs whole, of a vector that begins with an even number.
+template <class T, class F>
+__device__ __forceinline__ void for_each_pair(int first, int W, F visit) {
+  int y = first / W, x = first - y * W;
+#pragma unroll
+  for (int i = 0; i < kVector<T>; i += 2) {
+    visit(i, y, x);
+    x += 2;
+    if (x == W) x = 0, ++y;
+  }
+}
+
+// The same where four columns are read at once.
+PSP_HOST_DEVICE int padded_by_four(unsigned x) { return static_cast<int>(x + x / kWarp * 4); }
 
 }  // namespace pspnet_fast::cuda

@@ -232,9 +232,10 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 3)
     pool_backward_planes(const __grid_constant__ PyramidPoolBackwardArgs args, const __grid_constant__ Segments rows,
                          const __grid_constant__ Segments columns) {
-  PSP_DYNAMIC_SHARED(acc_t<T>, cells);                         // [rows, columns]
-  acc_t<T>* const table = cells + rows.count * columns.count;  // [rows, pitch]
-  const int H = static_cast<int>(args.H), W = static_cast<int>(args.W), pitch = padded(W);
+  const int H = static_cast<int>(args.H), W = static_cast<int>(args.W), pitch = row_pitch(W);
+  PSP_DYNAMIC_SHARED(acc_t<T>, table);                                             // [rows, pitch]
+  acc_t<T>* const cells = table + rows.count * pitch;                              // [rows, columns]
+  int* const row_of = reinterpret_cast<int*>(cells + rows.count * columns.count);  // [H]: where a row's begins in table
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t n = blockIdx.x / args.C, c = blockIdx.x % args.C;
 
@@ -249,8 +250,9 @@ __global__ void __launch_bounds__(kThreads, 3)
   __syncthreads();
   for (int at = thread; at < rows.count * W; at += kThreads) {
     const int row = at / W, x = at - row * W;
-    table[row * pitch + padded(x)] = cells[row * columns.count + columns.containing(x)];
+    table[row * pitch + padded_by_two(x)] = cells[row * columns.count + columns.containing(x)];
   }
+  for (int y = thread; y < H; y += kThreads) row_of[y] = rows.containing(y) * pitch;
   __syncthreads();
 
   const bool adds = args.grad_concat.data != nullptr;
@@ -258,18 +260,24 @@ __global__ void __launch_bounds__(kThreads, 3)
   T* const to = pixel<T>(args.grad_input, n, c, 0, 0);
   const T* const from = adds ? pixel<const T>(args.grad_concat, n, c, 0, 0) : nullptr;
   for_each_vector(to, args.grad_input.stride_h, H, W, is_dense, [&](int first, int count) {
-    int y = first / W, x = first - y * W, row = rows.containing(y);
+    int y = first / W, x = first - y * W;
     T* const target = to + y * args.grad_input.stride_h + x;
     T values[kVector<T>];
     if (adds) load_some(from + y * args.grad_concat.stride_h + x, count, values);
+    const auto add = [&](int i, acc_t<T> share) { values[i] = narrow<T>(adds ? widen(values[i]) + share : share); };
+    if (count == kVector<T> && W % 2 == 0 && first % 2 == 0) {
+      for_each_pair<T>(first, W, [&](int i, int row, int column) {
+        const acc_t<T>* const shares = table + row_of[row] + padded_by_two(column);
+        const auto pair = *reinterpret_cast<const Pair<acc_t<T>>*>(shares);
+        add(i, pair.values[0]);
+        add(i + 1, pair.values[1]);
+      });
+    } else {
 #pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) {
-      if (i >= count) break;
-      const acc_t<T> share = table[row * pitch + padded(x)];
-      values[i] = narrow<T>(adds ? widen(values[i]) + share : share);
-      if (++x == W) {
-        x = 0;
-        row = rows.containing(++y);
+      for (int i = 0; i < kVector<T>; ++i) {
+        if (i >= count) break;
+        add(i, table[row_of[y] + padded_by_two(x)]);
+        if (++x == W) x = 0, ++y;
       }
     }
     store_some(target, count, values);
@@ -344,10 +352,10 @@ int pyramid_pool_backward(const PyramidPoolBackwardArgs& args, void* stream) {
   const int64_t cells = static_cast<int64_t>(rows.count) * columns.count;
   return dispatch(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t table = cells + static_cast<int64_t>(rows.count) * padded(static_cast<int>(args.W));
-    if (!args.channels_last && table * sizeof(acc_t<T>) <= kSharedBytes && countable(args.H, args.W)) {
-      return launch(pool_backward_planes<T>, args.N * args.C, kThreads, table * sizeof(acc_t<T>), stream, args, rows,
-                    columns);
+    const int64_t table = cells + static_cast<int64_t>(rows.count) * row_pitch(static_cast<int>(args.W));
+    const size_t bytes = table * sizeof(acc_t<T>) + args.H * sizeof(int);
+    if (!args.channels_last && bytes <= kSharedBytes && countable(args.H, args.W)) {
+      return launch(pool_backward_planes<T>, args.N * args.C, kThreads, bytes, stream, args, rows, columns);
     }
     const bool vectors = args.channels_last && aligned(args.grad_pooled) &&
                          vectors_of_channels<T>(args.grad_concat, args.C) &&

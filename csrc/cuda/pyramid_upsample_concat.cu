@@ -9,7 +9,7 @@
 namespace pspnet_fast::cuda {
 namespace {
 
-constexpr int kLongest = 16;  // pixels of an axis that a block of the backward takes, if bins are larger than that
+constexpr int kLongest = 16;  // pixels of an axis that a block of the backward takes
 
 // Channels-last upsampling: the pixels between two columns of cells share their vertical interpolation.
 // Layout: channels-last in 16-byte vectors (V > 1), or any strides (V == 1).
@@ -39,30 +39,37 @@ __global__ void __launch_bounds__(kThreads, 3)
   };
   const int strips = static_cast<int>(blockDim.y), strip = static_cast<int>(threadIdx.y);
   const int end = static_cast<int>((strip + 1) * args.W / strips);
-  acc_t<T> left[V] = {}, right[V] = {};
-  int column = -1;
-  for (int x = static_cast<int>(strip * args.W / strips); x < end; ++x) {
-    const auto horizontal = axis.at(x);
-    if (horizontal.low != column) {
-      column = horizontal.low;
-      interpolate(column, left);
-      interpolate(horizontal.high, right);
-    }
-    acc_t<T> values[V];
+  for (int x = static_cast<int>(strip * args.W / strips); x < end;) {
+    const int column = axis.at(x).low, stop = min(axis.start(column + 1), end);
+    acc_t<T> left[V], right[V];
+    interpolate(column, left);
+    interpolate(min(column + 1, bins_w - 1), right);
+    for (; x < stop; ++x) {
+      const acc_t<T> next = axis.weight_after(column, x);
+      acc_t<T> values[V];
 #pragma unroll
-    for (int v = 0; v < V; ++v) values[v] = (1 - horizontal.lambda) * left[v] + horizontal.lambda * right[v];
-    store_narrow(pixel<T>(args.context, item.n, channel, y, x), values);
+      for (int v = 0; v < V; ++v) values[v] = (1 - next) * left[v] + next * right[v];
+      store_narrow(pixel<T>(args.context, item.n, channel, y, x), values);
+    }
   }
 }
+
+// The rows of a table that a row of pixels lies between, by where they begin, with their weights.
+template <class A>
+struct alignas(16) RowMix {
+  int low, high;
+  A low_weight, high_weight;
+};
 
 // Planar upsampling: each row of cells is interpolated to W columns in shared memory, then between rows.
 // Layout: planar, any alignment and row stride, in 16-byte vectors where these allow it.
 // A block takes one plane; threads over rows of cells x columns, then over vectors of the plane.
 // Traffic: context written once; reduced is small and lies in the caches.
+// Instructions a vector of 8 elements, where W is even: 20 a pair.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 3) upsample_planes(const __grid_constant__ PyramidUpsampleConcatArgs args) {
-  PSP_DYNAMIC_SHARED(acc_t<T>, table);  // [bins_h, pitch]
-  const int H = static_cast<int>(args.H), W = static_cast<int>(args.W), pitch = padded(W);
+  PSP_DYNAMIC_SHARED(acc_t<T>, table);  // [bins_h, pitch], then the rows
+  const int H = static_cast<int>(args.H), W = static_cast<int>(args.W), pitch = row_pitch(W);
   const Levels& levels = args.levels;
   const int64_t channels = levels.count * args.R, n = blockIdx.x / channels, channel = blockIdx.x % channels;
   const int level = static_cast<int>(channel / args.R), bins_h = levels.bins_h[level], bins_w = levels.bins_w[level];
@@ -74,8 +81,13 @@ __global__ void __launch_bounds__(kThreads, 3) upsample_planes(const __grid_cons
     const int i = at / W, x = at - i * W;
     const auto source = columns.at(x);
     const T* const row = cells + static_cast<int64_t>(i) * bins_w * args.R;
-    table[i * pitch + padded(x)] =
+    table[i * pitch + padded_by_two(x)] =
         (1 - source.lambda) * widen(row[source.low * args.R]) + source.lambda * widen(row[source.high * args.R]);
+  }
+  auto* const mixes = reinterpret_cast<RowMix<acc_t<T>>*>(table + in_fours(bins_h * pitch));  // [H]
+  for (int y = static_cast<int>(threadIdx.x); y < H; y += kThreads) {
+    const auto source = rows.at(y);
+    mixes[y] = {source.low * pitch, source.high * pitch, 1 - source.lambda, source.lambda};
   }
   __syncthreads();
 
@@ -83,17 +95,26 @@ __global__ void __launch_bounds__(kThreads, 3) upsample_planes(const __grid_cons
   for_each_vector(to, args.context.stride_h, H, W, dense(args.context, H, W), [&](int first, int count) {
     int y = first / W, x = first - y * W;
     T* const target = to + y * args.context.stride_h + x;
-    auto source = rows.at(y);
     T values[kVector<T>];
+    if (count == kVector<T> && W % 2 == 0 && first % 2 == 0) {
+      for_each_pair<T>(first, W, [&](int i, int row, int column) {
+        const RowMix<acc_t<T>> mix = mixes[row];
+        const int at = padded_by_two(column);
+        const auto low = *reinterpret_cast<const Pair<acc_t<T>>*>(table + mix.low + at);
+        const auto high = *reinterpret_cast<const Pair<acc_t<T>>*>(table + mix.high + at);
 #pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) {
-      if (i >= count) break;
-      const acc_t<T>* const column = table + padded(x);
-      values[i] =
-          narrow<T>((1 - source.lambda) * column[source.low * pitch] + source.lambda * column[source.high * pitch]);
-      if (++x == W) {
-        x = 0;
-        source = rows.at(++y);
+        for (int j = 0; j < 2; ++j) {
+          values[i + j] = narrow<T>(mix.low_weight * low.values[j] + mix.high_weight * high.values[j]);
+        }
+      });
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVector<T>; ++i) {
+        if (i >= count) break;
+        const RowMix<acc_t<T>> mix = mixes[y];
+        const int at = padded_by_two(x);
+        values[i] = narrow<T>(mix.low_weight * table[mix.low + at] + mix.high_weight * table[mix.high + at]);
+        if (++x == W) x = 0, ++y;
       }
     }
     store_some(target, count, values);
@@ -101,32 +122,48 @@ __global__ void __launch_bounds__(kThreads, 3) upsample_planes(const __grid_cons
 }
 
 // Channels-last backward, first part. Between two rows and two columns of cells lies an interval, whose pixels share
-// their four cells; long intervals are cut into parts.
+// their four cells; the first and the last hold the pixels outside too. Long intervals are cut into parts, of at most
+// kLongest pixels each way, and one more where rounding moves a pixel.
 struct Intervals {
   int parts_h[kMaxLevels], parts_w[kMaxLevels], first[kMaxLevels + 1];
 };
 
-Intervals make_intervals(const Levels& levels, int64_t H, int64_t W) {
+PSP_HOST_DEVICE int count_intervals(int bins) { return bins > 1 ? bins - 1 : 1; }
+
+int count_parts(int bins, int64_t size, bool align_corners) {
+  const int64_t longest = bins <= 2       ? size
+                          : align_corners ? divide_up(size - 1, bins - 1) + 1
+                                          : divide_up(3 * size, 2 * int64_t{bins});
+  return static_cast<int>(std::max<int64_t>(divide_up(longest, kLongest), 1));
+}
+
+Intervals make_intervals(const PyramidUpsampleConcatBackwardArgs& args) {
   Intervals intervals = {};
-  for (int level = 0; level < levels.count; ++level) {
-    const int bins_h = levels.bins_h[level], bins_w = levels.bins_w[level];
-    const int parts_h = static_cast<int>(divide_up(H, int64_t{kLongest} * bins_h));
-    const int parts_w = static_cast<int>(divide_up(W, int64_t{kLongest} * bins_w));
-    intervals.parts_h[level] = parts_h;
-    intervals.parts_w[level] = parts_w;
-    intervals.first[level + 1] = intervals.first[level] + bins_h * parts_h * bins_w * parts_w;
+  for (int level = 0; level < args.levels.count; ++level) {
+    const int bins_h = args.levels.bins_h[level], bins_w = args.levels.bins_w[level];
+    intervals.parts_h[level] = count_parts(bins_h, args.H, args.align_corners);
+    intervals.parts_w[level] = count_parts(bins_w, args.W, args.align_corners);
+    intervals.first[level + 1] = intervals.first[level] + count_intervals(bins_h) * intervals.parts_h[level] *
+                                                              count_intervals(bins_w) * intervals.parts_w[level];
   }
   return intervals;
 }
 
-// The pixels of part number `part` of an axis: [begin, end).
+// The pixels of an axis in one part of one interval: [begin, end).
 template <class T>
-__device__ __forceinline__ void part_of(const Axis<T>& axis, int part, int parts, int& begin, int& end) {
-  const int cell = part / parts, local = part - cell * parts;
-  const int from = axis.start(cell), length = axis.start(cell + 1) - from;
-  begin = from + local * length / parts;
-  end = from + (local + 1) * length / parts;
-}
+struct Part {
+  const Axis<T>& axis;
+  int interval, begin, end;
+
+  __device__ __forceinline__ Part(const Axis<T>& axis, int part, int parts) : axis(axis), interval(part / parts) {
+    const int local = part - interval * parts, from = axis.start(interval);
+    const int length = (interval + 1 == count_intervals(axis.bins) ? axis.size : axis.start(interval + 1)) - from;
+    begin = from + static_cast<int>(int64_t{local} * length / parts);
+    end = from + static_cast<int>((int64_t{local} + 1) * length / parts);
+  }
+  // The weight of the interval's second cell, which takes the pixels after its centre whole.
+  __device__ __forceinline__ acc_t<T> weight_of_second(int pixel) const { return axis.weight_after(interval, pixel); }
+};
 
 // Sums of each part [N, parts, 4, R]: its gradient weighted for (low, low), (low, next), (next, low), (next, next).
 // Layout: channels-last in 16-byte vectors (V > 1), or any strides (V == 1).
@@ -140,23 +177,22 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Item item = item_of_block(intervals.first[levels.count], chunks);
   int level = 0;
   while (item.cell >= intervals.first[level + 1]) ++level;
-  const int parts_w = intervals.parts_w[level], row_parts = levels.bins_w[level] * parts_w;
+  const int parts_w = intervals.parts_w[level], row_parts = count_intervals(levels.bins_w[level]) * parts_w;
   const int local = item.cell - intervals.first[level];
   const Axis<T> rows(levels.bins_h[level], args.H, args.align_corners);
   const Axis<T> columns(levels.bins_w[level], args.W, args.align_corners);
-  int top, bottom, begin, end;
-  part_of(rows, local / row_parts, intervals.parts_h[level], top, bottom);
-  part_of(columns, local % row_parts, parts_w, begin, end);
+  const Part<T> part_h(rows, local / row_parts, intervals.parts_h[level]);
+  const Part<T> part_w(columns, local % row_parts, parts_w);
 
   const int64_t r = first_channel<V>(item.chunk);
   acc_t<T> sums[4][V] = {};
   if (r < args.R) {
-    for (int y = top + static_cast<int>(threadIdx.y); y < bottom; y += static_cast<int>(blockDim.y)) {
+    for (int y = part_h.begin + static_cast<int>(threadIdx.y); y < part_h.end; y += static_cast<int>(blockDim.y)) {
       const T* const from = pixel<const T>(args.grad_context, item.n, level * args.R + r, y, 0);
       acc_t<T> left[V] = {}, right[V] = {};
 #pragma unroll 4
-      for (int x = begin; x < end; ++x) {
-        const acc_t<T> next = columns.weight_of_next(x);
+      for (int x = part_w.begin; x < part_w.end; ++x) {
+        const acc_t<T> next = part_w.weight_of_second(x);
         acc_t<T> grad[V];
         load_wide(from + x * args.grad_context.stride_w, grad);
 #pragma unroll
@@ -165,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           right[v] += next * grad[v];
         }
       }
-      const acc_t<T> next = rows.weight_of_next(y);
+      const acc_t<T> next = part_h.weight_of_second(y);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         sums[0][v] += (1 - next) * left[v];
@@ -197,14 +233,16 @@ __global__ void __launch_bounds__(kThreads, 3)
   if (r >= args.R) return;
   const int level = level_of(levels, item.cell), local = item.cell - levels.first[level];
   const int bins_w = levels.bins_w[level], i = local / bins_w, j = local % bins_w;
-  const int parts_h = intervals.parts_h[level], parts_w = intervals.parts_w[level], row_parts = bins_w * parts_w;
+  const int parts_h = intervals.parts_h[level], parts_w = intervals.parts_w[level];
+  const int intervals_h = count_intervals(levels.bins_h[level]), intervals_w = count_intervals(bins_w);
+  const int row_parts = intervals_w * parts_w;
   const int64_t parts = item.n * intervals.first[levels.count] + intervals.first[level];
   const auto* const sums = static_cast<const acc_t<T>*>(args.workspace) + parts * 4 * args.R + r;
 
   acc_t<T> total = 0;
-  for (int row = max(i - 1, 0) * parts_h; row < (i + 1) * parts_h; ++row) {
+  for (int row = max(i - 1, 0) * parts_h; row < min(i + 1, intervals_h) * parts_h; ++row) {
     const int below = row < i * parts_h ? 2 : 0;  // parts above the cell hold its share as `next`
-    for (int column = max(j - 1, 0) * parts_w; column < (j + 1) * parts_w; ++column) {
+    for (int column = max(j - 1, 0) * parts_w; column < min(j + 1, intervals_w) * parts_w; ++column) {
       const int beside = column < j * parts_w ? 1 : 0;
       total += sums[((static_cast<int64_t>(row) * row_parts + column) * 4 + below + beside) * args.R];
     }
@@ -288,8 +326,9 @@ int pyramid_upsample_concat(const PyramidUpsampleConcatArgs& args, void* stream)
   return dispatch(args.dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t channels = args.levels.count * args.R;
-    const size_t table = sizeof(acc_t<T>) * most_bins(args.levels.bins_h, args.levels.count) *
-                         static_cast<size_t>(padded(static_cast<int>(args.W)));
+    const int64_t rows = most_bins(args.levels.bins_h, args.levels.count);
+    const size_t table =
+        sizeof(acc_t<T>) * in_fours(rows * row_pitch(static_cast<int>(args.W))) + args.H * sizeof(RowMix<acc_t<T>>);
     if (!args.channels_last && table <= kSharedBytes && countable(args.H, args.W)) {
       return launch(upsample_planes<T>, args.N * channels, kThreads, table, stream, args);
     }
@@ -302,7 +341,7 @@ int pyramid_upsample_concat(const PyramidUpsampleConcatArgs& args, void* stream)
 }
 
 size_t pyramid_upsample_concat_backward_workspace(const PyramidUpsampleConcatBackwardArgs& args) {
-  const int64_t sums = 4 * args.N * args.R * make_intervals(args.levels, args.H, args.W).first[args.levels.count];
+  const int64_t sums = 4 * args.N * args.R * make_intervals(args).first[args.levels.count];
   size_t bytes = 0;
   dispatch(args.dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -321,7 +360,7 @@ int pyramid_upsample_concat_backward(const PyramidUpsampleConcatBackwardArgs& ar
       return launch(upsample_backward_planes<T>, args.N * args.levels.count * args.R, kThreads, staging.bytes, stream,
                     args, staging);
     }
-    const Intervals intervals = make_intervals(args.levels, args.H, args.W);
+    const Intervals intervals = make_intervals(args);
     const bool vectors = args.channels_last && args.R % kVector<T> == 0 &&
                          vectors_of_channels<T>(args.grad_context, args.levels.count * args.R);
     const Chunks chunks = make_chunks(args.R, vectors ? kVector<T> : 1);

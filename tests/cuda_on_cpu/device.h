@@ -12,6 +12,7 @@
 #include <cuda_runtime.h>  // types of the host interface; nothing of it is linked
 
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -91,6 +92,16 @@ namespace cuda_on_cpu {
 inline void store_wide(uint4* pointer, uint4 value, const char* site) {
   check_device_memory(pointer, site);
   *pointer = value;
+}
+}  // namespace cuda_on_cpu
+
+// As the special function unit: the last bit is lost, and what is below the normal numbers.
+#define PSP_EXP2(x, result) result = ::cuda_on_cpu::exp2(x)
+
+namespace cuda_on_cpu {
+inline float exp2(float x) {
+  const float result = std::exp2(x);
+  return result < 0x1p-126f ? 0.0f : std::bit_cast<float>(std::bit_cast<unsigned>(result) & ~1u);
 }
 }  // namespace cuda_on_cpu
 
