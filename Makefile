@@ -5,6 +5,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+PROCESSES ?= 2
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 
 .PHONY: demo test test-peers lint types check-cuda bench test-abi format clean
@@ -14,7 +15,7 @@ demo: .venv/installed
 
 test: lint types check-cuda
 	@echo "tests: half an hour on 2 cores"
-	PYTHONUNBUFFERED=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 $(BIN)/python -m pytest -n $(PROCESSES)
 
 test-peers: .venv-peers/installed
 	PYTHONPATH=$(CURDIR) .venv-peers/bin/python -m pytest tests/peers

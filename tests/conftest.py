@@ -27,6 +27,11 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--sample") is not None:
         cases.make_smaller()
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        from cuda_on_cpu import backend
+
+        with contextlib.suppress(backend.NotAvailable):  # the tests say why
+            backend.build_operators()  # once, for all processes
 
 
 @pytest.hookimpl(trylast=True)  # of what -k has left
