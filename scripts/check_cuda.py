@@ -26,7 +26,7 @@ WIDE = {
     "argmax_pixels": "L",
     "count_pixels": "",
     "cross_entropy_backward": "",
-    "cross_entropy_pixels": "L",
+    "cross_entropy_pixels": "",
     "cross_entropy_total": "",
     "pool_backward_cells": "LS",
     "pool_backward_planes": "LS",

@@ -69,7 +69,9 @@ def fetch(version: str) -> Path:
         raise Skipped(f"torch {version} could not be downloaded ({reason})")
     with zipfile.ZipFile(wheel) as archive:
         unneeded = ("torch/bin/", "torch/include/ATen/", "torch/include/google/")
-        archive.extractall(folder, [name for name in archive.namelist() if not name.startswith(unneeded)])
+        needed = "torch/bin/torch_shm_manager"  # torch looks whether it is there
+        names = [name for name in archive.namelist() if name == needed or not name.startswith(unneeded)]
+        archive.extractall(folder, names)
     wheel.unlink()
     (folder / "whole").touch()
     return folder
