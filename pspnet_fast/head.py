@@ -57,10 +57,15 @@ class FusedPSPHead(nn.Module):
 
 def why_no_bottleneck(ppm: FusedPPM, conv: nn.Module) -> str:
     """Why psp_head cannot take a convolution, or an empty string."""
+    if isinstance(conv, nn.Conv2d) and conv.in_channels != ppm.out_channels:
+        return f"conv must have the ppm's {ppm.out_channels} channels as input, but has {conv.in_channels}"
+    return why_not_low(conv)
+
+
+def why_not_low(conv: nn.Module) -> str:
+    """Why a layer cannot convolve maps before their upsampling, or an empty string."""
     if not isinstance(conv, nn.Conv2d):
         return f"conv must be an nn.Conv2d, but is a {type(conv).__name__}"
-    if conv.in_channels != ppm.out_channels:
-        return f"conv must have the ppm's {ppm.out_channels} channels as input, but has {conv.in_channels}"
     padding = conv.padding if conv.padding_mode == "zeros" else ()
     reason = why_not_split(conv.kernel_size, conv.stride, padding, conv.dilation, conv.groups)
     return reason and f"conv {reason}, but is {conv}"

@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from .fusion.convolution import Convolution
 from .fusion.lazy import Part
-from .head import conv_dtype, epilogue
+from .head import conv_dtype, epilogue, why_not_low
 from .layers import is_convolution, needs_plain
 from .ops.checks import DTYPES, MAX_BINS, check_flag
-from .split_weight import why_not_split
 
 
 class FusedUpsampleConcat(nn.Module):
@@ -50,10 +49,8 @@ class FusedUpsampleConcat(nn.Module):
         align_corners: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(conv, nn.Conv2d):
-            raise ValueError(f"conv must be an nn.Conv2d, but is a {type(conv).__name__}")
-        if reason := _why_not(conv):
-            raise ValueError(f"conv {reason}, but is {conv}")
+        if reason := why_not_low(conv):
+            raise ValueError(reason)
         check_flag("align_corners", align_corners)
         self.conv, self.norm, self.activation = conv, norm or nn.Identity(), activation or nn.Identity()
         self.align_corners = align_corners
@@ -96,7 +93,7 @@ class FusedUpsampleConcat(nn.Module):
     def _convolution(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Convolution | None:
         """The convolution at low resolution; None where the plain form has to run, or is cheaper."""
         conv = self.conv
-        if any(needs_plain(z) for z in maps) or not is_convolution(conv) or _why_not(conv):
+        if any(needs_plain(z) for z in maps) or not is_convolution(conv) or why_not_low(conv):
             return None
         if torch.compiler.is_exporting() and any(isinstance(s, torch.SymInt) for z in maps for s in z.shape[2:]):
             return None  # the operator's graph holds the sizes of the levels
@@ -112,11 +109,6 @@ class FusedUpsampleConcat(nn.Module):
         ]
         dilation: tuple[int, int] = conv.dilation  # type: ignore[assignment]
         return Convolution.of(parts, tuple(conv.weight.shape), size, dilation, dtype)
-
-
-def _why_not(conv: nn.Conv2d) -> str:
-    padding = conv.padding if conv.padding_mode == "zeros" else ()
-    return why_not_split(conv.kernel_size, conv.stride, padding, conv.dilation, conv.groups)
 
 
 def _upsample(map: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
