@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from foreign import assert_same, run
-from foreign_upsampling import MODELS, UNet
+from foreign_upsampling import MODELS, NearestUnet, UNet
 from torch import Tensor, nn
 
 from pspnet_fast import fuse, ops
@@ -43,7 +43,27 @@ def test_found_without_an_example(model, monkeypatch):
     monkeypatch.setattr(ops, "pyramid_context_", lambda *a, **k: taken.append(a[2]) or low(*a, **k))
     with torch.no_grad():
         torch.testing.assert_close(fused(x), stock.eval()(x), rtol=1e-10, atol=1e-10)
-    assert len(taken) == len(MODELS[model][0])
+    passes = len(MODELS[model][0]) + (model is NearestUnet)  # one for each way of upsampling
+    assert len(taken) == passes
+
+
+def test_nearest_at_sizes_where_rounding_decides(monkeypatch):
+    """Scales that are no fraction by a power of two stay with torch."""
+    stock, x = make(NearestUnet, (24, 24))
+    blocks = stock.blocks
+    fused, taken, low = fuse(copy.deepcopy(blocks), modules=["0"]), [], ops.pyramid_context_
+    monkeypatch.setattr(ops, "pyramid_context_", lambda *a, **k: taken.append(a[2]) or low(*a, **k))
+    for source, size, count in [
+        ((2, 3), (164, 6), 0),
+        ((2, 3), (8, 12), 1),
+        ((4, 6), (6, 12), 0),
+        ((3, 4), (5, 8), 0),
+        ((3, 4), (4, 8), 1),
+    ]:
+        taken.clear()
+        map, skip = torch.randn(1, 8, *source, dtype=x.dtype), torch.randn(1, 7, *size, dtype=x.dtype)
+        torch.testing.assert_close(fused[0](map, skip), blocks[0](map, skip), rtol=1e-10, atol=1e-10)
+        assert len(taken) == count
 
 
 def test_maps_that_are_padded_are_computed():

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
   auto* const taps = reinterpret_cast<acc_t<T>*>(mixes + views * H);
   int first = 0;
   for (int level = 0; level < levels.count; ++level) {
-    const Axis<T> axis(levels.bins_h[level], H, args.align_corners);
+    const Axis<T> axis(levels.bins_h[level], H, args.interpolation);
     for (int u = 0; u < window.size_h; ++u, first += axis.bins) {
       for (int y = thread; y < H; y += kThreads) {
         mixes[(level * window.size_h + u) * H + y] =
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
   for (int at = thread; at < seen_h * W; at += kThreads) {
     const int row = at / W, x = at - row * W;
     const Seen seen = seen_of(levels.bins_h, window.size_h, row);
-    const Axis<T> columns(levels.bins_w[seen.level], W, args.align_corners);
+    const Axis<T> columns(levels.bins_w[seen.level], W, args.interpolation);
     acc_t<T> sum = 0;
     for (int v = 0; v < window.size_w; ++v) {
       const int column = tap_pixel<int>(x, v, window.size_w, window.dilation_w);
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
   for_each_vector_of_rows(map, args.conv.stride_h, H, W, [&](int y, int x, int length) {
     T* const target = map + y * args.conv.stride_h + x;
     T values[kVector<T>];
-    load_some(target, length, values);
+    if (args.accumulate) load_some(target, length, values);
     acc_t<T> sums[kVector<T>] = {};
     const Mix<acc_t<T>>* const mix_of_row = mixes + y;
     if (length == kVector<T> && x % 4 == 0) {
@@ -137,7 +137,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
     }
 #pragma unroll
     for (int i = 0; i < kVector<T>; ++i) {
-      if (i < length) values[i] = narrow<T>(epilogue(widen(values[i]) + sums[i], args.relu));
+      if (i < length)
+        values[i] = narrow<T>(epilogue(args.accumulate ? widen(values[i]) + sums[i] : sums[i], args.relu));
     }
     store_some(target, length, values);
   });
@@ -169,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   int first = 0;
   for (int level = 0; level < levels.count; ++level) {
-    const Axis<T> axis(levels.bins_w[level], W, args.align_corners);
+    const Axis<T> axis(levels.bins_w[level], W, args.interpolation);
     for (int v = 0; v < window.size_w; ++v, first += axis.bins) {
       for (int x = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x); x < size; x += kThreads) {
         mixes[(level * window.size_w + v) * stretch + x] =
@@ -181,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const T* const taps = static_cast<const T*>(args.taps) + item.n * count_taps(levels, window) * args.O + channel;
   for (int at = active ? static_cast<int>(threadIdx.y) : seen_w; at < seen_w; at += step) {
     const Seen seen = seen_of(levels.bins_w, window.size_w, at);
-    const Axis<T> axis(levels.bins_h[seen.level], H, args.align_corners);
+    const Axis<T> axis(levels.bins_h[seen.level], H, args.interpolation);
     const T* const from = taps + tap_of(levels, window, seen.level, 0, seen.cell, 0, seen.tap) * args.O;
     const int64_t tap = window.size_w * args.O, row_of_cells = levels.bins_w[seen.level] * window.size_h * tap;
     A sums[V] = {};
@@ -211,8 +212,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   for (int x = static_cast<int>(threadIdx.y); x < size; x += step) {
     T* const target = pixel<T>(args.conv, item.n, channel, y, begin + x);
-    A values[V];
-    load_wide(target, values);
+    A values[V] = {};
+    if (args.accumulate) load_wide(target, values);
 #pragma unroll 2
     for (int view = 0; view < views; ++view) {
       const Mix<A> mix = mixes[view * stretch + x];
@@ -253,8 +254,8 @@ __global__ void __launch_bounds__(kThreads, 3)
   int* const starts_h = reinterpret_cast<int*>(sums + seen_h * W);                // [bins_h + 1] of each level
   int* const starts_w = starts_h + first_seen(levels.bins_h, L, 1) + L;
   for (int level = 0; level < L; ++level) {
-    const Axis<T> rows(levels.bins_h[level], H, args.align_corners),
-        columns(levels.bins_w[level], W, args.align_corners);
+    const Axis<T> rows(levels.bins_h[level], H, args.interpolation),
+        columns(levels.bins_w[level], W, args.interpolation);
     for (int y = thread; y < H; y += kThreads) next_h[level * H + y] = rows.weight_of_next(y);
     for (int x = thread; x < W; x += kThreads) next_w[level * W + x] = columns.weight_of_next(x);
     int* const first_h = starts_h + first_seen(levels.bins_h, level, 1) + level;
@@ -275,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       const int* const starts = starts_h + first_seen(levels.bins_h, seen.level, 1) + seen.level;
       acc_t<T> sum = top == 0 ? acc_t<T>(0) : sums[at];
       for_part_of<acc_t<T>>(
-          seen.cell, tap_shift(seen.tap, window.size_h, window.dilation_h), top, bottom,
+          seen.cell, args.interpolation.blends(), tap_shift(seen.tap, window.size_h, window.dilation_h), top, bottom,
           [&](int i) { return starts[i]; }, [&](int p, int) { return next_h[seen.level * H + p]; },
           [&](int y, acc_t<T> weight) { sum += weight * widen(column[(y - top) * W]); });
       sums[at] = sum;
@@ -290,8 +291,8 @@ __global__ void __launch_bounds__(kThreads, 3)
     const int row = first_seen(levels.bins_h, tap.level, window.size_h) + tap.u * levels.bins_h[tap.level] + tap.i;
     acc_t<T> sum = 0;
     for_part_of<acc_t<T>>(
-        tap.j, tap_shift(tap.v, window.size_w, window.dilation_w), 0, W, [&](int j) { return starts[j]; },
-        [&](int p, int) { return next_w[tap.level * W + p]; },
+        tap.j, args.interpolation.blends(), tap_shift(tap.v, window.size_w, window.dilation_w), 0, W,
+        [&](int j) { return starts[j]; }, [&](int p, int) { return next_w[tap.level * W + p]; },
         [&](int x, acc_t<T> weight) { sum += weight * sums[row * W + x]; });
     to[at * args.O] = narrow<T>(sum);
   }
@@ -314,11 +315,11 @@ __global__ void __launch_bounds__(kThreads, 3)
   auto* const to = static_cast<acc_t<T>*>(args.workspace) + (item.n * args.H + item.cell) * seen_w * args.O + channel;
   for (int at = static_cast<int>(threadIdx.y); at < seen_w; at += static_cast<int>(blockDim.y)) {
     const Seen seen = seen_of(levels.bins_w, window.size_w, at);
-    const Axis<T> axis(levels.bins_w[seen.level], W, args.align_corners);
+    const Axis<T> axis(levels.bins_w[seen.level], W, args.interpolation);
     acc_t<T> sums[V] = {};
     for_part_of<acc_t<T>>(
-        seen.cell, tap_shift(seen.tap, window.size_w, window.dilation_w), 0, W, [&](int j) { return axis.start(j); },
-        [&](int p, int low) { return axis.weight_after(low, p); },
+        seen.cell, args.interpolation.blends(), tap_shift(seen.tap, window.size_w, window.dilation_w), 0, W,
+        [&](int j) { return axis.start(j); }, [&](int p, int low) { return axis.weight_after(low, p); },
         [&](int x, acc_t<T> weight) {
           acc_t<T> grad[V];
           load_wide(row + x * args.grad_conv.stride_w, grad);
@@ -344,12 +345,12 @@ __global__ void __launch_bounds__(kThreads, 3)
   const Tap tap(levels, window, item.cell);
   const int H = static_cast<int>(args.H), seen_w = first_seen(levels.bins_w, levels.count, window.size_w);
   const int column = first_seen(levels.bins_w, tap.level, window.size_w) + tap.v * levels.bins_w[tap.level] + tap.j;
-  const Axis<T> axis(levels.bins_h[tap.level], H, args.align_corners);
+  const Axis<T> axis(levels.bins_h[tap.level], H, args.interpolation);
   const auto* const from = static_cast<const acc_t<T>*>(args.workspace) + channel;
   acc_t<T> sum = 0;
   for_part_of<acc_t<T>>(
-      tap.i, tap_shift(tap.u, window.size_h, window.dilation_h), 0, H, [&](int i) { return axis.start(i); },
-      [&](int p, int low) { return axis.weight_after(low, p); },
+      tap.i, args.interpolation.blends(), tap_shift(tap.u, window.size_h, window.dilation_h), 0, H,
+      [&](int i) { return axis.start(i); }, [&](int p, int low) { return axis.weight_after(low, p); },
       [&](int y, acc_t<T> weight) { sum += weight * from[((item.n * H + y) * seen_w + column) * args.O]; });
   const int64_t number = item.n * count_taps(levels, window) + item.cell;
   static_cast<T*>(args.grad_taps)[number * args.O + channel] = narrow<T>(sum);

@@ -165,7 +165,7 @@ class _Trial(Scope):
         return result
 
     def _note(self, lazy: Concat, output: Tensor) -> None:
-        low = [(part, sources) for part, sources in lazy.by_part() if part.corners is not None]
+        low = [(part, sources) for part, sources in lazy.by_part() if part.upsampling is not None]
         channels, pixels = sum(part.channels for part, _ in low), lazy.size(2) * lazy.size(3)
         cells = sum(part.channels * cells_of(part, sources) for part, sources in low)
         saved = (channels * pixels - cells) / (lazy.size(1) * pixels)
