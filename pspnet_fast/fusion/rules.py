@@ -49,7 +49,7 @@ def _upsample(
         return NotImplemented
     if isinstance(input, Lazy) and not projected:
         input = input.value()
-    if not (projected or _is_map(input)):
+    if not (projected or is_map(input)):
         return NotImplemented
     n, c, h, w = input.shape
     pair = _target((h, w), size, scale_factor)
@@ -108,7 +108,7 @@ def _concatenate(tensors: Any, dim: Any = 0) -> Any:
             sources += given
         else:
             map = tensor.value() if isinstance(tensor, Lazy) else tensor
-            if not _is_map(map):
+            if not is_map(map):
                 return NotImplemented
             sources.append(map)
             parts.append(Part(map.size(1)))
@@ -261,7 +261,7 @@ def _relu(input: Any, inplace: bool = False) -> Any:
 _DENSE = (Tensor, nn.Parameter)
 
 
-def _is_map(tensor: Any) -> bool:
+def is_map(tensor: Any) -> bool:
     """Whether a tensor is a map (N, C, H, W) of a kind that the operators take."""
     return (
         type(tensor) in _DENSE

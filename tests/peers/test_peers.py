@@ -29,11 +29,14 @@ def run(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {"output": output.detach(), **{n: b.clone() for n, b in model.named_buffers()}, **gradients}
 
 
-@pytest.mark.parametrize("name", packages.SMALL)
-@pytest.mark.parametrize("by_example", [False, True])
+CASES = [(name, by_example) for name in packages.SMALL for by_example in (False, True)]
+CASES += [(name, True) for name in packages.BY_EXAMPLE]
+
+
+@pytest.mark.parametrize(("name", "by_example"), CASES)
 def test_fuse(name, by_example, monkeypatch):
     monkeypatch.setattr(convolution, "LEAST_ELEMENTS", 0)  # these models are narrow
-    build, size, scope, gains = packages.SMALL[name]
+    build, size, scope, gains = (packages.SMALL | packages.BY_EXAMPLE)[name]
     torch.manual_seed(0)
     model = build().double()
     original, keys = copy.deepcopy(model), list(model.state_dict())
