@@ -62,4 +62,9 @@ __device__ __forceinline__ void for_part_of(int cell, bool blends, int shift, in
 
 PSP_HOST_DEVICE int tap_shift(int tap, int taps, int dilation) { return tap_pixel<int>(0, tap, taps, dilation); }
 
+// Whether all that the kernels count fits int.
+inline bool fits(const Levels& levels, const Window& window, int64_t O, int64_t H, int64_t W) {
+  return fits_int(levels, O, H, W) && H * (W + 32) <= INT_MAX - kThreads && count_taps(levels, window) <= INT_MAX;
+}
+
 }  // namespace pspnet_fast::cuda
