@@ -9,6 +9,7 @@ from foreign_upsampling import MODELS, NearestUnet, UNet
 from torch import Tensor, nn
 
 from pspnet_fast import fuse, ops
+from pspnet_fast.fusion import convolution
 
 pytestmark = pytest.mark.usefixtures("small_maps_as_large_ones")
 NAMES = [model.__name__ for model in MODELS]
@@ -73,3 +74,13 @@ def test_maps_that_are_padded_are_computed():
     assert_same(run(fused, x), run(stock, x))
     with torch.no_grad():
         torch.testing.assert_close(fused.eval()(x), stock.eval()(x), rtol=1e-10, atol=1e-10)
+
+
+def test_norm_and_activation_where_no_map_gains(monkeypatch):
+    """Large maps of few channels under a 3x3 kernel stay with torch, and so does what follows the convolution."""
+    monkeypatch.setattr(convolution, "LEAST_ELEMENTS", 0)
+    monkeypatch.setattr(convolution, "FEW_CELLS", 1)
+    stock, x = make(UNet)
+    fused = fuse(copy.deepcopy(stock), modules=["up1", "up2", "up3"]).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), stock.eval()(x), rtol=1e-10, atol=1e-10)

@@ -65,7 +65,7 @@ class Convolution:
             merged.append(part.projection is not None and kernel == (1, 1) and before and gain > 0)
         levels = [(p, s) for (p, s), is_low in zip(parts, low, strict=True) if is_low]
         sizes = [_size(part, sources) for part, sources in levels]
-        if sum(part.channels for part, _ in levels) * pixels < LEAST_ELEMENTS or len(levels) > MAX_LEVELS:
+        if not 1 <= len(levels) <= MAX_LEVELS or sum(part.channels for part, _ in levels) * pixels < LEAST_ELEMENTS:
             return None
         if any(k * sum(s[axis] for s in sizes) > MAX_SEEN for axis, k in enumerate(kernel)):
             return None
@@ -92,7 +92,7 @@ class Convolution:
             if self.merged[i]:
                 matrix, shift = _merged(weight.narrow(1, *channels[i]), *sources[i][1:], dtype=self.dtype)
                 bias = shift if bias is None else bias if shift is None else bias + shift
-                products[i] = (sources[i][0].to(self.dtype) @ matrix.t()).unsqueeze(2)  # (N, cells, 1, O)
+                products[i] = sources[i][0].to(self.dtype), matrix.t()  # (N, cells, D) @ (D, O)
             if self.low[i]:
                 levels.append(i)
             elif not self.merged[i]:
@@ -114,10 +114,9 @@ class Convolution:
         for i, product in products.items():
             if not self.low[i]:
                 # by way of a matrix: a product of one image may have strides that no layout is recognised by
-                map = product.flatten(0, 2).view(product.size(0), *self.size, product.size(3)).permute(0, 3, 1, 2)
+                rows_of_cells = _product(product).flatten(0, 2)
+                map = rows_of_cells.view(product[0].size(0), *self.size, -1).permute(0, 3, 1, 2)
                 output = map if output is None else output + map
-        if bias is not None and not levels and output is not None:
-            output, bias = output + bias.to(self.dtype)[:, None, None], None
 
         alike: dict[Any, list[int]] = {}  # levels that are upsampled alike are added in one pass
         for i in levels:
@@ -125,12 +124,12 @@ class Convolution:
         if rows is not None and bias is None and plain == levels and len(alike) == 1:
             taps = [rows]
         else:
-            of_level = {i: products[i] for i in levels if self.merged[i]}
+            of_level: dict[int, Any] = {i: products[i] for i in levels if self.merged[i]}
             if rows is not None:
                 of_level |= zip(plain, rows.split([z.size(1) for z in cells], 1), strict=True)
             if bias is not None:
-                least = min(levels, key=lambda i: of_level[i].size(1))
-                of_level[least] = of_level[least] + _at_the_middle(bias.to(self.dtype), kernel)
+                least = min(levels, key=lambda i: cells_of(self.parts[i], sources[i]))
+                of_level[least] = _product(of_level[least]) + _at_the_middle(bias.to(self.dtype), kernel)
             taps = [_concatenated([of_level[i] for i in group]) for group in alike.values()]
         if output is None:
             output, is_sum = self._new(sources, weight), False
@@ -191,8 +190,28 @@ def interpolate(map: Tensor, size: tuple[int, int], upsampling: Upsampling) -> T
     return F.interpolate(map, size, mode=upsampling.mode, align_corners=upsampling.align_corners)
 
 
-def _concatenated(taps: list[Tensor]) -> Tensor:
-    return taps[0] if len(taps) == 1 else torch.cat(taps, 1)
+def _product(taps: Any) -> Tensor:
+    """Taps (N, cells, kh * kw, O), which may be two factors (N, cells, D) and (D, O) still."""
+    return (taps[0] @ taps[1]).unsqueeze(2) if isinstance(taps, tuple) else taps
+
+
+def _concatenated(parts: list[Any]) -> Tensor:
+    """The taps of several levels as one; products write their place where autograd need not know of it."""
+    factors = [part for part in parts if isinstance(part, tuple)]
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for pair in factors for t in pair)
+    if len(parts) == 1 or recorded or not factors:
+        products = [_product(part) for part in parts]
+        return products[0] if len(parts) == 1 else torch.cat(products, 1)
+    tokens, matrix = factors[0]
+    counts = [(part[0] if isinstance(part, tuple) else part).size(1) for part in parts]
+    taps = tokens.new_empty(tokens.size(0), sum(counts), 1, matrix.size(1))  # of a 1x1 kernel, where there are factors
+    for part, place in zip(parts, taps.split(counts, 1), strict=True):
+        if isinstance(part, tuple):
+            for image, to in zip(part[0], place.flatten(2), strict=True):
+                torch.mm(image, part[1], out=to)
+        else:
+            place.copy_(part)
+    return taps
 
 
 def _at_the_middle(bias: Tensor, kernel: tuple[int, int]) -> Tensor:
