@@ -44,7 +44,8 @@ def context(module, bins, kernel_size, **settings):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("bins", BINS)
 def test_values_and_gradients(device, bins, size, dtype):
-    cases = list(itertools.product(LAYOUTS_AND_CHANNELS, MODES, WINDOWS))
+    cases = list(itertools.product(LAYOUTS_AND_CHANNELS, MODES[:2], WINDOWS))
+    cases += [(case, MODES[2], WINDOWS[i % 3]) for i, case in enumerate(LAYOUTS_AND_CHANNELS)]
     if size[0] * size[1] > 1000:  # the reference takes seconds
         cases = [
             (case, mode, WINDOWS[0])
