@@ -11,6 +11,10 @@ from pspnet_fast.data import DataError
 
 Image = NDArray[Any]  # float32 (H, W, 3)
 
+SUFFIXES = {".bmp", ".dib", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff"}
+SUFFIXES |= {".webp"}
+"""Files of a folder that count as images."""
+
 _FORMATS = "JPEG, PNG, WebP, TIFF, BMP, GIF, AVIF and JPEG 2000"
 
 

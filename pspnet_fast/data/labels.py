@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pspnet_fast.data import IGNORE_INDEX, DataError
-from pspnet_fast.data.conventions import CLASSES, CONVENTIONS, Color, Remap, classes_by_value, hint
+from pspnet_fast.data.conventions import (
+    CLASSES,
+    CONVENTIONS,
+    Color,
+    Remap,
+    classes_by_color,
+    classes_by_value,
+    hint,
+)
 from pspnet_fast.data.images import read_content
 
 Label = NDArray[Any]  # uint8 (H, W)
@@ -114,10 +122,10 @@ class LabelReader:
     @functools.cached_property
     def _color_codes(self) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """Colours as numbers, ascending, and the class of each."""
-        if self.colors is None:
+        known: dict[Color, int] = classes_by_color(self.convention)
+        if self.colors is None and not known:
             raise DataError("a coloured label needs data.colors, a file with the colour of each class")
-        known: dict[Color, int] = {}
-        for index, color in enumerate(self.colors):
+        for index, color in enumerate([] if known else self.colors or []):
             if (first := known.setdefault(color, index)) != index:
                 raise DataError(f"coloured labels cannot tell classes {first} and {index} apart: both are {color}")
         known |= self._parsed.colors

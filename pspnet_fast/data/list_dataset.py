@@ -1,4 +1,4 @@
-"""Images and labels named by a list file."""
+"""Pairs of image and label as a data set."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,14 +16,14 @@ from pspnet_fast.data.lists import read_list
 Transform = Callable[[Image, Label, np.random.Generator], tuple[Tensor, Tensor]]
 
 
-class ListDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Pairs of (image float32 (3, H, W), label int64 (H, W)) named by a list file.
+class PairDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Pairs of (image float32 (3, H, W), label int64 (H, W)), read from files.
 
     An item depends on (seed, epoch, index) only, whatever the number of workers.
 
     Args:
-        root: folder to which the names in the list are relative.
-        list_file: lines ``IMAGE LABEL``.
+        pairs: paths of image and label.
+        source: where the pairs are named, for messages.
         labels: reads a label file; a number of classes K stands for ``LabelReader(K)``.
         transform: maps (image, label, generator) to the two tensors.
         seed: of the transform's random choices.
@@ -33,14 +33,14 @@ class ListDataset(Dataset[tuple[Tensor, Tensor]]):
             size can tell.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`read_list`. Reading an item raises :class:`DataError` for a file that
-        is no image, a label of another size than its image, or a label value that is neither a class nor ignored.
+        ValueError: an unknown orientation. Reading an item raises :class:`DataError` for a file that is no image, a
+        label of another size than its image, or a label value that is neither a class nor ignored.
     """
 
     def __init__(
         self,
-        root: Path,
-        list_file: Path,
+        pairs: Sequence[tuple[Path, Path]],
+        source: str,
         labels: LabelReader | int,
         transform: Transform,
         seed: int = 0,
@@ -48,8 +48,7 @@ class ListDataset(Dataset[tuple[Tensor, Tensor]]):
     ) -> None:
         if orientation not in ORIENTATIONS:
             raise ValueError(f"orientation must be one of {', '.join(map(repr, ORIENTATIONS))}, got {orientation!r}")
-        self.list_file = list_file
-        self.pairs = read_list(root, list_file)
+        self.pairs, self.source = list(pairs), source
         self.labels = LabelReader(labels) if isinstance(labels, int) else labels
         self.transform = transform
         self.seed = seed
@@ -87,6 +86,25 @@ class ListDataset(Dataset[tuple[Tensor, Tensor]]):
         if stored == turned:
             return ""
         return f": {_size(stored)} as stored, which its EXIF orientation turns; data.orientation={self.orientation}"
+
+
+class ListDataset(PairDataset):
+    """A :class:`PairDataset` named by a list file with lines ``IMAGE LABEL``, relative to ``root``.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`read_list` and :class:`PairDataset`.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        list_file: Path,
+        labels: LabelReader | int,
+        transform: Transform,
+        seed: int = 0,
+        orientation: str = "auto",
+    ) -> None:
+        super().__init__(read_list(root, list_file), str(list_file), labels, transform, seed, orientation)
 
 
 def _size(shape: Sequence[int]) -> str:
