@@ -113,8 +113,18 @@ def published_pairs(data: "DataConfig", part: str) -> tuple["Pairs", str]:
     return find_pairs(data_path(data), layout, split, data.labels), f"{data_path(data)} ({split})"
 
 
-def pair_dataset(data: "DataConfig", part: str, classes: int, transform: Any, seed: int = 0) -> "PairDataset":
+def pair_dataset(
+    data: "DataConfig",
+    part: str,
+    classes: int,
+    transform: Any,
+    seed: int = 0,
+    failed: list[Exception] | None = None,
+) -> "PairDataset":
     """The pairs of ``part`` ("train" or "val"), of the layout or of the list file.
+
+    Args:
+        failed: takes the errors of files that have no counterpart, which are left out; without it the first is raised.
 
     Raises:
         FileNotFoundError: an image has no label.
@@ -124,13 +134,17 @@ def pair_dataset(data: "DataConfig", part: str, classes: int, transform: Any, se
     labels = label_reader(data, classes)
     if data.layout is None:
         list_file = data_path(data, f"{part}_list")
-        return ListDataset(data_path(data), list_file, labels, transform, seed, data.orientation)
+        return ListDataset(data_path(data), list_file, labels, transform, seed, data.orientation, failed)
     pairs, source = published_pairs(data, part)
     for alone, what, other in ((pairs.no_label, "image", "label"), (pairs.no_image, "label", "image")):
-        if alone:
+        if failed is not None:
+            failed += [FileNotFoundError(f"{path}: this {what} has no {other}") for path in alone]
+        elif alone:
             more = f" and {len(alone) - 1} more {what}s have none" if len(alone) > 1 else ""
             raise FileNotFoundError(f"{alone[0]}: this {what} has no {other}{more}; pspnet-fast check-data names all")
-    return PairDataset(pairs.paths, source, labels, transform, seed, data.orientation)
+    dataset = PairDataset(pairs.paths, source, labels, transform, seed, data.orientation)
+    dataset.unused = pairs.unused
+    return dataset
 
 
 def validation_set(data: "DataConfig", classes: int, mean: Sequence[float], std: Sequence[float]) -> "PairDataset":

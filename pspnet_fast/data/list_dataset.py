@@ -49,6 +49,7 @@ class PairDataset(Dataset[tuple[Tensor, Tensor]]):
         if orientation not in ORIENTATIONS:
             raise ValueError(f"orientation must be one of {', '.join(map(repr, ORIENTATIONS))}, got {orientation!r}")
         self.pairs, self.source = list(pairs), source
+        self.unused: list[Path] = []  # labels beside those of the pairs
         self.labels = LabelReader(labels) if isinstance(labels, int) else labels
         self.transform = transform
         self.seed = seed
@@ -66,11 +67,15 @@ class PairDataset(Dataset[tuple[Tensor, Tensor]]):
         image, label = self.read(index)
         return self.transform(image, label, np.random.default_rng((self.seed, self.epoch, index)))
 
-    def read(self, index: int) -> tuple[Image, Label]:
-        """Image and label of one pair, checked, before the transform."""
+    def read(self, index: int, read_label: Callable[[Path, bool], Label] | None = None) -> tuple[Image, Label]:
+        """Image and label of one pair, checked, before the transform.
+
+        Args:
+            read_label: reads the label file, turned or as stored; by default ``self.labels``.
+        """
         image_path, label_path = self.pairs[index]
         oriented = self.orientation != "stored"
-        image, label = read_image(image_path, oriented), self.labels(label_path, oriented)
+        image, label = read_image(image_path, oriented), (read_label or self.labels)(label_path, oriented)
         if self.orientation == "auto" and image.shape[1::-1] == label.shape != image.shape[:2]:
             image = read_image(image_path, oriented=False)
         if image.shape[:2] != label.shape:
@@ -91,6 +96,9 @@ class PairDataset(Dataset[tuple[Tensor, Tensor]]):
 class ListDataset(PairDataset):
     """A :class:`PairDataset` named by a list file with lines ``IMAGE LABEL``, relative to ``root``.
 
+    Args:
+        failed: takes the errors of lines that name no pair, see :func:`read_list`.
+
     Raises:
         FileNotFoundError, ValueError: see :func:`read_list` and :class:`PairDataset`.
     """
@@ -103,8 +111,9 @@ class ListDataset(PairDataset):
         transform: Transform,
         seed: int = 0,
         orientation: str = "auto",
+        failed: list[Exception] | None = None,
     ) -> None:
-        super().__init__(read_list(root, list_file), str(list_file), labels, transform, seed, orientation)
+        super().__init__(read_list(root, list_file, failed), str(list_file), labels, transform, seed, orientation)
 
 
 def _size(shape: Sequence[int]) -> str:
