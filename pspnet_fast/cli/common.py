@@ -132,19 +132,30 @@ def pair_dataset(
     from pspnet_fast.data.list_dataset import ListDataset, PairDataset
 
     labels = label_reader(data, classes)
+    training = part == "train"
+    more: dict[str, Any] = {"cache_bytes": int(data.cache_gb * 1e9) if training and failed is None else 0}
+    if data.unreadable == "skip":
+        more["unreadable"] = "replace" if training else "blank"
     if data.layout is None:
         list_file = data_path(data, f"{part}_list")
-        return ListDataset(data_path(data), list_file, labels, transform, seed, data.orientation, failed)
+        return ListDataset(data_path(data), list_file, labels, transform, seed, data.orientation, failed, **more)
     pairs, source = published_pairs(data, part)
     for alone, what, other in ((pairs.no_label, "image", "label"), (pairs.no_image, "label", "image")):
         if failed is not None:
             failed += [FileNotFoundError(f"{path}: this {what} has no {other}") for path in alone]
         elif alone:
-            more = f" and {len(alone) - 1} more {what}s have none" if len(alone) > 1 else ""
-            raise FileNotFoundError(f"{alone[0]}: this {what} has no {other}{more}; pspnet-fast check-data names all")
-    dataset = PairDataset(pairs.paths, source, labels, transform, seed, data.orientation)
+            others = f" and {len(alone) - 1} more {what}s have none" if len(alone) > 1 else ""
+            raise FileNotFoundError(f"{alone[0]}: this {what} has no {other}{others}; pspnet-fast check-data names all")
+    dataset = PairDataset(pairs.paths, source, labels, transform, seed, data.orientation, **more)
     dataset.unused = pairs.unused
     return dataset
+
+
+def skipped_text(*datasets: "PairDataset") -> str:
+    """What was passed over of data sets, as a sentence; empty if nothing was."""
+    paths = [str(image) for dataset in datasets for image, _ in dataset.skipped]
+    others = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return f"skipped {len(paths)} unreadable pairs: {', '.join(paths[:3])}{others}" if paths else ""
 
 
 def validation_set(data: "DataConfig", classes: int, mean: Sequence[float], std: Sequence[float]) -> "PairDataset":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pspnet_fast.cli.common import FILE, FOLDER, load_predictor, read_classes, validation_set
+from pspnet_fast.cli.common import FILE, FOLDER, load_predictor, read_classes, skipped_text, validation_set
 
 if TYPE_CHECKING:
     from pspnet_fast.data.list_dataset import PairDataset
@@ -67,6 +67,8 @@ def evaluate(
         bf16=settings.train.bf16,
         channels_last=settings.train.channels_last,
     )
+    if text := skipped_text(val_set):
+        click.echo(f"Warning: {text}", err=True)
     if not metrics.confusion.any():
         click.echo(f"Warning: no pixel of {val_set.source} is labelled: there are no scores", err=True)
     elif missing := unlabelled(metrics.confusion.sum(1).tolist(), names):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pspnet_fast.cli.common import FILE, FOLDER, pair_dataset, read_classes, validation_set
+from pspnet_fast.cli.common import FILE, FOLDER, pair_dataset, read_classes, skipped_text, validation_set
 from pspnet_fast.cli.group import Stopped
 
 
@@ -82,7 +82,7 @@ def train(
         f"{len(train_set)} training and {len(val_set)} validation images; writing to {out}"
     )
     # Compared when the run is resumed; names and colours are compared by what their files hold.
-    not_compared = {"root", "names", "colors", "mean", "std"}
+    not_compared = {"root", "names", "colors", "mean", "std", "unreadable", "cache_gb"}
     metadata = {
         "model": dataclasses.asdict(settings.model),
         "colors": colors,
@@ -113,6 +113,8 @@ def train(
     except ResumeError as error:
         hint = "".join(f" --allow {shlex.quote(key)}" for key in error.changed)
         raise click.ClickException(f"{error}{hint and f'. To go on with the new values:{hint}'}") from None
+    if text := skipped_text(train_set, val_set):
+        click.echo(f"Warning: {text}", err=True)
     last = result.history[-1]["miou"]
     if result.best is None:
         click.echo(f"no mIoU, since no pixel of {val_set.source} is labelled; saved {result.checkpoint}")

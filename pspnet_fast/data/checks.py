@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pspnet_fast.data import IGNORE_INDEX, DataError
+from pspnet_fast.data import IGNORE_INDEX, DataError, UnreadableError
 from pspnet_fast.data.conventions import CLASSES
 from pspnet_fast.data.images import unused_bits
 from pspnet_fast.data.list_dataset import PairDataset
@@ -27,7 +27,12 @@ def check_lists(*datasets: PairDataset) -> list[str]:
     for dataset in datasets:
         values, odd = set(), []
         for index in (indices := _spread(dataset, SAMPLE)):
-            image, label = dataset.read(index)
+            try:
+                image, label = dataset.read(index)
+            except UnreadableError:
+                if dataset.unreadable == "error":
+                    raise
+                continue
             values |= set(np.unique(label).tolist())
             if text := unused_bits(image):
                 odd.append(f"{dataset.pairs[index][0]}: {text}")
@@ -65,7 +70,11 @@ def check_classes(dataset: PairDataset, names: Sequence[str]) -> list[str]:
     counts = np.zeros(IGNORE_INDEX + 1, np.int64)
     indices = _spread(dataset, SCAN)
     for index in tqdm(indices, desc=f"classes of {Path(dataset.source).name}", unit="label", leave=False, disable=None):
-        counts += np.bincount(dataset.labels(dataset.pairs[index][1]).ravel(), minlength=len(counts))
+        try:
+            counts += np.bincount(dataset.labels(dataset.pairs[index][1]).ravel(), minlength=len(counts))
+        except UnreadableError:
+            if dataset.unreadable == "error":
+                raise
         if counts[: len(names)].all():
             return []
     if not counts[: len(names)].any():  # that all is ignored is said already

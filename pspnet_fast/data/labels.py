@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pspnet_fast.data import IGNORE_INDEX, DataError
+from pspnet_fast.data import IGNORE_INDEX, DataError, UnreadableError
 from pspnet_fast.data.conventions import (
     CLASSES,
     CONVENTIONS,
@@ -223,12 +223,12 @@ def _open(path: Path, oriented: bool) -> tuple[Image.Image, int]:
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError:
-        raise DataError(f"{path}: is not an image that Pillow can read; save labels as PNG") from None
+        raise UnreadableError(f"{path}: is not an image that Pillow can read; save labels as PNG") from None
     except Image.DecompressionBombError:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise DataError(f"{path}: has more pixels than Pillow reads ({most}); cut image and label up") from None
     except Exception as error:  # Pillow's readers raise what they come across in a damaged file
-        raise DataError(f"{path}: is damaged or not whole ({error})") from None
+        raise UnreadableError(f"{path}: is damaged or not whole ({error})") from None
     return image, bits
 
 

@@ -57,6 +57,8 @@ RULES = {
     "data.layout": _one_of(LAYOUTS),
     "data.labels": _one_of((_LAYOUTS_OWN, *CONVENTIONS)),
     "data.orientation": _one_of(ORIENTATIONS),
+    "data.unreadable": _one_of(("error", "skip")),
+    "data.cache_gb": _at_least(0),
     "train.epochs": _at_least(1),
     "train.batch_size": _at_least(1),
     "train.val_batch_size": _at_least(1),
@@ -154,6 +156,10 @@ class DataConfig:
     """Class of each label value, in place of labels: {0: 0, 255: 1, other: 255}; 255 is ignored."""
     orientation: str = "auto"
     """Of photographs with EXIF: turned or stored, as their labels were drawn, or auto by the labels' size."""
+    unreadable: str = "error"
+    """What a missing or damaged image or label does: it ends the run, or is skipped, named and counted."""
+    cache_gb: float = 0.0
+    """Shared memory for decoded training images, 10^9 bytes; 4 bytes a pixel are needed."""
     crop: list[int] = field(default_factory=lambda: [473, 473])
     """Height and width of a training crop."""
     val_crop: list[int] | None = None
