@@ -1,9 +1,10 @@
-"""Command line: ``pspnet-fast train | eval | predict | check-data | info``, a file each."""
+"""Command line: ``pspnet-fast train | eval | predict | check-data | coco-labels | info``, a file each."""
 
 import click
 
 from pspnet_fast import __version__
 from pspnet_fast.cli.check_data import check_data
+from pspnet_fast.cli.coco_labels import coco_labels
 from pspnet_fast.cli.eval import evaluate
 from pspnet_fast.cli.group import EXTRAS, Group
 from pspnet_fast.cli.info import info
@@ -27,5 +28,5 @@ def main(traceback: bool) -> None:
     """
 
 
-for command in (train, evaluate, predict, check_data, info):
+for command in (train, evaluate, predict, check_data, coco_labels, info):
     main.add_command(command)
