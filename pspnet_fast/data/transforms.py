@@ -85,11 +85,7 @@ class TrainTransform:
         """Return the image (3, H, W) float32 and the label (H, W) int64."""
         choices = self.choose(label.shape, rng)
         size = windows.scaled_size(label.shape, choices.factor)
-        # The crop counts from the corner of the padded image.
-        top, left = (
-            start - max(wanted - given, 0) // 2
-            for start, wanted, given in zip((choices.top, choices.left), self.crop, size, strict=True)
-        )
+        top, left = choices.top, choices.left  # 0 where the image is smaller, which then is padded on both sides
         window = Window(top, top + self.crop[0], left, left + self.crop[1]).within(size)
         image, label = self.augment(image, label, choices, window)
         border = [255 * value for value in self.mean]
