@@ -15,6 +15,7 @@ from pspnet_fast.cli.group import Stopped
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--out", type=FOLDER, help="Folder of the run; by default runs/ and the name of CONFIG.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in that folder.")
+@click.option("--previous", is_flag=True, help="With --resume: if that one is damaged, from the one before it.")
 @click.option("--allow", multiple=True, metavar="KEY", help="With --resume: a setting that may differ from the run's.")
 @click.option("--overwrite", is_flag=True, help="Start anew although that folder holds a checkpoint.")
 @click.option("--print-config", is_flag=True, help="Print every setting, defaults included, and stop.")
@@ -23,16 +24,17 @@ def train(
     overrides: tuple[str, ...],
     out: Path | None,
     resume: bool,
+    previous: bool,
     allow: tuple[str, ...],
     overwrite: bool,
     print_config: bool,
 ) -> None:
     """Train as CONFIG (a YAML file) says; KEY=VALUE changes single settings.
 
-    After each epoch the run's folder holds checkpoint.pt (the last epoch), best.pt (the best), log.jsonl, curves.png
+    After each epoch the run's folder holds checkpoint.pt (the last state), best.pt (the best), log.jsonl, curves.png
     and tensorboard/. Ctrl+C and SIGTERM save the iteration they fall into. A run goes on with --resume and ends with
     the same weights as one that was never interrupted (bit for bit on a CPU); with --allow KEY it goes on under a
-    setting that has changed, such as more epochs.
+    setting that has changed, such as more epochs. torchrun starts it in several processes, which share each batch.
 
     \b
     pspnet-fast train configs/camvid.yaml data.root=/data/camvid
@@ -40,6 +42,7 @@ def train(
     pspnet-fast train configs/camvid.yaml data.root=/data/camvid --resume
     pspnet-fast train configs/camvid.yaml data.root=/data/camvid train.epochs=20 --resume --allow train.epochs
     pspnet-fast train configs/camvid.yaml --print-config > my.yaml
+    torchrun --nproc-per-node 8 -m pspnet_fast train configs/cityscapes.yaml data.root=/data/cityscapes
     """
     import torch
 
@@ -60,8 +63,8 @@ def train(
     checkpoint = out / CHECKPOINT
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
-    if allow and not resume:
-        raise click.UsageError("--allow goes with --resume")
+    if (allow or previous) and not resume:
+        raise click.UsageError(f"{'--allow' if allow else '--previous'} goes with --resume")
     existing = next((path for path in (checkpoint, out / BEST) if path.exists()), None)
     if existing and not (resume or overwrite):
         raise click.UsageError(f"{existing} exists: go on with --resume, or start anew with --overwrite or --out")
@@ -102,6 +105,7 @@ def train(
             out,
             class_names=names,
             resume=resume,
+            previous=previous,
             allow=allow,
             metadata=metadata,
         )

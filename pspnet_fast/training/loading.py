@@ -1,31 +1,82 @@
-"""DataLoaders whose order and random numbers depend on a seed and the epoch only."""
+"""DataLoaders whose order and random numbers depend on a seed and the place in the training only."""
 
-import itertools
+import functools
 import signal
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from pspnet_fast.data import DataError
 
 Item = tuple[Tensor, Tensor]
+Place = tuple[int, int]  # epoch, index of the image
+TRIES = 10  # images in a row that may be corrupt
 
 
-class _Rest(Sampler[list[int]]):
-    """The batches of a sampler but the first ``done``."""
+class Batch(NamedTuple):
+    """Images (n, 3, H, W), labels (n, H, W), and what was said of images that others took the place of."""
 
-    def __init__(self, batches: BatchSampler, done: int) -> None:
-        self._batches, self._done = batches, done
+    images: Tensor
+    labels: Tensor
+    skipped: list[str]
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return itertools.islice(iter(self._batches), self._done, None)
+
+@functools.lru_cache(maxsize=1)
+def _epoch_order(images: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
+    return torch.randperm(images, generator=generator).tolist()
+
+
+def places_of(images: int, batch_size: int, seed: int, step: int) -> list[Place]:
+    """The images, those of all processes, of the iteration that ``step`` others come before."""
+    epoch, batch = divmod(step, images // batch_size)
+    indices = _epoch_order(images, seed, epoch)[batch * batch_size : (batch + 1) * batch_size]
+    return [(epoch, index) for index in indices]
+
+
+class _Places(Sampler[list[Place]]):
+    """For each iteration of ``steps`` the share of one process in its batch, in ``parts`` lists."""
+
+    def __init__(self, images: int, batch_size: int, seed: int, steps: range, share: Place, parts: int) -> None:
+        self._images, self._batch_size, self._seed = images, batch_size, seed
+        self._steps, self._share, self._parts = steps, share, parts
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        rank, size = self._share
+        for step in self._steps:
+            mine = places_of(self._images, self._batch_size, self._seed, step)[rank::size]
+            for part in range(self._parts):
+                yield mine[part :: self._parts]
 
     def __len__(self) -> int:
-        return len(self._batches) - self._done
+        return len(self._steps) * self._parts
+
+
+class _AtPlaces(Dataset[tuple[Tensor, Tensor, list[str]]]):
+    """The items of a data set by epoch and index; with ``skip`` the next one where one is corrupt."""
+
+    def __init__(self, dataset: Dataset[Item], skip: bool) -> None:
+        self._dataset, self._skip = dataset, skip
+
+    def __getitem__(self, place: Place) -> tuple[Tensor, Tensor, list[str]]:
+        epoch, index = place
+        if hasattr(self._dataset, "set_epoch"):
+            self._dataset.set_epoch(epoch)
+        if not self._skip:
+            return *self._dataset[index], []
+        skipped: list[str] = []
+        while True:
+            try:
+                return *self._dataset[index], skipped
+            except (DataError, OSError) as error:
+                skipped.append(str(error))
+                if len(skipped) == TRIES:
+                    raise DataError(f"{TRIES} images in a row cannot be read, the last: {error}") from None
+                index = (index + 1) % len(self._dataset)  # type: ignore[arg-type]
 
 
 def train_loader(
@@ -33,33 +84,43 @@ def train_loader(
     batch_size: int,
     workers: int,
     seed: int,
-    epoch: int,
+    steps: range,
     pin_memory: bool = False,
     *,
-    done: int = 0,
+    share: Place = (0, 1),
+    parts: int = 1,
+    skip_corrupt: bool = False,
+) -> DataLoader[Batch]:
+    """Loader of the iterations ``steps``, counted from 0 at the beginning of the training; epochs follow each other.
+
+    An epoch is shuffled by (seed, epoch), its incomplete last batch left out. Before an item is read the data set's
+    ``set_epoch(epoch)`` is called if it has one. Of each batch the loader gives the share of one process, ``share`` =
+    (its number, their number), as ``parts`` batches one after the other.
+    """
+    images = len(dataset)  # type: ignore[arg-type]
+    places = _Places(images, batch_size, seed, steps, share, parts)
+    at_places = _AtPlaces(dataset, skip_corrupt)
+    return _loader(at_places, workers, pin_memory, _collate_batch, batch_sampler=places)
+
+
+def val_loader(
+    dataset: Dataset[Item], batch_size: int, workers: int, pin_memory: bool = False, *, share: Place = (0, 1)
 ) -> DataLoader[Item]:
-    """Loader of one epoch: shuffled by (seed, epoch), the incomplete last batch and the first ``done`` left out."""
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
-    order = RandomSampler(dataset, generator=generator)  # type: ignore[arg-type]
-    batches = _Rest(BatchSampler(order, batch_size, drop_last=True), done)
-    return _loader(dataset, workers, generator, pin_memory, batch_sampler=batches)
-
-
-def val_loader(dataset: Dataset[Item], batch_size: int, workers: int, pin_memory: bool = False) -> DataLoader[Item]:
-    """Loader of every item once, in order."""
-    return _loader(dataset, workers, torch.Generator(), pin_memory, batch_size=batch_size)
+    """Loader of every item once, in order; of several processes' share each item is in one."""
+    indices: Sequence[int] = range(share[0], len(dataset), share[1])  # type: ignore[arg-type]
+    return _loader(dataset, workers, pin_memory, _collate, sampler=indices, batch_size=batch_size)
 
 
 def _loader(
-    dataset: Dataset[Item], workers: int, generator: torch.Generator, pin_memory: bool, **batches: Any
-) -> DataLoader[Item]:
+    dataset: Dataset[Any], workers: int, pin_memory: bool, collate: Callable[[list[Any]], Any], **batches: Any
+) -> DataLoader[Any]:
     # With a generator of its own a loader leaves the global one, which drives dropout, as it was.
     return DataLoader(
         dataset,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=collate,
         worker_init_fn=_start_worker,
-        generator=generator,
+        generator=torch.Generator(),
         pin_memory=pin_memory,
         **batches,
     )
@@ -70,6 +131,11 @@ def _collate(items: list[Item]) -> Item:
     if len(sizes) > 1:
         raise DataError(f"images of one batch differ in size (height, width): {sizes}; use a batch size of 1 or a crop")
     return default_collate(items)
+
+
+def _collate_batch(items: list[tuple[Tensor, Tensor, list[str]]]) -> Batch:
+    images, labels = _collate([(image, label) for image, label, _ in items])
+    return Batch(images, labels, [message for _, _, skipped in items for message in skipped])
 
 
 def _start_worker(worker: int) -> None:
