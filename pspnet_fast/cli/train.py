@@ -51,6 +51,7 @@ def train(
     from pspnet_fast.models import PSPNet
     from pspnet_fast.training.config_file import load_config
     from pspnet_fast.training.config_text import to_yaml
+    from pspnet_fast.training.distributed import World, leave
     from pspnet_fast.training.interruption import Interrupted
     from pspnet_fast.training.loop import fit
     from pspnet_fast.training.run_folder import BEST, CHECKPOINT, ResumeError
@@ -79,8 +80,10 @@ def train(
         click.echo(f"Warning: {warning}", err=True)
     torch.manual_seed(settings.train.seed)
     model = PSPNet(len(names), **dataclasses.asdict(settings.model))
+    world = World.from_environment()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    click.echo(
+    say = click.echo if world.first else lambda _: None
+    say(
         f"PSPNet {settings.model.backbone}, {len(names)} classes, {parameters / 1e6:.1f} M parameters; "
         f"{len(train_set)} training and {len(val_set)} validation images; writing to {out}"
     )
@@ -117,6 +120,9 @@ def train(
     except ResumeError as error:
         hint = "".join(f" --allow {shlex.quote(key)}" for key in error.changed)
         raise click.ClickException(f"{error}{hint and f'. To go on with the new values:{hint}'}") from None
+    leave()
+    if not world.first:
+        return
     last = result.history[-1]["miou"]
     if result.best is None:
         click.echo(f"no mIoU, since no pixel of {data.val_list} is labelled; saved {result.checkpoint}")

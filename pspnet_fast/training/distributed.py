@@ -4,11 +4,11 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -69,35 +69,59 @@ class World:
         return int(value.item())
 
 
-@contextmanager
-def joined(world: World, device: torch.device) -> Iterator[None]:
-    """Connect the processes of ``world``: by NCCL on GPUs, else by gloo; a group that the caller has opened is used."""
+def join(world: World, device: torch.device) -> None:
+    """Connect the processes of ``world``, unless they are: by NCCL on GPUs, else by gloo.
+
+    They stay connected: torchrun's processes cannot be a second time, and after an error to take leave could hang.
+    """
     if world.size == 1 or dist.is_initialized():
-        yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=world.rank, world_size=world.size)
-    try:
-        yield
-    finally:
+
+
+def leave() -> None:
+    """Part with the other processes, at the end of a program that ran well."""
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """nn.SyncBatchNorm, which knows no CPU, on CPUs as well: there by two sums over all processes."""
+class _Sum(torch.autograd.Function):
+    """The sum of a tensor over all processes, of which every process goes on with one."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        output = input.clone()
+        dist.all_reduce(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _Sum.forward(ctx, grad)
+
+
+class _CPUSyncBatchNorm(_BatchNorm):
+    """nn.SyncBatchNorm, which knows GPUs alone, for CPUs: by sums over all processes."""
+
+    process_group = None  # all processes; what else knows synchronised norms looks for this attribute
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, ...) -> the same shape."""
-        if input.device.type != "cpu" or not self.training or not dist.is_initialized():
+        if not self.training:
             return super().forward(input)
+        self._check_input_dim(input)
         values = input.to(torch.promote_types(input.dtype, self.running_mean.dtype))  # type: ignore[union-attr]
         axes = [axis for axis in range(input.dim()) if axis != 1]
         shape = [1, -1, *(1 for _ in axes[1:])]
-        count = all_reduce(values.new_tensor(float(input.numel() // input.size(1))))
-        mean = all_reduce(values.sum(axes)) / count
+        count = _Sum.apply(values.new_tensor(float(input.numel() // input.size(1))))
+        mean = _Sum.apply(values.sum(axes)) / count
         centred = values - mean.view(shape)
-        var = all_reduce(centred.square().sum(axes)) / count
+        var = _Sum.apply(centred.square().sum(axes)) / count
         if self.track_running_stats:
             self._track(mean.detach(), var.detach() * (count / (count - 1)))
         output = centred * (var + self.eps).rsqrt().view(shape)
@@ -114,12 +138,31 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         self.running_var.lerp_(unbiased_var.to(self.running_var), momentum)  # type: ignore
 
 
-def synchronise_norms(module: nn.Module) -> None:
-    """Turn every batch norm below ``module``, in place, into a :class:`SyncBatchNorm` that shares its tensors."""
-    for name, child in module.named_children():
-        if isinstance(child, _BatchNorm):
-            converted = nn.SyncBatchNorm.convert_sync_batchnorm(child)
-            converted.__class__ = SyncBatchNorm
-            setattr(module, name, converted)
-        else:
-            synchronise_norms(child)
+@contextmanager
+def synchronised_norms(model: nn.Module, world: World) -> Iterator[None]:
+    """While the context is open, batch norms in training have the statistics of all processes' images.
+
+    ``model`` is on its device. In place of each batch norm stands a synchronised one that shares its tensors.
+    """
+    replaced = []
+    if world.size > 1:
+        for parent in list(model.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, _BatchNorm):
+                    replaced.append((parent, name, child))
+                    setattr(parent, name, _synchronised(child))
+    try:
+        yield
+    finally:
+        for parent, name, child in replaced:
+            child.train(getattr(parent, name).training)
+            setattr(parent, name, child)
+
+
+def _synchronised(norm: _BatchNorm) -> nn.Module:
+    settings = (norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    tensors = [*norm.parameters(), *norm.buffers()]
+    kind = nn.SyncBatchNorm if tensors and tensors[0].is_cuda else _CPUSyncBatchNorm
+    other = kind(*settings)
+    other._parameters, other._buffers = norm._parameters, norm._buffers
+    return other.train(norm.training)

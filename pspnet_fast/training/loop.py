@@ -16,7 +16,7 @@ from pspnet_fast.models import PSPNet
 from pspnet_fast.training.callbacks import Callback
 from pspnet_fast.training.config_rules import ConfigError
 from pspnet_fast.training.config_train import TrainConfig
-from pspnet_fast.training.distributed import World, joined
+from pspnet_fast.training.distributed import World, join, synchronised_norms
 from pspnet_fast.training.evaluation import choose_device
 from pspnet_fast.training.loading import Item
 from pspnet_fast.training.protocol import describe
@@ -100,7 +100,12 @@ def fit(
     if resume and not (checkpoint.is_file() or (previous and previous_checkpoints(out_dir))):
         raise FileNotFoundError(f"no checkpoint {checkpoint}")
     out_dir.mkdir(parents=True, exist_ok=True)
-    with locked(out_dir) if world.first else nullcontext(), _deterministic(config), joined(world, device):
+    join(world, device)
+    with (
+        locked(out_dir) if world.first else nullcontext(),
+        _deterministic(config),
+        synchronised_norms(model.to(device), world if config.sync_norms else World()),
+    ):
         trained = Step(model, config, device, world)
         iterations = len(train_set) // config.batch_size  # type: ignore[arg-type]
         metadata = _describe(model, val_set, metadata)

@@ -9,7 +9,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pspnet_fast.data import IGNORE_INDEX
 from pspnet_fast.training.config_train import TrainConfig
-from pspnet_fast.training.distributed import World, synchronise_norms
+from pspnet_fast.training.distributed import World
 from pspnet_fast.training.loading import Batch
 from pspnet_fast.training.optimizer import backbone_norms, make_loss, make_optimizer, pspnet_loss
 from pspnet_fast.training.times import Times
@@ -19,7 +19,7 @@ class Step:
     """The model with all that an iteration changes.
 
     Attributes:
-        model: as it was given, on the device; with several processes its batch norms are synchronised ones.
+        model: as it was given, on the device.
         average: its averaged weights, if there are any.
         optimizer, scaler: whose states a checkpoint holds.
     """
@@ -27,8 +27,6 @@ class Step:
     def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device, world: World) -> None:
         self._config, self._device, self._world = config, device, world
         self._memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        if world.size > 1 and config.sync_norms:
-            synchronise_norms(model)
         self.model = model.to(device=device, memory_format=self._memory_format)  # type: ignore[call-overload]
         self._frozen = backbone_norms(model) if config.frozen_norms else []
         for norm in self._frozen:
