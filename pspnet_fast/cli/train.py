@@ -1,6 +1,7 @@
 """``pspnet-fast train``."""
 
 import dataclasses
+import os
 import shlex
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def train(
 
     from pspnet_fast.data.checks import check_classes, check_lists, check_normalisation
     from pspnet_fast.data.transforms import TrainTransform
-    from pspnet_fast.models import PSPNet
+    from pspnet_fast.models import PSPNet, load_backbone
     from pspnet_fast.training.config_file import load_config
     from pspnet_fast.training.config_text import to_yaml
     from pspnet_fast.training.distributed import World, leave
@@ -79,7 +80,10 @@ def train(
     for warning in (*warnings, *check_classes(train_set, names), *check_classes(val_set, names)):
         click.echo(f"Warning: {warning}", err=True)
     torch.manual_seed(settings.train.seed)
-    model = PSPNet(len(names), **dataclasses.asdict(settings.model))
+    arguments = dataclasses.asdict(settings.model)
+    pretrained = arguments.pop("pretrained")  # of no meaning to a run that goes on
+    model = PSPNet(len(names), **arguments)
+    loaded = load_backbone(model, Path(os.path.expanduser(pretrained))) if pretrained and not resume else None
     world = World.from_environment()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say = click.echo if world.first else lambda _: None
@@ -87,10 +91,12 @@ def train(
         f"PSPNet {settings.model.backbone}, {len(names)} classes, {parameters / 1e6:.1f} M parameters; "
         f"{len(train_set)} training and {len(val_set)} validation images; writing to {out}"
     )
+    if loaded:
+        say(f"{pretrained}: {loaded}")
     # Compared when the run is resumed; names and colours are compared by what their files hold.
     not_compared = {"root", "names", "colors", "mean", "std"}
     metadata = {
-        "model": dataclasses.asdict(settings.model),
+        "model": arguments,
         "colors": colors,
         "labels": data.labels,
         "remap": {str(value): index for value, index in data.remap.items()},

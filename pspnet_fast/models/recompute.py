@@ -30,11 +30,12 @@ def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractC
 
 @contextmanager
 def _without_tracking(block: nn.Module) -> Iterator[None]:
-    norms = [norm for norm in block.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
+    norms = [norm for norm in block.modules() if isinstance(norm, _BatchNorm)]
+    buffers = [norm._buffers for norm in norms]
+    for norm in norms:  # on copies, which are thrown away
+        norm._buffers = {name: value if value is None else value.clone() for name, value in norm._buffers.items()}
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, own in zip(norms, buffers, strict=True):
+            norm._buffers = own

@@ -1,5 +1,6 @@
 """Training and evaluation of a PSPNet."""
 
+from pspnet_fast.training.callbacks import Callback
 from pspnet_fast.training.config_file import load_config
 from pspnet_fast.training.config_rules import ConfigError
 from pspnet_fast.training.config_train import TrainConfig
@@ -10,6 +11,7 @@ from pspnet_fast.training.metrics import Metrics
 from pspnet_fast.training.run_folder import ResumeError
 
 __all__ = [
+    "Callback",
     "ConfigError",
     "Interrupted",
     "Metrics",

@@ -36,7 +36,7 @@ def _check_size(key: str, value: Sequence[int]) -> None:
 
 @dataclass
 class ModelConfig:
-    """Arguments of :class:`pspnet_fast.models.PSPNet`."""
+    """Arguments of :class:`pspnet_fast.models.PSPNet`, and the weights that it starts from."""
 
     backbone: str = "resnet50"
     """The encoder."""
@@ -58,6 +58,8 @@ class ModelConfig:
     """Without the concatenation, or with it; the weights are the same."""
     head_channels: int | None = None
     """Before the classifier; null takes a quarter of the backbone's."""
+    pretrained: str | None = None
+    """File of the backbone's first weights: of torchvision, timm, semseg or mmsegmentation (docs/training.md)."""
 
     def __post_init__(self) -> None:
         check_rules("model", self, RULES)
