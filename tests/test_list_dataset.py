@@ -43,7 +43,7 @@ def test_images_are_rgb(root: Path) -> None:
 def epoch_of(dataset: ListDataset, workers: int, epoch: int, seed: int = 0) -> torch.Tensor:
     steps = len(dataset) // 2
     loader = train_loader(dataset, 2, workers, seed, range(epoch * steps, (epoch + 1) * steps))
-    return torch.cat([images for images, *_ in loader])
+    return torch.cat([images for images, _ in loader])
 
 
 def test_items_depend_on_seed_epoch_and_index_alone(root: Path) -> None:
@@ -79,7 +79,7 @@ def test_loaders_leave_the_global_generator_alone(root: Path) -> None:
 def test_training_order_is_shuffled_and_drops_the_rest(root: Path) -> None:
     dataset = ListDataset(root, root / "train.txt", len(NAMES), EvalTransform())
     plain = torch.stack([image for image, _ in dataset])
-    loaded = torch.cat([images for images, *_ in train_loader(dataset, 3, 0, 0, range(len(dataset) // 3))])
+    loaded = torch.cat([images for images, _ in train_loader(dataset, 3, 0, 0, range(len(dataset) // 3))])
     assert len(loaded) == 6
     order = [int((plain == image).flatten(1).all(1).nonzero()[0]) for image in loaded]
     assert len(set(order)) == 6

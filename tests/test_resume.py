@@ -126,7 +126,7 @@ def test_signal_in_validation(root: Path, straight: Path, tmp_path: Path, monkey
 def test_loader_leaves_out_what_is_done(workers: int, done: int) -> None:
     items = Items(11)
     whole, rest = (
-        [images[:, 0, 0, 0].tolist() for images, *_ in train_loader(items, 3, workers, 1, range(6 + skipped, 9))]
+        [images[:, 0, 0, 0].tolist() for images, _ in train_loader(items, 3, workers, 1, range(6 + skipped, 9))]
         for skipped in (0, done)
     )
     assert len(whole) == 3
@@ -307,8 +307,7 @@ def test_checkpoint_of_an_older_version(root: Path, straight: Path, tmp_path: Pa
         train(root, tmp_path, dataset=at(2, 5, lambda: os.kill(os.getpid(), signal.SIGINT)))
     path = tmp_path / "checkpoint.pt"
     state = load_checkpoint(path)
-    for name in ("iterations", "skipped"):
-        del state[name]
+    del state["iterations"]
     for name in ("accumulate", "optimizer", "ema", "val_every", "head", "min_lr", "deterministic"):
         del state["config"][name]
     torch.save({**state, "format": 2, "rng": {"cpu": torch.get_rng_state()}}, path)

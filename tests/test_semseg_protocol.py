@@ -37,7 +37,7 @@ def semseg_losses(model: PSPNet, root: Path) -> list[float]:
     data = ListDataset(root, root / "train.txt", len(NAMES), TrainTransform((33, 41), scale=(0.8, 1.2)))
     losses = []
     model.train()
-    for iteration, (images, labels, _) in enumerate(train_loader(data, BATCH, 0, 0, range(STEPS)), 1):
+    for iteration, (images, labels) in enumerate(train_loader(data, BATCH, 0, 0, range(STEPS)), 1):
         x = images.double()
         for number in range(4):
             x = getattr(model, f"layer{number}")(x)

@@ -18,7 +18,7 @@ from pspnet_fast.models.recompute import recomputed
 from pspnet_fast.training import Callback, ConfigError, TrainConfig, TrainResult, evaluate, fit
 from pspnet_fast.training.checkpoint import load_checkpoint
 from pspnet_fast.training.distributed import World
-from pspnet_fast.training.loading import Batch
+from pspnet_fast.training.loading import Item
 from pspnet_fast.training.optimizer import make_optimizer, set_lr
 from pspnet_fast.training.protocol import describe
 from pspnet_fast.training.report import read_log
@@ -39,19 +39,19 @@ def toy(dropout: float = 0.0, norm: Any = nn.BatchNorm2d) -> PSPNet:
     return PSPNet(3, ToyBackbone(), bins=(1, 2), dropout=dropout, norm_layer=norm).double()
 
 
-def batch(count: int = 4, seed: int = 0) -> Batch:
+def batch(count: int = 4, seed: int = 0) -> Item:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 3, (count, 17, 17), generator=generator)
     labels[0, :9] = 255
     labels[1] = 255
-    return Batch(torch.randn(count, 3, 17, 17, generator=generator), labels, [])
+    return (torch.randn(count, 3, 17, 17, generator=generator), labels)
 
 
-def split(whole: Batch, parts: int) -> list[Batch]:
-    return [Batch(whole.images[part::parts], whole.labels[part::parts], []) for part in range(parts)]
+def split(whole: Item, parts: int) -> list[Item]:
+    return [(whole[0][part::parts], whole[1][part::parts]) for part in range(parts)]
 
 
-def step(model: nn.Module, config: TrainConfig, parts: list[Batch], count: int = 1) -> tuple[Step, Tensor]:
+def step(model: nn.Module, config: TrainConfig, parts: list[Item], count: int = 1) -> tuple[Step, Tensor]:
     trained = Step(model, config, CPU, World())
     trained.train()
     for _ in range(count):
@@ -76,19 +76,19 @@ def test_parts_are_averaged_over_all_their_labelled_pixels(options: dict[str, An
             assert name.startswith("layer")
     outputs = {
         name: nn.functional.interpolate(value, (17, 17), mode="bilinear", align_corners=True)
-        for name, value in model(batch().images.double()).items()
+        for name, value in model(batch()[0].double()).items()
     }
-    means = [nn.functional.cross_entropy(value, batch().labels, weight, ignore_index=255) for value in outputs.values()]
+    means = [nn.functional.cross_entropy(value, batch()[1], weight, ignore_index=255) for value in outputs.values()]
     expected = means[0] + 0.4 * means[1]
     if options.get("average_ignored"):
-        expected = expected * (batch().labels != 255).double().mean()
+        expected = expected * (batch()[1] != 255).double().mean()
     assert loss[0].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_batch_without_labels_teaches_nothing() -> None:
     model = toy()
     before = {name: value.clone() for name, value in model.named_parameters()}
-    nothing = Batch(batch().images, torch.full((4, 17, 17), 255), [])
+    nothing = (batch()[0], torch.full((4, 17, 17), 255))
     _, values = step(model, replace(CONFIG, weight_decay=0.0), [nothing])
     assert values.tolist() == [0, 0]
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())

@@ -122,8 +122,6 @@ class TrainConfig:
     """Whether the backward pass computes the backbone's activations again: less memory, more time."""
     deterministic: bool = False
     """The same bits on every run also on a GPU: torch.use_deterministic_algorithms; some layers get slower."""
-    skip_corrupt: bool = False
-    """Whether the next image takes the place of one that cannot be read; such images are named and counted."""
     device: str = "auto"
     """auto (CUDA where there is a GPU), cpu, cuda or cuda:N."""
     workers: int = 2

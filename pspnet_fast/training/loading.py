@@ -2,8 +2,8 @@
 
 import functools
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +14,6 @@ from pspnet_fast.data import DataError
 
 Item = tuple[Tensor, Tensor]
 Place = tuple[int, int]  # epoch, index of the image
-TRIES = 10  # images in a row that may be corrupt
-
-
-class Batch(NamedTuple):
-    """Images (n, 3, H, W), labels (n, H, W), and what was said of images that others took the place of."""
-
-    images: Tensor
-    labels: Tensor
-    skipped: list[str]
 
 
 @functools.lru_cache(maxsize=1)
@@ -56,27 +47,17 @@ class _Places(Sampler[list[Place]]):
         return len(self._steps) * self._parts
 
 
-class _AtPlaces(Dataset[tuple[Tensor, Tensor, list[str]]]):
-    """The items of a data set by epoch and index; with ``skip`` the next one where one is corrupt."""
+class _AtPlaces(Dataset[Item]):
+    """The items of a data set by epoch and index."""
 
-    def __init__(self, dataset: Dataset[Item], skip: bool) -> None:
-        self._dataset, self._skip = dataset, skip
+    def __init__(self, dataset: Dataset[Item]) -> None:
+        self._dataset = dataset
 
-    def __getitem__(self, place: Place) -> tuple[Tensor, Tensor, list[str]]:
+    def __getitem__(self, place: Place) -> Item:
         epoch, index = place
         if hasattr(self._dataset, "set_epoch"):
             self._dataset.set_epoch(epoch)
-        if not self._skip:
-            return *self._dataset[index], []
-        skipped: list[str] = []
-        while True:
-            try:
-                return *self._dataset[index], skipped
-            except (DataError, OSError) as error:
-                skipped.append(str(error))
-                if len(skipped) == TRIES:
-                    raise DataError(f"{TRIES} images in a row cannot be read, the last: {error}") from None
-                index = (index + 1) % len(self._dataset)  # type: ignore[arg-type]
+        return self._dataset[index]
 
 
 def train_loader(
@@ -89,8 +70,7 @@ def train_loader(
     *,
     share: Place = (0, 1),
     parts: int = 1,
-    skip_corrupt: bool = False,
-) -> DataLoader[Batch]:
+) -> DataLoader[Item]:
     """Loader of the iterations ``steps``, counted from 0 at the beginning of the training; epochs follow each other.
 
     An epoch is shuffled by (seed, epoch), its incomplete last batch left out. Before an item is read the data set's
@@ -99,8 +79,7 @@ def train_loader(
     """
     images = len(dataset)  # type: ignore[arg-type]
     places = _Places(images, batch_size, seed, steps, share, parts)
-    at_places = _AtPlaces(dataset, skip_corrupt)
-    return _loader(at_places, workers, pin_memory, _collate_batch, batch_sampler=places)
+    return _loader(_AtPlaces(dataset), workers, pin_memory, batch_sampler=places)
 
 
 def val_loader(
@@ -108,17 +87,15 @@ def val_loader(
 ) -> DataLoader[Item]:
     """Loader of every item once, in order; of several processes' share each item is in one."""
     indices: Sequence[int] = range(share[0], len(dataset), share[1])  # type: ignore[arg-type]
-    return _loader(dataset, workers, pin_memory, _collate, sampler=indices, batch_size=batch_size)
+    return _loader(dataset, workers, pin_memory, sampler=indices, batch_size=batch_size)
 
 
-def _loader(
-    dataset: Dataset[Any], workers: int, pin_memory: bool, collate: Callable[[list[Any]], Any], **batches: Any
-) -> DataLoader[Any]:
+def _loader(dataset: Dataset[Item], workers: int, pin_memory: bool, **batches: Any) -> DataLoader[Item]:
     # With a generator of its own a loader leaves the global one, which drives dropout, as it was.
     return DataLoader(
         dataset,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=_collate,
         worker_init_fn=_start_worker,
         generator=torch.Generator(),
         pin_memory=pin_memory,
@@ -131,11 +108,6 @@ def _collate(items: list[Item]) -> Item:
     if len(sizes) > 1:
         raise DataError(f"images of one batch differ in size (height, width): {sizes}; use a batch size of 1 or a crop")
     return default_collate(items)
-
-
-def _collate_batch(items: list[tuple[Tensor, Tensor, list[str]]]) -> Batch:
-    images, labels = _collate([(image, label) for image, label, _ in items])
-    return Batch(images, labels, [message for _, _, skipped in items for message in skipped])
 
 
 def _start_worker(worker: int) -> None:

@@ -62,6 +62,9 @@ class Report:
             total=images, initial=images * step // self._steps, unit="img", desc="train", disable=not terminal
         )
 
+        for sentence in header["protocol"]:
+            self._bar.write(sentence)
+
     def __enter__(self) -> "Report":
         return self
 

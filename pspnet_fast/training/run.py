@@ -20,7 +20,7 @@ from pspnet_fast.training.callbacks import Callback
 from pspnet_fast.training.distributed import World
 from pspnet_fast.training.evaluation import evaluate
 from pspnet_fast.training.interruption import Interrupted, Interruption
-from pspnet_fast.training.loading import Batch, Item, places_of, train_loader, val_loader
+from pspnet_fast.training.loading import Item, places_of, train_loader, val_loader
 from pspnet_fast.training.metrics import Metrics
 from pspnet_fast.training.optimizer import set_lr
 from pspnet_fast.training.report import Report
@@ -104,7 +104,7 @@ class Run:
         self.report = Report(state.out_dir, header, state.step, validated, epochs, images)
         return self.report
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[Item]:
         """This process's parts of the batches that are left."""
         state, config = self.state, self.config
         if state.step == state.steps:
@@ -118,7 +118,6 @@ class Run:
             self.device.type == "cuda",
             share=self.world.share,
             parts=config.accumulate,
-            skip_corrupt=config.skip_corrupt,
         )
         return iter(self._interruptible(loader))
 
@@ -145,7 +144,7 @@ class Run:
         if self.world.first:
             self.state.save()
 
-    def _train_until(self, stop: int, batches: Iterator[Batch]) -> None:
+    def _train_until(self, stop: int, batches: Iterator[Item]) -> None:
         """Train up to iteration ``stop``; the state is complete whenever this ends or raises Interrupted."""
         state, pending = self.state, _Pending()
         self.trained.train()
@@ -158,7 +157,6 @@ class Run:
                 _seed((self.config.seed, step, self.world.rank))
                 pending.values.append(self.trained(parts, self.times))
                 pending.lrs.append(lr)
-                pending.skipped += [message for part in parts for message in part.skipped]
                 if self.report:
                     self.report.advance(self.config.batch_size)
                 if len(pending.lrs) == self.config.log_every:
@@ -190,10 +188,6 @@ class Run:
         if first == 1 and not any(labelled for _, labelled in looked):
             what = f"the first {len(looked)} batches teach nothing (loss 0)"
             self._warn_of_no_label("train", self.train_set, what)
-        for message in pending.skipped:
-            warnings.warn(f"skipped: {message}", stacklevel=2)
-        if self.config.skip_corrupt:
-            state.skipped += int(self.world.sum(torch.tensor(len(pending.skipped), device=self.device)))
         state.losses.extend(losses)
         self.trained_images += len(losses) * self.config.batch_size
         self._add_times()
@@ -267,7 +261,6 @@ class Run:
             "seconds": round(seconds + time.perf_counter() - start, 3),
             "images_per_second": round(trained / max(seconds, 1e-9), 3),
             "times": {part: round(value, 3) for part, value in self.seconds.items()},
-            **({"skipped": state.skipped} if config.skip_corrupt else {}),
         }
         state.history.append(record)
         state.losses = []
@@ -293,7 +286,7 @@ class Run:
 
 
 class _Pending:
-    """Iterations not yet looked at: their learning rates, values on the device, and images skipped."""
+    """Iterations not yet looked at: their learning rates and values on the device."""
 
     def __init__(self) -> None:
         self.clear()
@@ -301,7 +294,6 @@ class _Pending:
     def clear(self) -> None:
         self.lrs: list[float] = []
         self.values: list[Tensor] = []
-        self.skipped: list[str] = []
 
 
 def _seed(place: tuple[int, ...]) -> None:

@@ -32,7 +32,6 @@ class State:
         step: iterations done, of ``steps``; ``iterations`` make an epoch.
         history: a record per validation.
         losses: of the iterations since the last validation.
-        skipped: corrupt images so far.
         finite: the model's weights when they were last found finite, and their iteration.
     """
 
@@ -50,7 +49,6 @@ class State:
         self.iterations = iterations
         self.steps = config.iterations or config.epochs * iterations
         self.step = 0
-        self.skipped = 0
         self.history: list[dict[str, Any]] = []
         self.losses: list[float] = []
         self.path = out_dir / CHECKPOINT
@@ -109,7 +107,7 @@ class State:
     def _restore(self, checkpoint: dict[str, Any], path: Path) -> None:
         trained = self.trained
         self.step, self.history = checkpoint["step"], checkpoint["history"]
-        self.losses, self.skipped = list(checkpoint.get("losses", [])), checkpoint.get("skipped", 0)
+        self.losses = list(checkpoint.get("losses", []))
         # The optimizer's state comes with the settings of its groups; those that were allowed to change are new.
         groups = trained.optimizer.param_groups
         settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
@@ -177,7 +175,6 @@ class State:
             "step": self.step,
             "steps": self.steps,
             "iterations": self.iterations,
-            "skipped": self.skipped,
             "config": dataclasses.asdict(self.config),
             "class_names": self.class_names,
             "metadata": self.metadata,

@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from pspnet_fast.data import IGNORE_INDEX
 from pspnet_fast.training.config_train import TrainConfig
 from pspnet_fast.training.distributed import World
-from pspnet_fast.training.loading import Batch
+from pspnet_fast.training.loading import Item
 from pspnet_fast.training.optimizer import backbone_norms, make_loss, make_optimizer, pspnet_loss
 from pspnet_fast.training.times import Times
 
@@ -57,7 +57,7 @@ class Step:
         for norm in self._frozen:
             norm.eval()
 
-    def __call__(self, parts: Sequence[Batch], times: Times) -> Tensor:
+    def __call__(self, parts: Sequence[Item], times: Times) -> Tensor:
         """Train on one batch, this process's share of it, in parts.
 
         The loss is the mean over the labelled pixels of all parts and processes; but with ``ohem`` the mean of the
@@ -69,10 +69,10 @@ class Step:
         config = self._config
         batches = [
             (
-                part.images.to(self._device, self._dtype, non_blocking=True, memory_format=self._memory_format),
-                part.labels.to(self._device, non_blocking=True),
+                images.to(self._device, self._dtype, non_blocking=True, memory_format=self._memory_format),
+                labels.to(self._device, non_blocking=True),
             )
-            for part in parts
+            for images, labels in parts
         ]
         count = self._world.sum(torch.stack([self._count(labels) for _, labels in batches]).sum(0))
         divisor = torch.where(count > 0, count, 1)[0]
