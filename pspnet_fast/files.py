@@ -29,6 +29,7 @@ def replacing(path: Path, needed: int = 0) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
+            _flush_folder(path.parent)
         except BaseException:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
@@ -45,6 +46,17 @@ def replacing(path: Path, needed: int = 0) -> Iterator[BinaryIO]:
         if path.exists():
             reason += "; the file before it is whole"
         raise OSError(cause.errno, reason, str(path)) from None
+
+
+def _flush_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk, so that a power cut does not undo a rename."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with suppress(OSError):  # some network file systems flush no folders
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:

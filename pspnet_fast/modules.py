@@ -262,7 +262,7 @@ def _trains(norm: nn.Module) -> bool:
     """Whether a batch norm normalises by the batch alone though it has running statistics."""
     if not (isinstance(norm, _BatchNorm) and norm.training and norm.running_mean is not None):
         return False
-    return not (isinstance(norm, nn.SyncBatchNorm) and _world_size(norm) > 1)
+    return not (hasattr(norm, "process_group") and _world_size(norm.process_group) > 1)
 
 
 @functools.cache
@@ -273,8 +273,8 @@ def _warn_of_one_value() -> None:
     )
 
 
-def _world_size(norm: nn.SyncBatchNorm) -> int:
+def _world_size(process_group: Any) -> int:
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return 1
-    return distributed.get_world_size(norm.process_group)
+    return distributed.get_world_size(process_group)

@@ -122,7 +122,7 @@ OLD = {"_use_new_zipfile_serialization": False}
         (other(torch.nn.Conv2d(1, 1, 1).state_dict()), "a state_dict of 2 tensors with the keys 'weight', 'bias'"),
         (other([1]), "it holds a list"),
         (other({}), "it holds an empty mapping"),
-        (other({**STATE, "format": 3}), "is a checkpoint of format 3; this version reads 1 and 2"),
+        (other({**STATE, "format": 4}), "is a checkpoint of format 4; this version reads 1, 2 and 3"),
         (other({"format": 2, "model": {}}), "it lacks class_names, metadata, config, step, steps, history"),
     ],
 )

@@ -15,6 +15,7 @@ from toy_command import Workspace, assert_one_line, run
 from toy_data import NAMES, SIZE, write_toy_data
 
 from pspnet_fast.cli import EXTRAS
+from pspnet_fast.models import resnet
 from pspnet_fast.training import Interrupted
 from pspnet_fast.training.checkpoint import load_checkpoint
 
@@ -40,6 +41,24 @@ def test_train_writes_the_run(work: Workspace) -> None:
     assert str(work.data) not in str(metadata)  # a folder's name is nobody else's business
     for name in ("best.pt", "checkpoint.pt"):
         assert str(work.out / name) in work.trained.output
+
+
+def test_pretrained_backbone(work: Workspace, tmp_path: Path) -> None:
+    weights = tmp_path / "resnet18.pth"
+    backbone = resnet("resnet18", stem="conv7")
+    state = {
+        name.replace("layer0.0.", "conv1.").replace("layer0.1.", "bn1."): value
+        for name, value in backbone.state_dict().items()
+    }
+    torch.save({**state, "fc.bias": torch.ones(9)}, weights)
+    arguments = ["train", work.config, work.root, f"model.pretrained={weights}", "--out", tmp_path / "run"]
+    assert_one_line(run(*arguments, "model.stem=deep64"), 1, "one convolution of 64 channels", "model.stem=conv7")
+    result = run(*arguments)
+    assert "120 entries loaded (torchvision or timm layout), 1 skipped (fc.bias), 0 missing" in result.stdout
+    assert "SGD, momentum 0.9, weight decay 0.0001 on all parameters" in result.stdout
+    weights.unlink()
+    again = run(*arguments, "--resume")  # which goes on from the checkpoint
+    assert again.exit_code == 0, again.output
 
 
 def test_print_config_shows_every_setting(work: Workspace) -> None:

@@ -1,6 +1,7 @@
 """Training, resuming and evaluation of a toy network."""
 
 import json
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -90,10 +91,17 @@ def test_too_few_images_for_a_batch(root: Path, tmp_path: Path) -> None:
 
 
 def test_diverged_loss_stops(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at iteration \d of 16; try a smaller"):
+    with pytest.raises(
+        FloatingPointError, match=r"the loss is (nan|inf) at iteration \d of 16, of the images "
+    ) as error:
         train(root, tmp_path, replace(CONFIG, lr=1e30))
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert records[-1]["loss"] is None
+    assert "finite.pt holds the weights of iteration 0." in str(error.value)
+    assert len(re.findall(r"train_\d.png", str(error.value))) == 2
+    finite = load_checkpoint(tmp_path / "finite.pt")
+    torch.manual_seed(CONFIG.seed)
+    assert_equal_states(finite["model"], PSPNet(len(NAMES), ToyBackbone(), bins=(1, 2)).state_dict())
 
 
 @pytest.mark.parametrize("option", ["bf16", "channels_last"])

@@ -6,14 +6,14 @@ import torch.nn.functional as F
 from toy_backbone import ToyBackbone
 
 from pspnet_fast.models import PSPNet
-from pspnet_fast.training.config import TrainConfig
-from pspnet_fast.training.optimizer import make_loss, make_optimizer, pspnet_loss, set_poly_lr
+from pspnet_fast.training import TrainConfig
+from pspnet_fast.training.optimizer import make_loss, make_optimizer, pspnet_loss, set_lr
 
 
 def test_head_learns_ten_times_faster() -> None:
     model = PSPNet(3, ToyBackbone())
     optimizer = make_optimizer(model, TrainConfig(lr=0.01, momentum=0.8, weight_decay=0.002))
-    set_poly_lr(optimizer, 0, 100, 0.9)
+    set_lr(optimizer, 0, 100, TrainConfig())
     rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
     assert len(rates) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
@@ -28,17 +28,18 @@ def test_model_without_the_head_names_has_one_rate() -> None:
 
 
 def test_poly_schedule() -> None:
-    optimizer = make_optimizer(PSPNet(3, ToyBackbone()), TrainConfig(lr=0.02))
-    assert set_poly_lr(optimizer, 0, 40, 0.9) == 0.02
-    assert set_poly_lr(optimizer, 10, 40, 0.9) == pytest.approx(0.02 * 0.75**0.9)
+    config = TrainConfig(lr=0.02)
+    optimizer = make_optimizer(PSPNet(3, ToyBackbone()), config)
+    assert set_lr(optimizer, 0, 40, config) == 0.02
+    assert set_lr(optimizer, 10, 40, config) == pytest.approx(0.02 * 0.75**0.9)
     assert optimizer.param_groups[1]["lr"] == pytest.approx(0.2 * 0.75**0.9)
-    assert set_poly_lr(optimizer, 39, 40, 0.9) == pytest.approx(0.02 * 0.025**0.9)
+    assert set_lr(optimizer, 39, 40, config) == pytest.approx(0.02 * 0.025**0.9)
 
 
 def test_loss_is_as_configured() -> None:
     loss = make_loss(TrainConfig(), align_corners=False)
     assert (loss.align_corners, loss.ignore_index, loss.label_smoothing, loss.weight) == (False, 255, 0.0, None)
-    assert (loss.reduction, loss.ohem) == ("mean", False)
+    assert (loss.reduction, loss.ohem) == ("sum", False)
     config = TrainConfig(label_smoothing=0.1, class_weights=[1.0, 2.0], ohem=True, ohem_threshold=0.9, ohem_min_kept=7)
     loss = make_loss(config, align_corners=True)
     assert (loss.align_corners, loss.label_smoothing) == (True, 0.1)
@@ -52,5 +53,5 @@ def test_auxiliary_loss_is_weighted() -> None:
     label = torch.randint(0, 3, (1, 4, 4))
     main, aux = (F.cross_entropy(outputs[name], label) for name in ("out", "aux"))
     loss = make_loss(TrainConfig(), align_corners=True)
-    torch.testing.assert_close(pspnet_loss(loss, outputs, label, 0.4), main + 0.4 * aux)
-    torch.testing.assert_close(pspnet_loss(loss, {"out": outputs["out"]}, label, 0.4), main)
+    torch.testing.assert_close(pspnet_loss(loss, outputs, label, 0.4) / 16, main + 0.4 * aux)
+    torch.testing.assert_close(pspnet_loss(loss, {"out": outputs["out"]}, label, 0.4) / 16, main)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from killing import RUNS, assert_same_runs, kill_and_resume
 from torch import Tensor
 from toy_data import NAMES, write_toy_data
 from toy_training import CONFIG, Items, assert_equal_states, train
@@ -46,16 +47,6 @@ def at(epoch: int, index: int, action: Any) -> type[ListDataset]:
 
 def interrupt() -> None:
     raise KeyboardInterrupt
-
-
-def assert_same_runs(first: Path, second: Path) -> None:
-    """Both folders hold the same weights, scores and log."""
-    for name in ("checkpoint.pt", "best.pt"):
-        states = [load_checkpoint(folder / name) for folder in (first, second)]
-        for state in states:
-            del state["config"]["workers"], state["config"]["log_every"]
-        assert_equal_states(*states)
-    assert_equal_states(*(read_log(folder / "log.jsonl")[1:] for folder in (first, second)))
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +126,7 @@ def test_signal_in_validation(root: Path, straight: Path, tmp_path: Path, monkey
 def test_loader_leaves_out_what_is_done(workers: int, done: int) -> None:
     items = Items(11)
     whole, rest = (
-        [images[:, 0, 0, 0].tolist() for images, _ in train_loader(items, 3, workers, 1, 2, done=skipped)]
+        [images[:, 0, 0, 0].tolist() for images, _ in train_loader(items, 3, workers, 1, range(6 + skipped, 9))]
         for skipped in (0, done)
     )
     assert len(whole) == 3
@@ -183,7 +174,8 @@ def test_resume_lists_every_change(finished: tuple[Path, Path]) -> None:
         "train.lr was 0.02, now 0.5",
         "data.crop was [33, 41], now [33, 43]",
         "the learning rate would fall to 0 over the new number of epochs",
-        "only train.device, train.workers, train.log_every, train.val_batch_size change nothing",
+        "only train.device, train.workers, train.log_every, train.val_batch_size, train.checkpoint_every, "
+        "train.keep change nothing",
     ):
         assert part in str(error.value)
 
@@ -271,7 +263,7 @@ def test_failed_save_keeps_the_epoch_before(root: Path, tmp_path: Path, monkeypa
         save_checkpoint(path, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr("pspnet_fast.training.run.save_checkpoint", full)
+        patch.setattr("pspnet_fast.training.state.save_checkpoint", full)
         with pytest.raises(OSError, match="No space left"):
             train(root, tmp_path)
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 8
@@ -285,6 +277,53 @@ def test_disk_without_room_is_found_at_once(root: Path, tmp_path: Path, monkeypa
         with pytest.raises(OSError, match=r"no space for the checkpoints of the run: 0.1 MB needed, 0.0 MB free"):
             train(root, tmp_path)
     assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(root: Path, straight: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, keep=3)
+    with pytest.raises(KeyboardInterrupt):
+        train(root, tmp_path, config, dataset=at(3, 5, interrupt))
+    path, names = tmp_path / "checkpoint.pt", ["checkpoint-00000004.pt", "checkpoint-00000008.pt"]
+    assert sorted(kept.name for kept in tmp_path.glob("checkpoint-*")) == names
+    assert [load_checkpoint(kept)["step"] for kept in (tmp_path / names[0], tmp_path / names[1], path)] == [4, 8, 12]
+    for damaged in (path, tmp_path / names[1]):
+        damaged.write_bytes(damaged.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"checkpoint.pt: is damaged: .* checkpoint-00000008.pt is .* with --previous"):
+        train(root, tmp_path, config, resume=True)
+    train(root, tmp_path, config, resume=True, previous=True)
+    with pytest.raises(AssertionError):
+        assert_same_runs(straight, tmp_path)  # the two differ in keep
+    assert_equal_states(*(load_checkpoint(folder / "checkpoint.pt")["model"] for folder in (straight, tmp_path)))
+    assert_equal_states(*(read_log(folder / "log.jsonl")[1:] for folder in (straight, tmp_path)))
+    for kept in (path, *tmp_path.glob("checkpoint-*")):
+        kept.write_text("")
+    with pytest.raises(ValueError, match=r"checkpoint.pt: is empty; .*nor is any of the 2 checkpoints before it whole"):
+        train(root, tmp_path, config, resume=True, previous=True)
+
+
+def test_checkpoint_of_an_older_version(root: Path, straight: Path, tmp_path: Path) -> None:
+    """Its configuration lacks the newer keys, which have their defaults; its random state is not used."""
+    with pytest.raises(Interrupted):
+        train(root, tmp_path, dataset=at(2, 5, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    path = tmp_path / "checkpoint.pt"
+    state = load_checkpoint(path)
+    del state["iterations"]
+    for name in ("accumulate", "optimizer", "ema", "val_every", "head", "min_lr", "deterministic"):
+        del state["config"][name]
+    torch.save({**state, "format": 2, "rng": {"cpu": torch.get_rng_state()}}, path)
+    with pytest.raises(ResumeError, match=r"train.optimizer was 'sgd', now 'adamw'; train.ema was None, now 0.5"):
+        train(root, tmp_path, replace(CONFIG, optimizer="adamw", ema=0.5), resume=True)
+    train(root, tmp_path, resume=True)
+    assert_same_runs(straight, tmp_path)
+
+
+@pytest.mark.parametrize("name", list(RUNS)[1:])
+def test_killed_run_goes_on_to_the_same_bits(root: Path, tmp_path: Path, name: str) -> None:
+    config = replace(RUNS[name], epochs=4)
+    train(root, tmp_path / "straight", config)
+    kills, _ = kill_and_resume(root, tmp_path / "killed", config, seed=0, kills=3, delay=1.0)
+    assert kills > 0
+    assert_same_runs(tmp_path / "straight", tmp_path / "killed")
 
 
 @pytest.mark.parametrize("log", ["cut", "gone"])
@@ -324,9 +363,9 @@ with locked(Path({str(tmp_path)!r})):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_several_processes_are_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_without_a_launcher(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=r"started 2 \(WORLD_SIZE = 2\).*without torchrun"):
+    with pytest.raises(ValueError, match=r"WORLD_SIZE = 2 .*RANK and LOCAL_RANK .*start them with torchrun"):
         train(root, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("WORLD_SIZE", "1")

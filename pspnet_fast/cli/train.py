@@ -1,6 +1,7 @@
 """``pspnet-fast train``."""
 
 import dataclasses
+import os
 import shlex
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pspnet_fast.cli.group import Stopped
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--out", type=FOLDER, help="Folder of the run; by default runs/ and the name of CONFIG.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in that folder.")
+@click.option("--previous", is_flag=True, help="With --resume: if that one is damaged, from the one before it.")
 @click.option("--allow", multiple=True, metavar="KEY", help="With --resume: a setting that may differ from the run's.")
 @click.option("--overwrite", is_flag=True, help="Start anew although that folder holds a checkpoint.")
 @click.option("--print-config", is_flag=True, help="Print every setting, defaults included, and stop.")
@@ -23,16 +25,17 @@ def train(
     overrides: tuple[str, ...],
     out: Path | None,
     resume: bool,
+    previous: bool,
     allow: tuple[str, ...],
     overwrite: bool,
     print_config: bool,
 ) -> None:
     """Train as CONFIG (a YAML file) says; KEY=VALUE changes single settings.
 
-    After each epoch the run's folder holds checkpoint.pt (the last epoch), best.pt (the best), log.jsonl, curves.png
+    After each epoch the run's folder holds checkpoint.pt (the last state), best.pt (the best), log.jsonl, curves.png
     and tensorboard/. Ctrl+C and SIGTERM save the iteration they fall into. A run goes on with --resume and ends with
     the same weights as one that was never interrupted (bit for bit on a CPU); with --allow KEY it goes on under a
-    setting that has changed, such as more epochs.
+    setting that has changed, such as more epochs. torchrun starts it in several processes, which share each batch.
 
     \b
     pspnet-fast train configs/camvid.yaml data.root=/data/camvid
@@ -40,14 +43,16 @@ def train(
     pspnet-fast train configs/camvid.yaml data.root=/data/camvid --resume
     pspnet-fast train configs/camvid.yaml data.root=/data/camvid train.epochs=20 --resume --allow train.epochs
     pspnet-fast train configs/camvid.yaml --print-config > my.yaml
+    torchrun --nproc-per-node 8 -m pspnet_fast train configs/cityscapes.yaml data.root=/data/cityscapes
     """
     import torch
 
     from pspnet_fast.data.checks import check_classes, check_lists, check_normalisation
     from pspnet_fast.data.transforms import TrainTransform
-    from pspnet_fast.models import PSPNet
+    from pspnet_fast.models import PSPNet, load_backbone
     from pspnet_fast.training.config_file import load_config
     from pspnet_fast.training.config_text import to_yaml
+    from pspnet_fast.training.distributed import World, leave
     from pspnet_fast.training.interruption import Interrupted
     from pspnet_fast.training.loop import fit
     from pspnet_fast.training.run_folder import BEST, CHECKPOINT, ResumeError
@@ -60,8 +65,8 @@ def train(
     checkpoint = out / CHECKPOINT
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
-    if allow and not resume:
-        raise click.UsageError("--allow goes with --resume")
+    if (allow or previous) and not resume:
+        raise click.UsageError(f"{'--allow' if allow else '--previous'} goes with --resume")
     existing = next((path for path in (checkpoint, out / BEST) if path.exists()), None)
     if existing and not (resume or overwrite):
         raise click.UsageError(f"{existing} exists: go on with --resume, or start anew with --overwrite or --out")
@@ -75,16 +80,23 @@ def train(
     for warning in (*warnings, *check_classes(train_set, names), *check_classes(val_set, names)):
         click.echo(f"Warning: {warning}", err=True)
     torch.manual_seed(settings.train.seed)
-    model = PSPNet(len(names), **dataclasses.asdict(settings.model))
+    arguments = dataclasses.asdict(settings.model)
+    pretrained = arguments.pop("pretrained")  # of no meaning to a run that goes on
+    model = PSPNet(len(names), **arguments)
+    loaded = load_backbone(model, Path(os.path.expanduser(pretrained))) if pretrained and not resume else None
+    world = World.from_environment()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    click.echo(
+    say = click.echo if world.first else lambda _: None
+    say(
         f"PSPNet {settings.model.backbone}, {len(names)} classes, {parameters / 1e6:.1f} M parameters; "
         f"{len(train_set)} training and {len(val_set)} validation images; writing to {out}"
     )
+    if loaded:
+        say(f"{pretrained}: {loaded}")
     # Compared when the run is resumed; names and colours are compared by what their files hold.
     not_compared = {"root", "names", "colors", "mean", "std", "unreadable", "cache_gb"}
     metadata = {
-        "model": dataclasses.asdict(settings.model),
+        "model": arguments,
         "colors": colors,
         "labels": data.labels,
         "remap": {str(value): index for value, index in data.remap.items()},
@@ -102,6 +114,7 @@ def train(
             out,
             class_names=names,
             resume=resume,
+            previous=previous,
             allow=allow,
             metadata=metadata,
         )
@@ -113,6 +126,9 @@ def train(
     except ResumeError as error:
         hint = "".join(f" --allow {shlex.quote(key)}" for key in error.changed)
         raise click.ClickException(f"{error}{hint and f'. To go on with the new values:{hint}'}") from None
+    leave()
+    if not world.first:
+        return
     if text := skipped_text(train_set, val_set):
         click.echo(f"Warning: {text}", err=True)
     last = result.history[-1]["miou"]

@@ -1,7 +1,9 @@
 """Training and evaluation of a PSPNet."""
 
-from pspnet_fast.training.config import ConfigError, TrainConfig
+from pspnet_fast.training.callbacks import Callback
 from pspnet_fast.training.config_file import load_config
+from pspnet_fast.training.config_rules import ConfigError
+from pspnet_fast.training.config_train import TrainConfig
 from pspnet_fast.training.evaluation import evaluate
 from pspnet_fast.training.interruption import Interrupted
 from pspnet_fast.training.loop import TrainResult, fit
@@ -9,6 +11,7 @@ from pspnet_fast.training.metrics import Metrics
 from pspnet_fast.training.run_folder import ResumeError
 
 __all__ = [
+    "Callback",
     "ConfigError",
     "Interrupted",
     "Metrics",

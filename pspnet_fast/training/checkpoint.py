@@ -11,8 +11,12 @@ from torch import Tensor
 
 from pspnet_fast.files import replacing
 
-FORMAT = 2
-READABLE = (1, 2)  # format 1 knows epochs only, no place within one
+FORMAT = 3
+READABLE = (
+    1,
+    2,
+    3,
+)  # 1 knows no place within an epoch; 2 holds random states, for which step stands now
 KEYS = ("model", "class_names", "metadata", "config", "step", "steps", "history")
 EXPECTED = "expected a checkpoint that `pspnet-fast train` or pspnet_fast.training.fit saved"
 
@@ -50,7 +54,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path}: is no checkpoint of pspnet_fast: it holds {_contents(state)}; {EXPECTED}")
     if state["format"] not in READABLE:
-        known = " and ".join(map(str, READABLE))
+        known = f"{', '.join(map(str, READABLE[:-1]))} and {READABLE[-1]}"
         raise ValueError(f"{path}: is a checkpoint of format {state['format']}; this version reads {known}")
     if missing := [key for key in KEYS if key not in state]:
         raise ValueError(f"{path}: is no whole checkpoint: it lacks {', '.join(missing)}; {EXPECTED}")

@@ -4,9 +4,7 @@ The docstring of a field is its meaning and RULES holds what it may be: for the 
 :func:`pspnet_fast.training.config_text.to_yaml`.
 """
 
-import dataclasses
-import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -14,89 +12,37 @@ from pspnet_fast.data.conventions import CONVENTIONS, ORIENTATIONS, Remap
 from pspnet_fast.data.layouts import LAYOUTS
 from pspnet_fast.models.pspnet import Head
 from pspnet_fast.models.resnet import BACKBONES, DILATIONS, OUTPUT_STRIDES, STEMS
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key, its value and what is allowed."""
-
-
-def _check(holds: bool, key: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise ConfigError(f"{key} must be {allowed}, got {value!r}")
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a setting may be, in words and as a test; null passes where the type allows it."""
-
-    allowed: str
-    holds: Callable[[Any], bool]
-
-
-def _at_least(low: float) -> Rule:
-    return Rule(f"at least {low}", lambda value: low <= value)
-
-
-def _one_of(values: Collection[object]) -> Rule:
-    return Rule(f"one of {', '.join(map(repr, values))}", lambda value: value in values)
-
+from pspnet_fast.training.config_rules import SHARE, ConfigError, Rule, at_least, check, check_rules, one_of
+from pspnet_fast.training.config_train import TRAIN_RULES, TrainConfig
 
 _LAYOUTS_OWN = "auto"
-_ABOVE_0 = Rule("above 0", lambda value: value > 0)
 
 RULES = {
-    "model.backbone": _one_of(BACKBONES),
-    "model.stem": _one_of(STEMS),
-    "model.dilation": _one_of(DILATIONS),
-    "model.output_stride": _one_of(OUTPUT_STRIDES),
+    "model.backbone": one_of(BACKBONES),
+    "model.stem": one_of(STEMS),
+    "model.dilation": one_of(DILATIONS),
+    "model.output_stride": one_of(OUTPUT_STRIDES),
     "model.bins": Rule("one or more numbers of at least 1", lambda value: bool(value) and min(value) >= 1),
-    "model.dropout": Rule("at least 0 and below 1", lambda value: 0 <= value < 1),
-    "model.head": _one_of(get_args(Head)),
-    "model.head_channels": _at_least(1),
+    "model.dropout": SHARE,
+    "model.head": one_of(get_args(Head)),
+    "model.head_channels": at_least(1),
     "data.root": Rule("the name of a folder", bool),
-    "data.layout": _one_of(LAYOUTS),
-    "data.labels": _one_of((_LAYOUTS_OWN, *CONVENTIONS)),
-    "data.orientation": _one_of(ORIENTATIONS),
-    "data.unreadable": _one_of(("error", "skip")),
-    "data.cache_gb": _at_least(0),
-    "train.epochs": _at_least(1),
-    "train.batch_size": _at_least(1),
-    "train.val_batch_size": _at_least(1),
-    "train.lr": _ABOVE_0,
-    "train.head_lr_factor": _ABOVE_0,
-    "train.power": _ABOVE_0,
-    "train.momentum": Rule("at least 0 and below 1", lambda value: 0 <= value < 1),
-    "train.weight_decay": _at_least(0),
-    "train.aux_weight": _at_least(0),
-    "train.label_smoothing": Rule("from 0 to 1", lambda value: 0 <= value <= 1),
-    "train.class_weights": Rule(
-        "at least 0 each and not all 0", lambda value: min(value, default=-1) >= 0 and max(value) > 0
-    ),
-    "train.ohem_threshold": Rule("above 0 and at most 1", lambda value: 0 < value <= 1),
-    "train.ohem_min_kept": _at_least(0),
-    "train.seed": _at_least(0),
-    "train.workers": _at_least(0),
-    "train.log_every": _at_least(1),
+    "data.layout": one_of(LAYOUTS),
+    "data.labels": one_of((_LAYOUTS_OWN, *CONVENTIONS)),
+    "data.orientation": one_of(ORIENTATIONS),
+    "data.unreadable": one_of(("error", "skip")),
+    "data.cache_gb": at_least(0),
+    **TRAIN_RULES,
 }
 
 
-def _check_rules(section: str, settings: Any) -> None:
-    """Raise ConfigError for the first field that its rule does not allow, or that is no finite number."""
-    for entry in dataclasses.fields(settings):
-        key, value = f"{section}.{entry.name}", getattr(settings, entry.name)
-        for number in value if isinstance(value, list) else [value]:
-            _check(not isinstance(number, float) or math.isfinite(number), key, value, "finite")
-        if key in RULES and value is not None:
-            _check(RULES[key].holds(value), key, value, RULES[key].allowed)
-
-
 def _check_size(key: str, value: Sequence[int]) -> None:
-    _check(len(value) == 2 and min(value) >= 1, key, list(value), "[height, width], both at least 1")
+    check(len(value) == 2 and min(value) >= 1, key, list(value), "[height, width], both at least 1")
 
 
 @dataclass
 class ModelConfig:
-    """Arguments of :class:`pspnet_fast.models.PSPNet`."""
+    """Arguments of :class:`pspnet_fast.models.PSPNet`, and the weights that it starts from."""
 
     backbone: str = "resnet50"
     """The encoder."""
@@ -118,9 +64,11 @@ class ModelConfig:
     """Without the concatenation, or with it; the weights are the same."""
     head_channels: int | None = None
     """Before the classifier; null takes a quarter of the backbone's."""
+    pretrained: str | None = None
+    """File of the backbone's first weights: of torchvision, timm, semseg or mmsegmentation (docs/training.md)."""
 
     def __post_init__(self) -> None:
-        _check_rules("model", self)
+        check_rules("model", self, RULES)
 
 
 @dataclass
@@ -180,73 +128,24 @@ class DataConfig:
         if self.val_crop is not None:
             _check_size("data.val_crop", self.val_crop)
         for key, value in (("data.mean", self.mean), ("data.std", self.std)):
-            _check(len(value) == 3, key, value, "three numbers, for images in 0..1")
-        _check_rules("data", self)
+            check(len(value) == 3, key, value, "three numbers, for images in 0..1")
+        check_rules("data", self, RULES)
         layout = None if self.layout is None else LAYOUTS[self.layout]
         if self.labels == _LAYOUTS_OWN:
             self.labels = "index" if layout is None or self.remap else layout.convention
         if layout is None:
             for name in ("train_split", "val_split", "images", "label_files"):
                 value = getattr(self, name)
-                _check(value is None, f"data.{name}", value, f"null without a data.layout ({', '.join(LAYOUTS)})")
+                check(value is None, f"data.{name}", value, f"null without a data.layout ({', '.join(LAYOUTS)})")
         try:
             Remap.parse(self.remap)
         except ValueError as error:
             raise ConfigError(f"data.remap {error}") from None
-        _check(min(self.std) > 0, "data.std", self.std, "above 0")
-        _check(len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1], "data.scale", self.scale, "0 < low <= high")
-        _check(
+        check(min(self.std) > 0, "data.std", self.std, "above 0")
+        check(len(self.scale) == 2 and 0 < self.scale[0] <= self.scale[1], "data.scale", self.scale, "0 < low <= high")
+        check(
             len(self.degrees) == 2 and self.degrees[0] <= self.degrees[1], "data.degrees", self.degrees, "low <= high"
         )
-
-
-@dataclass
-class TrainConfig:
-    """Optimisation, schedule and machine; what :func:`pspnet_fast.training.fit` needs."""
-
-    epochs: int = 50
-    """Passes over the training list."""
-    batch_size: int = 16
-    """Images an iteration; an incomplete last batch is left out."""
-    val_batch_size: int = 1
-    """More than 1 needs validation images of one size (see data.val_crop)."""
-    lr: float = 0.01
-    """Of the backbone, at the first iteration; poly: lr * (1 - step / steps) ** power."""
-    head_lr_factor: float = 10.0
-    """Learning rate of ppm, cls and aux over that of the backbone."""
-    power: float = 0.9
-    """Of the poly schedule."""
-    momentum: float = 0.9
-    """Of SGD."""
-    weight_decay: float = 1e-4
-    """Of all parameters."""
-    aux_weight: float = 0.4
-    """Factor of the auxiliary loss."""
-    label_smoothing: float = 0.0
-    """Share of the target that goes to all classes alike."""
-    class_weights: list[float] | None = None
-    """A factor a class, for both losses."""
-    ohem: bool = False
-    """Only hard pixels count (online hard example mining), for both losses."""
-    ohem_threshold: float = 0.7
-    """Pixels whose label has a lower probability are hard."""
-    ohem_min_kept: int = 100000
-    """Pixels an image that count at least."""
-    seed: int = 0
-    """Of initial weights, order, transforms and dropout."""
-    bf16: bool = False
-    """Run the model under bfloat16 autocast; weights, losses and metrics stay float32."""
-    channels_last: bool = False
-    """Memory format; often faster for convolutions."""
-    device: str = "auto"
-    """auto (CUDA where there is a GPU), cpu, cuda or cuda:N."""
-    workers: int = 2
-    """DataLoader processes; 0 loads in the main process. The results do not depend on it."""
-    log_every: int = 10
-    """Iterations between two looks at the losses (each costs one wait for a GPU)."""
-
-    def __post_init__(self) -> None:
-        _check_rules("train", self)
 
 
 @dataclass

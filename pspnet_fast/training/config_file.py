@@ -14,7 +14,8 @@ from types import UnionType
 from typing import Any, get_args, get_origin
 
 from pspnet_fast.data.lists import read_text
-from pspnet_fast.training.config import Config, ConfigError
+from pspnet_fast.training.config import Config
+from pspnet_fast.training.config_rules import ConfigError
 
 _INT = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|nan)")

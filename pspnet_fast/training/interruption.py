@@ -28,7 +28,7 @@ class Interruption:
     """
 
     def __init__(self) -> None:
-        self._number: int | None = None
+        self.number = 0  # of the signal that came
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "Interruption":
@@ -45,9 +45,9 @@ class Interruption:
                 signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._number is not None:
+        if self.number:
             raise KeyboardInterrupt
-        self._number = number
+        self.number = number
         if hasattr(signal, "SIGCHLD"):
             # A signal to all processes ends the loading ones too. torch's handler raises for that in the middle of an
             # iteration; without it, the next batch is what fails.
@@ -56,8 +56,8 @@ class Interruption:
 
     def check(self) -> None:
         """Raise :class:`Interrupted` if a signal came."""
-        if self._number is not None:
-            raise Interrupted(self._number)
+        if self.number:
+            raise Interrupted(self.number)
 
     def between(self, batches: Iterable[T]) -> Iterator[T]:
         """The batches; :class:`Interrupted` is raised before the next one if a signal came."""

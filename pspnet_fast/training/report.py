@@ -26,8 +26,9 @@ class Report:
     Args:
         out_dir: an existing folder.
         header: first record of the log: configuration, class names, number of iterations.
-        step, epochs: iterations and epochs already done; 0 starts new files, else the records of these are kept and
-            later ones, of what was lost, dropped.
+        step, validated: iterations done, and done at the last validation; 0 starts new files, else the records of these
+            are kept and later ones, of what was lost, dropped.
+        epochs: of the whole run.
         images: training images of the whole run, for the progress bar. Where stderr is no terminal a line every
             ten minutes takes the bar's place.
 
@@ -35,13 +36,15 @@ class Report:
         OSError: a file cannot be written; the message names it.
     """
 
-    def __init__(self, out_dir: Path, header: Mapping[str, Any], step: int, epochs: int, images: int) -> None:
+    def __init__(
+        self, out_dir: Path, header: Mapping[str, Any], step: int, validated: int, epochs: float, images: int
+    ) -> None:
         self._curves = out_dir / "curves.png"
         self._class_names: list[str] = header["class_names"]
         self._path = out_dir / LOG
         records = [{"event": "config", **header}]
         if step and self._path.exists():
-            records += [record for record in read_log(self._path)[1:] if _is_done(record, step, epochs)]
+            records += [record for record in read_log(self._path)[1:] if _is_done(record, step, validated)]
         with replacing(self._path) as file:
             file.write("".join(map(_line, records)).encode())
         self._log = self._path.open("a", encoding="utf-8")
@@ -51,13 +54,16 @@ class Report:
             for events in tensorboard.glob("events.out.tfevents.*"):
                 events.unlink()
         self._tensorboard = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else None)
-        self._epochs: int = header["config"]["epochs"]
+        self._epochs = epochs
         self._steps: int = header["steps"]
         self._told = time.monotonic()
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=images, initial=images * step // self._steps, unit="img", desc="train", disable=not terminal
         )
+
+        for sentence in header["protocol"]:
+            self._bar.write(sentence)
 
     def __enter__(self) -> "Report":
         return self
@@ -90,15 +96,15 @@ class Report:
             print(f"iteration {steps[-1]} of {self._steps}: loss {losses[-1]:.4f}, lr {lrs[-1]:.2g}", flush=True)
 
     def epoch(self, record: Mapping[str, Any]) -> None:
-        """Record an epoch: epoch, step, loss, miou, macc, allacc, iou (one per class), seconds, images_per_second."""
+        """Record a validation: what :class:`Callback` is told of it."""
         self._write([{"event": "epoch", **record}])
         scores = {f"val/{name}": record[name] for name in SCORES}
         scores |= {f"val_iou/{name}": iou for name, iou in zip(self._class_names, record["iou"], strict=True)}
         self._scalars(record["step"], {**scores, "train/images_per_second": record["images_per_second"]})
         shown = ", ".join(f"{title} {_text(record[name])}" for name, title in SCORES.items())
         self._bar.write(
-            f"epoch {record['epoch']}/{self._epochs}: loss {record['loss']:.4f}, {shown}, "
-            f"{record['images_per_second']:.1f} images/s"
+            f"epoch {record['epoch']}/{self._epochs:g}: loss {record['loss']:.4f}, {shown}, "
+            f"{record['images_per_second']:.1f} images/s ({_shares(record['times'])})"
         )
 
     def draw_curves(self) -> None:
@@ -122,8 +128,8 @@ class Report:
             raise OSError(error.errno, f"cannot be written: {error.strerror}", folder) from None
 
 
-def _is_done(record: Mapping[str, Any], step: int, epochs: int) -> bool:
-    return record["epoch"] <= epochs if record["event"] == "epoch" else record["step"] <= step
+def _is_done(record: Mapping[str, Any], step: int, validated: int) -> bool:
+    return record["step"] <= (validated if record["event"] == "epoch" else step)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -194,6 +200,11 @@ def _running_mean(values: Sequence[float], window: int) -> list[float]:
         total += value - (values[place - window] if place >= window else 0.0)
         means.append(total / min(place + 1, window))
     return means
+
+
+def _shares(times: Mapping[str, float]) -> str:
+    total = max(sum(times.values()), 1e-9)
+    return ", ".join(f"{part} {seconds / total:.0%}" for part, seconds in times.items())
 
 
 def _number(value: float | None) -> float:

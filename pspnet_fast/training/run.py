@@ -1,258 +1,301 @@
 """A training run between its first iteration and its last."""
 
+import contextlib
 import dataclasses
+import itertools
 import math
 import time
 import warnings
-from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from pspnet_fast.data import IGNORE_INDEX
 from pspnet_fast.files import check_space
-from pspnet_fast.training.checkpoint import load_checkpoint, save_checkpoint
-from pspnet_fast.training.config import TrainConfig
+from pspnet_fast.training.callbacks import Callback
+from pspnet_fast.training.distributed import World
 from pspnet_fast.training.evaluation import evaluate
 from pspnet_fast.training.interruption import Interrupted, Interruption
-from pspnet_fast.training.loading import Item, train_loader, val_loader
-from pspnet_fast.training.optimizer import make_loss, make_optimizer, pspnet_loss, set_poly_lr
+from pspnet_fast.training.loading import Item, places_of, train_loader, val_loader
+from pspnet_fast.training.metrics import Metrics
+from pspnet_fast.training.optimizer import set_lr
 from pspnet_fast.training.report import Report
-from pspnet_fast.training.run_folder import BEST, CHECKPOINT, ResumeError, check_same_run, settings_of_run
+from pspnet_fast.training.run_folder import BEST, FINITE
+from pspnet_fast.training.state import State
+from pspnet_fast.training.times import PARTS, Times
+
+SLOW_LOADING = 0.3  # share of the time that training may wait for images before a warning says so
+LONG = 30.0  # seconds of training after which loading is judged
+NAMED = 16  # images of a batch that a message names
 
 
 class Run:
-    """What a checkpoint holds, and the steps that change it. See :func:`pspnet_fast.training.fit` for the arguments.
-
-    Attributes:
-        history: a record per epoch that is done.
-        losses: of the iterations of the epoch under way.
-    """
+    """The loop over iterations, validations and checkpoints. See :func:`pspnet_fast.training.fit` for the arguments."""
 
     def __init__(
         self,
-        model: nn.Module,
+        state: State,
         train_set: Dataset[Item],
         val_set: Dataset[Item],
-        config: TrainConfig,
-        out_dir: Path,
         device: torch.device,
-        class_names: list[str],
-        metadata: dict[str, Any],
+        world: World,
+        callbacks: Sequence[Callback],
+        protocol: list[str],
     ) -> None:
-        self.train_set, self.val_set, self.config, self.out_dir = train_set, val_set, config, out_dir
-        self.class_names, self.metadata = class_names, metadata
-        self.path = out_dir / CHECKPOINT
-        self.device = device
-        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model = model.to(device=self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
-        self.criterion = make_loss(config, bool(model.align_corners)).to(self.device)
-        self.optimizer = make_optimizer(model, config)
-        self.iterations = len(train_set) // config.batch_size  # type: ignore[arg-type]
-        self.steps = config.epochs * self.iterations
-        self.history: list[dict[str, Any]] = []
-        self.losses: list[float] = []
-        self.warned = {"train": False, "val": False}
-        torch.manual_seed(config.seed)
-
-    @property
-    def step(self) -> int:
-        """Iterations done."""
-        return len(self.history) * self.iterations + len(self.losses)
-
-    @property
-    def best_miou(self) -> float | None:
-        """The greatest mIoU of an epoch; None if no epoch has one."""
-        # Older checkpoints hold NaN where there is no score.
-        scores = [record["miou"] for record in self.history if record["miou"] is not None]
-        return max((score for score in scores if not math.isnan(score)), default=None)
-
-    def load(self, allow: Collection[str]) -> None:
-        """Go on from the checkpoint in the run's folder."""
-        checkpoint = load_checkpoint(self.path)
-        if "optimizer" not in checkpoint:
-            raise ResumeError(
-                f"cannot resume {self.path}: it holds weights alone, as {BEST} does, no optimizer's state"
-            )
-        config = checkpoint["config"]
-        saved = settings_of_run(
-            config, checkpoint["steps"] // config["epochs"], checkpoint["class_names"], checkpoint["metadata"]
-        )
-        now = settings_of_run(dataclasses.asdict(self.config), self.iterations, self.class_names, self.metadata)
-        check_same_run(saved, now, self.path, allow)
-        self.history = checkpoint["history"]
-        self.losses = list(checkpoint.get("losses", []))
-        if self.step > self.steps:
-            raise ResumeError(
-                f"cannot resume {self.path}: {self.step} iterations are done, more than the {self.steps} "
-                f"of train.epochs = {self.config.epochs}"
-            )
-        # The optimizer's state comes with the settings of its groups; those that were allowed to change are new.
-        groups = self.optimizer.param_groups
-        settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-        try:
-            self.model.load_state_dict(checkpoint["model"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            first = " ".join(str(error).split())[:200]
-            raise ResumeError(f"cannot resume {self.path}: its weights are of another model ({first})") from None
-        for group, new in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(new)
-        _set_rng_state(checkpoint["rng"], self.device)
-
-    def save(self) -> None:
-        """Write the state as it is between two iterations."""
-        save_checkpoint(
-            self.path,
-            {
-                **self._weights(),
-                "optimizer": self.optimizer.state_dict(),
-                "rng": _get_rng_state(self.device),
-                "losses": self.losses,
-            },
-        )
-
-    def _weights(self) -> dict[str, Any]:
-        return {
-            "model": self.model.state_dict(),
-            "step": self.step,
-            "steps": self.steps,
-            "config": dataclasses.asdict(self.config),
-            "class_names": self.class_names,
-            "metadata": self.metadata,
-            "history": self.history,
-            "best_miou": self.best_miou,
-        }
+        self.state, self.trained, self.config = state, state.trained, state.config
+        self.train_set, self.val_set, self.device, self.world = train_set, val_set, device, world
+        self.callbacks = callbacks if world.first else []
+        self.protocol = protocol
+        self.report: Report | None = None
+        self.interruption = Interruption()
+        self.times = Times(device)
+        self.seconds = dict.fromkeys(PARTS, 0.0)  # since the last validation
+        self.trained_images = 0
+        self.watched = dict.fromkeys(PARTS, 0.0)  # seconds, without those of the first look
+        self.told: set[str] = set()  # warnings that are given once
 
     def train(self) -> None:
-        """Run the epochs that are left.
+        """Run the iterations that are left.
 
         Raises:
             OSError: a file of the run cannot be written, or the disk has no room for its checkpoints from the start.
         """
-        # checkpoint.pt holds weights and momentum, best.pt weights; a file before stays until the new one is whole
-        weights = sum(value.nbytes for value in self.model.state_dict().values())
-        existing = sum(path.stat().st_size for path in (self.path, self.out_dir / BEST) if path.exists())
-        check_space(self.out_dir, 5 * weights - existing, "the checkpoints of the run")
-        header = {"config": dataclasses.asdict(self.config), "class_names": self.class_names, "steps": self.steps}
-        images = self.steps * self.config.batch_size
-        with (
-            Report(self.out_dir, header, step=self.step, epochs=len(self.history), images=images) as report,
-            Interruption() as interruption,
-        ):
+        state = self.state
+        with self.interruption, self._reporting():
+            state.keep_finite()
+            batches = self._batches()
             try:
-                while len(self.history) < self.config.epochs:
-                    self._epoch(report, interruption)
+                while True:
+                    if self._validation_is_due():
+                        self._validate()
+                    patience = self.config.patience
+                    if state.step == state.steps or (patience is not None and state.stale >= patience):
+                        return
+                    self._train_until(self._next_stop(), batches)
+                    if not self._validation_is_due():
+                        self._save()
             except Interrupted:
-                self.save()
+                self._save()
                 raise
 
-    def _epoch(self, report: Report, interruption: Interruption) -> None:
-        epoch, config = len(self.history), self.config
-        pin_memory = self.device.type == "cuda"
-        if hasattr(self.train_set, "set_epoch"):
-            self.train_set.set_epoch(epoch)
-        start, done = time.perf_counter(), len(self.losses)
-        if done < self.iterations:
-            loader = train_loader(
-                self.train_set, config.batch_size, config.workers, config.seed, epoch, pin_memory, done=done
+    def _reporting(self) -> contextlib.AbstractContextManager[Any]:
+        state = self.state
+        if not self.world.first:
+            return contextlib.nullcontext()
+        # a checkpoint holds weights and what the optimiser and the averages keep, best.pt weights; each file is there
+        # twice while a new one is written
+        weights = sum(value.nbytes for value in self.trained.model.state_dict().values())
+        copies = (2 + (self.config.optimizer == "adamw") + (self.config.ema is not None)) * self.config.keep + 1
+        paths = [state.path, state.out_dir / BEST]
+        existing = sum(path.stat().st_size for path in paths if path.exists())
+        check_space(state.out_dir, (copies + 2) * weights - existing, "the checkpoints of the run")
+        header = {
+            "config": dataclasses.asdict(self.config),
+            "class_names": state.class_names,
+            "steps": state.steps,
+            "protocol": self.protocol,
+        }
+        validated = state.history[-1]["step"] if state.history else 0
+        epochs, images = state.steps / state.iterations, state.steps * self.config.batch_size
+        self.report = Report(state.out_dir, header, state.step, validated, epochs, images)
+        return self.report
+
+    def _batches(self) -> Iterator[Item]:
+        """This process's parts of the batches that are left."""
+        state, config = self.state, self.config
+        if state.step == state.steps:
+            return iter(())
+        loader = train_loader(
+            self.train_set,
+            config.batch_size,
+            config.workers,
+            config.seed,
+            range(state.step, state.steps),
+            self.device.type == "cuda",
+            share=self.world.share,
+            parts=config.accumulate,
+        )
+        return iter(self._interruptible(loader))
+
+    def _interruptible(self, batches: Any) -> Any:
+        """Alone a process stops before any batch; several agree on an iteration when they look at the losses."""
+        return self.interruption.between(batches) if self.world.size == 1 else batches
+
+    def _validation_is_due(self) -> bool:
+        state = self.state
+        if state.history and state.history[-1]["step"] == state.step:
+            return False
+        return state.step == state.steps or (state.step > 0 and state.step % self._validation_interval() == 0)
+
+    def _validation_interval(self) -> int:
+        return self.config.val_every or self.config.val_epochs * self.state.iterations
+
+    def _next_stop(self) -> int:
+        """The iteration after which something has to be saved or validated."""
+        intervals = (self._validation_interval(), self.state.iterations, self.config.checkpoint_every)
+        stops = [(self.state.step // interval + 1) * interval for interval in intervals if interval]
+        return min(*stops, self.state.steps)
+
+    def _save(self) -> None:
+        if self.world.first:
+            self.state.save()
+
+    def _train_until(self, stop: int, batches: Iterator[Item]) -> None:
+        """Train up to iteration ``stop``; the state is complete whenever this ends or raises Interrupted."""
+        state, pending = self.state, _Pending()
+        self.trained.train()
+        self.times.start()
+        try:
+            for step in range(state.step, stop):
+                parts = list(itertools.islice(batches, self.config.accumulate))
+                self.times.mark("data")
+                lr = set_lr(self.trained.optimizer, step, state.steps, self.config)
+                _seed((self.config.seed, step, self.world.rank))
+                pending.values.append(self.trained(parts, self.times))
+                pending.lrs.append(lr)
+                if self.report:
+                    self.report.advance(self.config.batch_size)
+                if len(pending.lrs) == self.config.log_every:
+                    self._look(pending)
+                    self._agree_to_stop()
+        except Interrupted:
+            self._look(pending)
+            raise
+        self._look(pending)
+        self._agree_to_stop()
+
+    def _look(self, pending: "_Pending") -> None:
+        """Take the losses from the device, the only wait for it, and tell them; stop where they are not finite."""
+        if not pending.lrs:
+            return
+        state = self.state
+        looked = self.world.sum(torch.stack(pending.values)).tolist()
+        losses, first = [loss for loss, _ in looked], state.step + 1
+        state.step += len(losses)
+        if self.report:
+            self.report.iterations(first, pending.lrs, losses)
+        for step, (lr, loss) in enumerate(zip(pending.lrs, losses, strict=True), first):
+            if not math.isfinite(loss):
+                self._stop_diverged(step, loss)
+            for callback in self.callbacks:
+                callback.on_step(step, {"loss": loss, "lr": lr})
+        if not state.keep_finite():
+            self._stop_diverged(state.step, None)
+        if first == 1 and not any(labelled for _, labelled in looked):
+            what = f"the first {len(looked)} batches teach nothing (loss 0)"
+            self._warn_of_no_label("train", self.train_set, what)
+        state.losses.extend(losses)
+        self.trained_images += len(losses) * self.config.batch_size
+        self._add_times()
+        pending.clear()
+
+    def _agree_to_stop(self) -> None:
+        """Several processes stop after the same iteration, whichever of them the signal went to."""
+        if self.world.size > 1 and (number := self.world.greatest(self.interruption.number, self.device)):
+            raise Interrupted(number)
+
+    def _add_times(self) -> None:
+        seconds = self.times.read()
+        if any(self.seconds.values()):  # the first images wait for the loading processes to start
+            self.watched = {part: self.watched[part] + value for part, value in seconds.items()}
+        total = sum(self.watched.values())
+        share = self.watched["data"] / total if total > LONG else 0.0
+        if share > SLOW_LOADING and "loading" not in self.told and self.world.first:
+            self.told.add("loading")
+            warnings.warn(
+                f"loading is the bottleneck: training waits for images {share:.0%} of the time; more train.workers "
+                f"(now {self.config.workers}), a faster disk or smaller files would help (docs/training.md)",
+                stacklevel=2,
             )
-            self._train_epoch(interruption.between(loader), report)
-        seconds = time.perf_counter() - start
+        self.seconds = {part: self.seconds[part] + value for part, value in seconds.items()}
+
+    def _stop_diverged(self, step: int, loss: float | None) -> None:
+        """Save the last finite weights and raise, naming the images of the iteration."""
+        state, config = self.state, self.config
+        images = len(self.train_set)  # type: ignore[arg-type]
+        pairs = getattr(self.train_set, "pairs", None)
+        indices = [index for _, index in places_of(images, config.batch_size, config.seed, step - 1)]
+        names = [str(pairs[index][0]) if pairs else f"number {index}" for index in indices]
+        named = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        path = state.out_dir / FINITE
+        kept = state.save_finite(path) if self.world.first else None
+        saved = f"{path} holds the weights of iteration {kept}" if kept is not None else "no finite weights are saved"
+        what = "weights are no longer finite after" if loss is None else f"loss is {loss} at"
+        raise FloatingPointError(
+            f"the {what} iteration {step} of {state.steps}, of the images {named}; {saved}. Try a smaller train.lr, "
+            "train.warmup or train.clip_norm (on a GPU a label that is no class does the same)"
+        )
+
+    def _validate(self) -> None:
+        """Score the weights, record it, and save the state, and the weights if they are the best."""
+        state, config = self.state, self.config
+        start = time.perf_counter()
+        loader = val_loader(
+            self.val_set, config.val_batch_size, config.workers, self.device.type == "cuda", share=self.world.share
+        )
         metrics = evaluate(
-            self.model,
-            interruption.between(val_loader(self.val_set, config.val_batch_size, config.workers, pin_memory)),
-            len(self.class_names),
+            self.trained.validated,
+            self._interruptible(loader),
+            len(state.class_names),
             self.device,
             bf16=config.bf16,
+            fp16=config.fp16,
             channels_last=config.channels_last,
+            progress=self.world.first,
         )
+        metrics = Metrics(self.world.sum(metrics.confusion.to(self.device)).cpu())
         if not metrics.confusion.any():
             self._warn_of_no_label("val", self.val_set, "there are no scores, and no best epoch is kept")
-        best, record = self.best_miou, metrics.record()
-        self.history.append(
-            {
-                "epoch": epoch + 1,
-                "step": self.step,
-                "loss": sum(self.losses) / len(self.losses),
-                **record,
-                "seconds": round(time.perf_counter() - start, 3),
-                "images_per_second": round((self.iterations - done) * config.batch_size / seconds, 3),
-            }
-        )
-        self.losses = []
-        report.epoch(self.history[-1])
-        # The best first: an interruption between the two files repeats the epoch, which then writes both again.
-        if record["miou"] is not None and (best is None or record["miou"] > best):
-            save_checkpoint(self.out_dir / BEST, self._weights())
-        self.save()
-        report.draw_curves()
-
-    def _train_epoch(self, batches: Iterable[Item], report: Report) -> None:
-        """Train on every batch, adding to ``losses``; they are complete whenever ``batches`` ends or raises."""
-        pending: list[tuple[float, Tensor]] = []  # of iterations not yet looked at: rate, and (loss, has a label)
-
-        def look() -> None:
-            if not pending:
-                return
-            looked = torch.stack([values for _, values in pending]).tolist()  # the only wait for the device
-            losses = [loss for loss, _ in looked]
-            begin = self.step + 1
-            report.iterations(begin, [lr for lr, _ in pending], losses)
-            for step, loss in enumerate(losses, begin):
-                if not math.isfinite(loss):
-                    raise FloatingPointError(
-                        f"the loss is {loss} at iteration {step} of {self.steps}; try a smaller train.lr "
-                        "(on a GPU a label that is no class does the same)"
-                    )
-            if begin == 1 and not any(labelled for _, labelled in looked):
-                what = f"the first {len(looked)} batches teach nothing (loss 0)"
-                self._warn_of_no_label("train", self.train_set, what)
-            self.losses.extend(losses)
-            pending.clear()
-
-        self.model.train()
-        try:
-            for images, labels in batches:
-                lr = set_poly_lr(self.optimizer, self.step + len(pending), self.steps, self.config.power)
-                images = images.to(self.device, non_blocking=True, memory_format=self.memory_format)
-                labels = labels.to(self.device, non_blocking=True)
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
-                    outputs = self.model(images)
-                loss = pspnet_loss(self.criterion, outputs, labels, self.config.aux_weight)
-                self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                self.optimizer.step()
-                pending.append((lr, torch.stack((loss.detach().float(), (labels != IGNORE_INDEX).any().float()))))
-                report.advance(len(images))
-                if len(pending) == self.config.log_every:
-                    look()
-        except Interrupted:
-            look()
-            raise
-        look()
+        best, scores = state.best_miou, metrics.record()
+        seconds, trained = sum(self.seconds.values()), self.trained_images
+        epoch = state.step / state.iterations
+        record = {
+            "epoch": int(epoch) if epoch.is_integer() else round(epoch, 3),
+            "step": state.step,
+            "loss": sum(state.losses) / len(state.losses),
+            **scores,
+            "seconds": round(seconds + time.perf_counter() - start, 3),
+            "images_per_second": round(trained / max(seconds, 1e-9), 3),
+            "times": {part: round(value, 3) for part, value in self.seconds.items()},
+        }
+        state.history.append(record)
+        state.losses = []
+        self.seconds, self.trained_images = dict.fromkeys(PARTS, 0.0), 0
+        if self.report:
+            self.report.epoch(record)
+            # The best first: an interruption between the two files repeats the validation, which writes both again.
+            if scores["miou"] is not None and (best is None or scores["miou"] > best):
+                state.save_best()
+            state.save()
+            self.report.draw_curves()
+        for callback in self.callbacks:
+            callback.on_validation(record)
 
     def _warn_of_no_label(self, split: str, dataset: Dataset[Item], consequence: str) -> None:
         """Say once that no pixel of a split is labelled, naming its list where it is known."""
-        if not self.warned[split]:
-            self.warned[split] = True
+        if split not in self.told and self.world.first:
+            self.told.add(split)
             name = getattr(dataset, "source", f"{split}_set")
             warnings.warn(
                 f"{name}: no pixel has a label, all are {IGNORE_INDEX} (ignored): {consequence}", stacklevel=5
             )
 
 
-def _get_rng_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
+class _Pending:
+    """Iterations not yet looked at: their learning rates and values on the device."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.lrs: list[float] = []
+        self.values: list[Tensor] = []
 
 
-def _set_rng_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+def _seed(place: tuple[int, ...]) -> None:
+    """Make torch's random numbers, which drive dropout, those of an iteration and process."""
+    torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))

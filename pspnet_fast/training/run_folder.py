@@ -1,15 +1,22 @@
 """A run and its folder: one process in it at a time, and what a resumed run may change."""
 
+import dataclasses
 import os
+import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pspnet_fast.training.config import Config
+
 CHECKPOINT = "checkpoint.pt"
 BEST = "best.pt"
+FINITE = "finite.pt"
 # A resumed run may differ from its beginning in these; every other setting changes the result.
-FREE = ("train.device", "train.workers", "train.log_every", "train.val_batch_size")
+FREE = tuple(
+    f"train.{name}" for name in ("device", "workers", "log_every", "val_batch_size", "checkpoint_every", "keep")
+)
 # These cannot change within a run: they are the meaning of the outputs and of a place in an epoch.
 FIXED = ("class_names", "iterations per epoch")
 
@@ -34,6 +41,17 @@ def settings_of_run(
         else:
             settings[{"mean": "data.mean", "std": "data.std"}.get(name, name)] = value
     return {name: value for name, value in settings.items() if name not in FREE}
+
+
+def with_defaults(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an older version's run with the defaults of those it did not have."""
+    sections = {entry.name: entry.type() for entry in dataclasses.fields(Config)}  # type: ignore[operator]
+    known = {
+        f"{section}.{name}": value
+        for section, settings in sections.items()
+        for name, value in dataclasses.asdict(settings).items()
+    }
+    return {**{key: known[key] for key in now if key in known}, **saved}
 
 
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path, allow: Collection[str] = ()) -> None:
@@ -71,14 +89,39 @@ def _difference(name: str, old: Any, new: Any) -> str:
     return f"{name} was {old!r}, now {new!r}"
 
 
-def refuse_distributed(environment: Mapping[str, str]) -> None:
-    """Raise ValueError where torchrun (or a launcher like it) has started several processes."""
-    processes = environment.get("WORLD_SIZE", "1")
-    if processes != "1":
-        raise ValueError(
-            f"training runs in one process, but a launcher started {processes} (WORLD_SIZE = {processes}): "
-            "they would train alone and overwrite each other's files; start it once, without torchrun"
-        )
+def previous_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints kept beside the last one, the newest first."""
+    return sorted(folder.glob("checkpoint-*.pt"), reverse=True)
+
+
+def keep_checkpoint(path: Path, step: int, count: int) -> None:
+    """Give the checkpoint ``path`` of iteration ``step`` a second name, and delete all kept ones but ``count``.
+
+    It stays where it is, so that there is one at every moment.
+    """
+    if path.exists() and count:
+        kept = path.with_name(f"checkpoint-{step:08}.pt")
+        kept.unlink(missing_ok=True)
+        try:
+            os.link(path, kept)
+        except OSError:  # file systems without links
+            shutil.copyfile(path, kept)
+    for old in previous_checkpoints(path.parent)[count:]:
+        old.unlink()
+
+
+_held: set[int] = set()  # descriptors that hold a lock, which lasts as long as any process has one open
+
+
+def _let_go() -> None:
+    """In a loading process: it may outlive one that was killed by some seconds, and is no run."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
@@ -94,6 +137,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
+    _held.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,4 +147,6 @@ def locked(folder: Path) -> Iterator[None]:
             pass  # some network file systems lock no folders
         yield
     finally:
-        os.close(descriptor)
+        if descriptor in _held:
+            _held.remove(descriptor)
+            os.close(descriptor)

@@ -1,0 +1,66 @@
+"""Weights of real models of timm and torchvision, random ones: the same features."""
+
+from pathlib import Path
+
+import packages  # noqa: F401  # makes torchvision importable
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import nn
+
+from pspnet_fast.models import PSPNet, load_backbone
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Batch norms that are no identities."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and value.dim() == 1:
+            value.copy_(torch.rand_like(value) + 0.5 if "mean" not in name and "bias" not in name else value + 0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "layout"),
+    [
+        ("resnet18", "conv7", "torchvision or timm"),
+        ("resnet50", "conv7", "torchvision or timm"),
+        ("resnet50s", "deep64", "timm"),
+        ("resnet50c", "deep32", "timm"),
+        ("resnet101", "conv7", "torchvision or timm"),
+    ],
+)
+def test_timm(tmp_path: Path, name: str, stem: str, layout: str) -> None:
+    theirs = randomise(timm.create_model(name, pretrained=False, output_stride=8))
+    save_file(theirs.state_dict(), tmp_path / "weights.safetensors")
+    model = PSPNet(5, name.rstrip("sc"), stem=stem, dilation="contracted").eval()
+    loaded = load_backbone(model, tmp_path / "weights.safetensors")
+    assert (loaded.layout, loaded.skipped, loaded.missing) == (layout, ["fc.bias", "fc.weight"], [])
+    assert_same_features(model, theirs.forward_features)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet101"])
+def test_torchvision(tmp_path: Path, name: str) -> None:
+    theirs = randomise(getattr(torchvision.models, name)(replace_stride_with_dilation=[False, True, True]))
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    model = PSPNet(5, name, stem="conv7", dilation="contracted").eval()
+    assert load_backbone(model, tmp_path / "weights.pth").skipped == ["fc.bias", "fc.weight"]
+    assert_same_features(model, nn.Sequential(*list(theirs.children())[:-2]))
+
+
+def test_pooling_shortcuts_are_refused(tmp_path: Path) -> None:
+    torch.save(timm.create_model("resnet50d", pretrained=False).state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"pools in its shortcuts .* ResNet-D"):
+        load_backbone(PSPNet(5, stem="deep32"), tmp_path / "weights.pth")
+
+
+@torch.inference_mode()
+def assert_same_features(model: PSPNet, theirs: nn.Module) -> None:
+    image = torch.randn(1, 3, 65, 97)
+    features = image
+    for layer in (model.layer0, model.layer1, model.layer2, model.layer3, model.layer4):
+        features = layer(features)
+    expected = theirs(image)
+    assert features.shape == expected.shape == (1, features.size(1), 9, 13)
+    assert (features - expected).abs().max() <= 1e-5 * expected.abs().max()
