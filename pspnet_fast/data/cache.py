@@ -39,7 +39,7 @@ class Cache:
         self._bytes = torch.empty(size, dtype=torch.uint8).share_memory_()
         self._used = torch.zeros((), dtype=torch.int64).share_memory_()
         self._places = torch.zeros(pairs, 4, dtype=torch.int64).share_memory_()
-        self._lock = torch.multiprocessing.get_context().Lock()
+        self._lock = torch.multiprocessing.get_context("spawn").Lock()  # which forked processes can use as well
 
     def __len__(self) -> int:
         """Pairs that are kept."""

@@ -105,7 +105,7 @@ class DataConfig:
     orientation: str = "auto"
     """Of photographs with EXIF: turned or stored, as their labels were drawn, or auto by the labels' size."""
     unreadable: str = "error"
-    """What a missing or damaged image or label does: it ends the run, or is skipped, named and counted."""
+    """What a damaged image or label does: it ends the run, or is skipped, named and counted."""
     cache_gb: float = 0.0
     """Shared memory for decoded training images, 10^9 bytes; 4 bytes a pixel are needed."""
     crop: list[int] = field(default_factory=lambda: [473, 473])
