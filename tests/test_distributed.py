@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,23 +12,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from toy_backbone import ToyBackbone
 from toy_data import NAMES, write_toy_data
 from toy_training import CONFIG, Items, train
 
+from pspnet_fast.data.list_dataset import ListDataset
 from pspnet_fast.models import PSPNet
-from pspnet_fast.training import ConfigError
+from pspnet_fast.training import ConfigError, Interrupted
 from pspnet_fast.training.checkpoint import load_checkpoint
 from pspnet_fast.training.distributed import World, leave
 from pspnet_fast.training.loading import places_of, train_loader, val_loader
-from pspnet_fast.training.report import read_log
+from pspnet_fast.training.report import Report, read_log
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = replace(CONFIG, iterations=5, batch_size=4, val_every=5, class_weights=[1.0, 0.5, 2.0])
 # Where batch norms see parts of a batch, two parts are not the whole: here those of the backbone are frozen, and the
 # head has other ones.
 RUNS = {"whole": {}, "parts": {"frozen_norms": True, "ema": 0.5, "optimizer": "adamw", "lr": 0.001}}
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the time of a toy run."""
+    monkeypatch.setattr(Report, "draw_curves", lambda _: None)
 
 
 def five_steps(root: Path, out: Path, name: str, parts: int = 1) -> None:
@@ -85,6 +93,26 @@ def test_two_processes_equal_one_on_the_joint_batch(tmp_path: Path) -> None:
         parts = 2 if name == "parts" else 1
         batch = f"batches of 4 images: 2 processes of {parts} parts of {2 // parts} images each"
         assert any(batch in sentence for sentence in logs[1][0]["protocol"])
+
+
+def stopped_run(root: Path, out: Path) -> None:
+    class Stopping(ListDataset):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            if os.environ["RANK"] == "1" and index == places_of(12, 4, 0, 2)[1][1]:  # of the third iteration
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__getitem__(index)
+
+    with pytest.raises(Interrupted) as error:
+        train(root, out, replace(STEPS, log_every=2), dataset=Stopping)
+    assert error.value.signal == signal.SIGTERM
+    leave()
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_iteration(tmp_path: Path) -> None:
+    root = write_toy_data(tmp_path / "data", train=12)
+    assert two_processes(stopped_run, root, tmp_path / "run") == [0, 0]
+    checkpoint = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert (checkpoint["step"], checkpoint["history"]) == (3, [])  # looked at where an epoch ends
 
 
 def test_a_process_that_fails_ends_the_run_with_its_error(tmp_path: Path) -> None:

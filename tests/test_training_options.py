@@ -21,7 +21,7 @@ from pspnet_fast.training.distributed import World
 from pspnet_fast.training.loading import Item
 from pspnet_fast.training.optimizer import make_optimizer, set_lr
 from pspnet_fast.training.protocol import describe
-from pspnet_fast.training.report import read_log
+from pspnet_fast.training.report import Report, read_log
 from pspnet_fast.training.step import Step
 from pspnet_fast.training.times import Times
 
@@ -32,6 +32,12 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_toy_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the time of a toy run."""
+    monkeypatch.setattr(Report, "draw_curves", lambda _: None)
 
 
 def toy(dropout: float = 0.0, norm: Any = nn.BatchNorm2d) -> PSPNet:
@@ -228,7 +234,14 @@ def test_options_train(root: Path, tmp_path: Path, options: dict[str, Any], monk
         compiled = torch.compile
         monkeypatch.setattr(torch, "compile", lambda net: asked.append(net) or compiled(net, backend="eager"))
     plain, _ = train(root, tmp_path / "plain", replace(CONFIG, epochs=1))
-    model, result = train(root, tmp_path / "option", replace(CONFIG, epochs=1, **options))
+    modes: list[bool] = []
+
+    class Mode(Callback):
+        def on_step(self, step: int, values: Any) -> None:
+            modes.append(torch.are_deterministic_algorithms_enabled())
+
+    model, result = train(root, tmp_path / "option", replace(CONFIG, epochs=1, **options), callbacks=[Mode()])
+    assert modes == ["deterministic" in options] * 4
     assert not torch.are_deterministic_algorithms_enabled()
     losses = [read_log(tmp_path / name / "log.jsonl")[1]["loss"] for name in ("plain", "option")]
     if "fp16" in options:  # the scaler may leave out the first steps
