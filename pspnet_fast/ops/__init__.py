@@ -1,6 +1,7 @@
 """The operators: CPU and CUDA kernels with gradients; pspnet_fast.reference holds the same in plain PyTorch."""
 
 from .confusion_matrix import confusion_matrix
+from .pyramid_batch_norm import pyramid_batch_norm
 from .pyramid_context import pyramid_context_
 from .pyramid_pool import new_concat, pyramid_pool
 from .pyramid_reduce import pyramid_reduce
@@ -12,6 +13,7 @@ from .upsample_softmax_accumulate import upsample_softmax_accumulate_
 __all__ = [
     "confusion_matrix",
     "new_concat",
+    "pyramid_batch_norm",
     "pyramid_context_",
     "pyramid_pool",
     "pyramid_reduce",

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 Bins = Sequence[int | tuple[int, int]]
+Levels = tuple[tuple[int, int], ...]  # (bins_h, bins_w) of each
 Norm = tuple[Tensor, Tensor, Tensor, Tensor, float]  # weight, bias, running_mean, running_var, eps
+BatchNorm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]  # the same, what there is of it
 Reduction = Literal["none", "mean", "sum"]
 REDUCTIONS: tuple[Reduction, ...] = ("none", "mean", "sum")  # by their numbers in csrc/kernels.h
 
