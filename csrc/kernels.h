@@ -123,6 +123,18 @@ struct PyramidBatchNormBackwardArgs {
   void* grad_affine;   // [2, L, R] in norm_dtype: of weight and bias
 };
 
+// The weight of a convolution [O, C, taps], C = dense + L * R, and its parts; the backward goes the other way. The
+// parts have the weight's dtype, or a lower one for a weight in float32.
+struct PyramidSplitWeightArgs {
+  DType weight_dtype, dtype;
+  bool channels_last;  // of weight and dense_weight: [O, taps, C] in memory
+  int64_t O, dense, L, R, taps;
+  int64_t first_dense, first_level;  // channels
+  void* weight;
+  void* dense_weight;  // [O, dense, taps]
+  void* matrices;      // [L, taps, O, R]
+};
+
 struct PyramidUpsampleConcatArgs {
   DType dtype;
   bool channels_last;
@@ -249,6 +261,8 @@ void pyramid_reduce(const PyramidReduceArgs&);
 void pyramid_reduce_backward(const PyramidReduceBackwardArgs&);
 void pyramid_batch_norm(const PyramidBatchNormArgs&);
 void pyramid_batch_norm_backward(const PyramidBatchNormBackwardArgs&);
+void pyramid_split_weight(const PyramidSplitWeightArgs&);
+void pyramid_split_weight_backward(const PyramidSplitWeightArgs&);
 void pyramid_upsample_concat(const PyramidUpsampleConcatArgs&);
 void pyramid_upsample_concat_backward(const PyramidUpsampleConcatBackwardArgs&);
 void pyramid_context(const PyramidContextArgs&);
@@ -272,6 +286,8 @@ int pyramid_reduce(const PyramidReduceArgs&, void* stream);
 int pyramid_reduce_backward(const PyramidReduceBackwardArgs&, void* stream);
 int pyramid_batch_norm(const PyramidBatchNormArgs&, void* stream);
 int pyramid_batch_norm_backward(const PyramidBatchNormBackwardArgs&, void* stream);
+int pyramid_split_weight(const PyramidSplitWeightArgs&, void* stream);
+int pyramid_split_weight_backward(const PyramidSplitWeightArgs&, void* stream);
 int pyramid_upsample_concat(const PyramidUpsampleConcatArgs&, void* stream);
 size_t pyramid_upsample_concat_backward_workspace(const PyramidUpsampleConcatBackwardArgs&);
 int pyramid_upsample_concat_backward(const PyramidUpsampleConcatBackwardArgs&, void* stream);

@@ -119,18 +119,17 @@ class Pyramid:
         Then the gradients of the two are added in the pass that writes that of the input.
         """
         if self._needs_grad(input):
-            result: Any = ReducedFunction.apply(self, input, *self.weights, *self.affine[0], *self.affine[1])
-            return result
+            through, reduced, *_ = ReducedFunction.apply(self, input, *self.weights, *self.affine[0], *self.affine[1])
+            return reduced, through
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return self._evaluate(_pool_alone(input, self.bins)), input
 
     def concatenation(self, input: Tensor, place: Place) -> Tensor:
         """(N, C, H, W) -> (N, C + L * R, H, W)."""
         if self._needs_grad(input):
-            result: Any = ConcatenationFunction.apply(
-                self, place, input, *self.weights, *self.affine[0], *self.affine[1]
-            )
-            return result
+            tensors = input, *self.weights, *self.affine[0], *self.affine[1]
+            concat: Tensor = ConcatenationFunction.apply(self, place, *tensors)[0]
+            return concat
         with torch._C._AutoDispatchBelowADInplaceOrView():
             concat = _new_concat(input, place.channels)
             reduced = self._evaluate(_pool(input, concat, place.first_input, self.bins))
@@ -155,71 +154,95 @@ class Pyramid:
         return _reduce(pooled, self.weights, folded, [norm.eps for norm in self.norms], True, self.bins)
 
 
-class ReducedFunction(torch.autograd.Function):
+class _PyramidFunction(torch.autograd.Function):
+    """What the two below share.
+
+    What is kept between the operators is an output: a gradient that is recorded reaches the inputs through it, by the
+    further gradients that backward then gets.
+    """
+
+    @staticmethod
+    def _forward(ctx: Any, pyramid: Pyramid, input: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        reduced, output, statistics = pyramid._levels(pooled)
+        ctx.set_materialize_grads(False)
+        ctx.settings = pyramid.batch, [norm.eps for norm in pyramid.norms], pyramid.bins
+        ctx.size, ctx.channels_last = input.shape[2:], is_channels_last(input)
+        ctx.save_for_backward(pooled, reduced, output, statistics, *pyramid.weights, *pyramid.affine[0])
+        return output, reduced, pooled
+
+    @staticmethod
+    def _backward(ctx: Any, grad_copy: Tensor | None, offset: int, *grads: Tensor | None) -> list[Tensor | None]:
+        """The gradients of the input, the weights, and the norms' weights and biases."""
+        pooled, reduced, output, statistics, *tensors = ctx.saved_tensors
+        batch, eps, bins = ctx.settings
+        weights, norms = tensors[: len(batch)], tensors[len(batch) :]
+        grad_output, grad_reduced, grad_pooled = grads
+        grad_weights: Any = [None] * len(weights)
+        grad_norms: Any = [None] * (2 * len(norms))
+        if grad_output is not None:
+            before, affine = _norm_backward(grad_output, reduced, output, norms, statistics, batch, eps, bins)
+            grad_reduced = _sum(grad_reduced, before)
+            if norms:  # reshape, not flatten: is_grads_batched=True knows that
+                grad_norms = affine.reshape(-1, affine.size(2)).unbind()
+        if grad_reduced is not None:
+            before, of_weights = _reduce_backward(grad_reduced, pooled, weights, bins)
+            grad_pooled = _sum(grad_pooled, before)
+            grad_weights = of_weights.reshape(len(batch), *weights[0].shape).unbind()
+        grad_input = None
+        if ctx.needs_input_grad[-1 - len(tensors) - len(norms)]:
+            if grad_pooled is None and grad_copy is not None:
+                grad_pooled = grad_copy.new_zeros(pooled.shape)
+            if grad_pooled is not None:
+                grad_input = _pool_backward(grad_pooled, grad_copy, offset, bins, *ctx.size, ctx.channels_last)
+        return [grad_input, *grad_weights, *grad_norms]
+
+
+class ReducedFunction(_PyramidFunction):
     """Pyramid.reduced with its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, pyramid: Pyramid, input: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
+    def forward(ctx: Any, pyramid: Pyramid, input: Tensor, *tensors: Tensor) -> Any:
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            return _forward(ctx, pyramid, input, _pool_alone(input, pyramid.bins)), input
+            kept = _PyramidFunction._forward(ctx, pyramid, input, _pool_alone(input, pyramid.bins))
+        return input, *kept
 
     @staticmethod
-    def backward(ctx: Any, grad_reduced: Tensor | None, grad_input: Tensor | None) -> Any:
-        if grad_reduced is None:
-            return None, grad_input, *(None for _ in ctx.needs_input_grad[2:])
+    def backward(ctx: Any, grad_input: Tensor | None, *grads: Tensor | None) -> Any:
         with _without_autograd():
-            grads = _backward(ctx, grad_reduced, grad_input, 0)
-        return None, *grads
+            return None, *_PyramidFunction._backward(ctx, grad_input, 0, *grads)
 
 
-class ConcatenationFunction(torch.autograd.Function):
+class ConcatenationFunction(_PyramidFunction):
     """Pyramid.concatenation with its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, pyramid: Pyramid, place: Place, input: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, pyramid: Pyramid, place: Place, input: Tensor, *tensors: Tensor) -> Any:
         ctx.place = place
         with torch._C._AutoDispatchBelowADInplaceOrView():
             concat = _new_concat(input, place.channels)
-            reduced = _forward(ctx, pyramid, input, _pool(input, concat, place.first_input, pyramid.bins))
-            _upsample(concat, reduced, place.first_level, pyramid.bins, place.align_corners)
-        return concat
+            pooled = _pool(input, concat, place.first_input, pyramid.bins)
+            kept = _PyramidFunction._forward(ctx, pyramid, input, pooled)
+            _upsample(concat, kept[0], place.first_level, pyramid.bins, place.align_corners)
+        return concat, *kept
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        place, channels = ctx.place, ctx.saved_tensors[1].size(2)
+    def backward(ctx: Any, grad: Tensor | None, grad_output: Tensor | None, *grads: Tensor | None) -> Any:
+        place, bins = ctx.place, ctx.settings[-1]
         with _without_autograd():
-            reduced = _upsample_backward(grad, place.first_level, channels, ctx.settings[-1], place.align_corners)
-            grads = _backward(ctx, reduced, grad, place.first_input)
-        return None, None, *grads
+            if grad is not None:
+                channels = ctx.saved_tensors[1].size(2)
+                upsampled = _upsample_backward(grad, place.first_level, channels, bins, place.align_corners)
+                grad_output = _sum(grad_output, upsampled)
+            return None, None, *_PyramidFunction._backward(ctx, grad, place.first_input, grad_output, *grads)
+
+
+def _sum(first: Tensor | None, second: Tensor) -> Tensor:
+    return second if first is None else first + second
 
 
 def _without_autograd() -> Any:
     """For a backward that is not recorded itself; one that is meets the operators' derivatives."""
     return nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowADInplaceOrView()
-
-
-def _forward(ctx: Any, pyramid: Pyramid, input: Tensor, pooled: Tensor) -> Tensor:
-    reduced, output, statistics = pyramid._levels(pooled)
-    ctx.settings = pyramid.batch, [norm.eps for norm in pyramid.norms], pyramid.bins
-    ctx.size, ctx.channels_last = input.shape[2:], is_channels_last(input)
-    ctx.save_for_backward(pooled, reduced, output, statistics, *pyramid.weights, *pyramid.affine[0])
-    return output
-
-
-def _backward(ctx: Any, grad_output: Tensor, grad_copy: Tensor | None, offset: int) -> list[Tensor | None]:
-    """The gradients of the input, weights, and weights and biases of the norms."""
-    pooled, reduced, output, statistics, *tensors = ctx.saved_tensors
-    batch, eps, bins = ctx.settings
-    weights, norms = tensors[: len(batch)], tensors[len(batch) :]
-    grad_reduced, grad_affine = _norm_backward(grad_output, reduced, output, norms, statistics, batch, eps, bins)
-    grad_pooled, grad_weights = _reduce_backward(grad_reduced, pooled, weights, bins)
-    grad_input = None
-    if ctx.needs_input_grad[-1 - len(tensors) - len(norms)]:
-        grad_input = _pool_backward(grad_pooled, grad_copy, offset, bins, *ctx.size, ctx.channels_last)
-    # reshape, not flatten: is_grads_batched=True knows that
-    of_norms = grad_affine.reshape(-1, grad_affine.size(2)).unbind() if norms else ()
-    return [grad_input, *grad_weights.reshape(len(batch), *weights[0].shape).unbind(), *of_norms]
 
 
 def _share(norm: Any) -> float:

@@ -62,6 +62,18 @@ def pyramid_batch_norm(
     return torch.cat(normalized, 1)
 
 
+def pyramid_split_weight(
+    weight: Tensor, dense: int, levels: int, *, dense_first: bool = True, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Reference of ops.pyramid_split_weight: (O, C, kh, kw) -> (O, dense, kh, kw), (levels, kh * kw * O, R)."""
+    weight = weight.to(dtype or weight.dtype)
+    o, c, kh, kw = weight.shape
+    rest, r = c - dense, (c - dense) // levels
+    parts = weight.narrow(1, dense if dense_first else 0, rest).reshape(o, levels, r, kh, kw)
+    matrices = parts.permute(1, 3, 4, 0, 2).reshape(levels, kh * kw * o, r)
+    return weight.narrow(1, 0 if dense_first else rest, dense).clone(), matrices
+
+
 def pyramid_upsample_concat_(
     concat: Tensor, reduced: Tensor, bins: Bins, *, offset: int, align_corners: bool = True
 ) -> Tensor:

@@ -38,6 +38,7 @@ WIDE = {
     "reduce": "L",
     "reduce_backward": "LS",
     "softmax_pixels": "L",
+    "split_weight": "",
     "upsample_backward_cells": "",
     "upsample_backward_parts": "L",
     "upsample_backward_planes": "L",

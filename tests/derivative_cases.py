@@ -63,6 +63,14 @@ def batch_norm(training: bool):
     return of
 
 
+def split(module):
+    def function(weight: Tensor) -> Tensor:
+        dense, matrices = module.pyramid_split_weight(weight.sin(), 2, 3, dense_first=False)
+        return dense.sum().sin() * matrices.sin()
+
+    return function
+
+
 def upsample(module):
     def function(before: Tensor, reduced: Tensor) -> Tensor:
         concat = before.sin()
@@ -127,6 +135,7 @@ CASES = {
     "pyramid_reduce, norm, relu": Case(reduce_folded, [(2, 7, 3), (2, 3), (2, 3), *[(2,)] * 4], forward_only=True),
     "pyramid_batch_norm, training": Case(batch_norm(True), [(2, 7, 2), *[(2,)] * 4]),
     "pyramid_batch_norm, evaluation": Case(batch_norm(False), [(2, 7, 2), *[(2,)] * 4]),
+    "pyramid_split_weight": Case(split, [(2, 8, 3, 1)]),
     "pyramid_upsample_concat_": Case(upsample, [(2, 6, 5, 4), (2, 7, 2)]),
     "pyramid_upsample_concat_ beside the copy": Case(pool_and_upsample(4), [(2, 2, 4, 4), (2, 7, 2)]),
     "pyramid_upsample_concat_ over the copy": Case(pool_and_upsample(3), [(2, 2, 4, 4), (2, 7, 2)]),

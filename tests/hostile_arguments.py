@@ -86,6 +86,14 @@ SOUND: dict[str, list[tuple[str, Any]]] = {
         ("floats", [1e-5] * 2),
         ("bins", BINS),
     ],
+    "pyramid_split_weight": [("map", (3, 8, 3, 2)), ("int", 4), ("bool", True), ("int", 2), ("dtype", F)],
+    "pyramid_split_weight_backward": [
+        ("map", (3, 4, 3, 2)),
+        ("map", (2, 18, 2)),
+        ("bool", True),
+        ("bool", True),
+        ("dtype", F),
+    ],
     "pyramid_upsample_concat_": [
         ("map", (2, 10, 6, 5)),
         ("map", (2, 5, 3)),
@@ -157,6 +165,7 @@ INTS = [-(2**63), -(2**62), -1, 0, 1, 7, 2**31 - 1, 2**31, 2**32 + 4, 2**61, 2**
 HOSTILE: dict[str, list[Any]] = {
     "int": INTS,
     "bool": [False],
+    "dtype": [torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.complex64],
     "float": [float("nan"), float("inf"), -1.0, 1e300],
     "floats": [[], [float("nan")] * 2, [0.0], [0.0] * 17],
     "pair": [[], [3], [3, 3, 3], [0, 0], [2, 2], [-1, 1], [2**31 + 1] * 2, [2**63 - 1] * 2, [4097, 1], [4095, 4095]],

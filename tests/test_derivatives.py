@@ -130,6 +130,9 @@ BACKWARD = {
     "pyramid_batch_norm_backward": lambda g, z, *w: raw.pyramid_batch_norm_backward(
         g.sin(), z, MASK, w, normalized_by(z.detach()), [1, 0], [0.1, 0.1], RAW
     ),
+    "pyramid_split_weight_backward": lambda g, h: raw.pyramid_split_weight_backward(
+        g.sin(), h.sin(), True, False, DOUBLE
+    ),
     "pyramid_upsample_concat_backward": lambda c: raw.pyramid_upsample_concat_backward(c.sin(), 1, 2, RAW, False),
     "pyramid_context_backward": lambda c: raw.pyramid_context_backward(c.sin(), RAW, [3, 5], [2, 1], True),
 }
@@ -138,6 +141,7 @@ BACKWARD_SHAPES = {
     "pyramid_pool_backward alone": [(2, 7, 3)],
     "pyramid_reduce_backward": [(2, 7, 2), (2, 7, 3), (2, 3), (2, 3)],
     "pyramid_batch_norm_backward": [(2, 7, 2), (2, 7, 2), (2,), (2,)],
+    "pyramid_split_weight_backward": [(2, 3, 1, 3), (2, 6, 2)],
     "pyramid_upsample_concat_backward": [(2, 6, 5, 4)],
     "pyramid_context_backward": [(2, 2, 5, 4)],
 }

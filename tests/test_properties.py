@@ -157,6 +157,25 @@ def test_pyramid_batch_norm(draw: Draw) -> None:
 
 
 @holds_for_all
+def test_pyramid_split_weight(draw: Draw) -> None:
+    """Every bit of the parts, whatever the values; and of the gradient, in which they are put together."""
+    o, dense, levels, r = draw.integer(1, 5), draw.integer(1, 70), draw.integer(1, 4), draw.integer(1, 70)
+    kernel, dtype = (draw.integer(1, 7), draw.integer(1, 6)), draw.choice(DTYPES)
+    parts = draw.choice([torch.bfloat16, torch.float16]) if dtype == torch.float32 and draw.flag() else dtype
+    weight = draw.tensor((o, dense + levels * r, *kernel), dtype, ANY)
+    settings = {"dense_first": draw.flag(), "dtype": parts}
+    grads = draw.tensor((o, dense, *kernel), parts), draw.tensor((levels, kernel[0] * kernel[1] * o, r), parts)
+
+    def run(module: Any) -> list[Tensor]:
+        leaf = weight.detach().requires_grad_()
+        results = module.pyramid_split_weight(leaf, dense, levels, **settings)
+        return [*results, *torch.autograd.grad(results, leaf, grads)]
+
+    for result, truth in zip(draw.compute(lambda: run(ops)), run(reference), strict=True):
+        torch.testing.assert_close(result, truth, rtol=0, atol=0, equal_nan=True)
+
+
+@holds_for_all
 def test_pyramid_upsample_concat(draw: Draw) -> None:
     n, r, (h, w), bins, dtype = draw.integer(0, 3), draw.integer(1, 9), draw.size(), draw.bins(), draw.choice(DTYPES)
     levels, align_corners = as_levels(bins), draw.flag()

@@ -36,6 +36,13 @@ SOUND: dict[str, Callable[[], dict[str, Any]]] = {
         "momentum": [0.1, 0.1],
         "relu": True,
     },
+    "pyramid_split_weight": lambda: {
+        "weight": torch.randn(2, 10, 3, 3),
+        "dense": 4,
+        "levels": 2,
+        "dense_first": True,
+        "dtype": torch.float32,
+    },
     "pyramid_upsample_concat_": lambda: {
         "concat": torch.zeros(2, 9, 5, 4),
         "reduced": torch.randn(2, 5, 3),
@@ -155,6 +162,8 @@ ALSO = {
     ("pyramid_batch_norm", "reduced"): ["norm", "running statistics"],
     ("pyramid_batch_norm", "norm"): ["running statistics", "training", "running_means", "running_vars"],
     ("pyramid_batch_norm", "bins"): ["reduced", "norm", "training", "momentum"],
+    ("pyramid_split_weight", "weight"): ["dense", "levels", "dtype"],
+    ("pyramid_split_weight", "dense"): ["levels"],
     ("pyramid_upsample_concat_", "concat"): ["reduced", "offset"],
     ("pyramid_upsample_concat_", "reduced"): ["offset"],
     ("pyramid_upsample_concat_", "bins"): ["reduced", "offset"],

@@ -136,6 +136,22 @@ def _statistics(
     return mean.to(z.dtype), (variance + eps).rsqrt().to(z.dtype)
 
 
+def pyramid_split_weight(
+    weight: Tensor, dense: int, dense_first: bool, levels: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return reference.pyramid_split_weight(weight, dense, levels, dense_first=dense_first, dtype=dtype)
+
+
+def pyramid_split_weight_backward(
+    grad_dense: Tensor, grad_matrices: Tensor, dense_first: bool, channels_last: bool, dtype: torch.dtype
+) -> Tensor:
+    o, _, kh, kw = grad_dense.shape
+    levels, _, r = grad_matrices.shape
+    # reshape, not view and unflatten: is_grads_batched=True knows that
+    rest = grad_matrices.reshape(levels, kh, kw, o, r).permute(3, 0, 4, 1, 2).reshape(o, levels * r, kh, kw)
+    return torch.cat([grad_dense, rest] if dense_first else [rest, grad_dense], 1).to(dtype)
+
+
 def pyramid_upsample_concat_(
     concat: Tensor, reduced: Tensor, offset: int, bins: list[int], align_corners: bool
 ) -> None:
