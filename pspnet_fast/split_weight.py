@@ -75,12 +75,13 @@ def level_products(
         return first, taps
     with torch._C._AutoDispatchBelowADInplaceOrView():
         first, matrices = _split(weight, dense, dense_first, len(bins) // 2, dtype)
-        return first, _by_tap(_reduce(reduced, list(matrices.unbind()), [], [], False, bins), weight)
+        return first, taps_of(reduced, matrices, bins, weight)
 
 
-def _by_tap(products: Tensor, weight: Tensor) -> Tensor:
-    """(N, P, kh * kw * O) -> (N, P, kh * kw, O)."""
+def taps_of(reduced: Tensor, matrices: Tensor, bins: list[int], weight: Tensor) -> Tensor:
+    """The levels' products with the parts of a weight that ops.pyramid_split_weight gives: (N, P, kh * kw, O)."""
     o, _, kh, kw = weight.shape
+    products = _reduce(reduced, list(matrices.unbind()), [], [], False, bins)
     return products.view(*products.shape[:2], kh * kw, o)
 
 
@@ -93,12 +94,12 @@ class LevelProducts(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch._C._AutoDispatchBelowADInplaceOrView():
             first, matrices = _split(weight, dense, dense_first, len(bins) // 2, dtype)
-            products = _reduce(reduced, list(matrices.unbind()), [], [], False, bins)
+            taps = taps_of(reduced, matrices, bins, weight)
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.bins = (dense_first, is_channels_last(weight), weight.dtype), bins
         ctx.first = first.shape
         ctx.save_for_backward(reduced, matrices)
-        return first, _by_tap(products, weight), matrices
+        return first, taps, matrices
 
     @staticmethod
     def backward(ctx: Any, grad_first: Tensor | None, grad_taps: Tensor | None, grad_matrices: Tensor | None) -> Any:
