@@ -273,10 +273,11 @@ def test_derivatives_of_every_order_and_transforms(align_corners):
 
 
 @pytest.mark.parametrize("batched", [False, True])
-def test_gradients_of_gradients_reach_all_parameters(batched):
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_of_gradients_reach_all_parameters(training, batched):
     results = []
-    module = make_head().double().eval()
-    for m in (module, StockHead(module).eval()):
+    module = make_head().double().train(training)
+    for m in (module, StockHead(module).train(training)):
         x = torch.randn(2, 8, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
         y = m(x)
         if batched:
