@@ -13,7 +13,7 @@ from stock import StockPPM
 from torch import Tensor, nn
 
 import pspnet_fast.head
-from pspnet_fast import FusedPPM, FusedPSPHead, PSPNet, split_weight
+from pspnet_fast import FusedPPM, FusedPSPHead, PSPNet, ops, split_weight
 
 SHAPES = [(1, 2048, 60, 60), (1, 2048, 90, 90)]
 EVALUATION, TRAINING = "FusedPSPHead, evaluation: forward", "FusedPSPHead, training: forward + backward"
@@ -94,22 +94,21 @@ def test_no_kept_weight(
     """ "eager" is a head that would keep its weight's parts between calls, at the risk of old ones: 0.96 is meant."""
     head, x = make_head("fused", case, device).eval(), case.random_map(device)
     if implementation == "eager":
-        monkeypatch.setattr(pspnet_fast.head, "split_product", keeping(pspnet_fast.head.split_product))
+        monkeypatch.setattr(pspnet_fast.head, "level_products", keeping())
     with torch.no_grad():
         measure(Comparison(KEPT, str(case), nbytes(x), 1 / 1.04), implementation, lambda: head(x))
 
 
-def keeping(split_product: Callable[..., Any]) -> Callable[..., Any]:
-    """split_product with the first call's parts."""
-    kept: list[Any] = []
+def keeping() -> Callable[..., Any]:
+    """level_products with the first call's parts."""
+    kept: list[Tensor] = []
 
-    def products(weight: Tensor, dense: Any, parts: Any, levels: Any) -> Any:
+    def products(weight: Tensor, dense: int, dense_first: bool, reduced: Tensor, bins: list[int], dtype: Any) -> Any:
         if not kept:
-            matrices = [split_weight._by_taps(weight.narrow(1, *part), levels[0].dtype) for part in parts]
-            kept.extend([split_product(weight, dense, parts, levels)[0], matrices])
-        given = zip(levels, kept[1], strict=True)
-        taps = [(z.flatten(0, 1) @ m.t()).view(*z.shape[:2], -1, weight.size(0)) for z, m in given]
-        return kept[0], torch.cat(taps, 1)
+            levels = len(bins) // 2
+            kept.extend(ops.pyramid_split_weight(weight, dense, levels, dense_first=dense_first, dtype=dtype))
+        first, matrices = kept
+        return first, split_weight.taps_of(reduced, matrices, bins, weight)
 
     return products
 

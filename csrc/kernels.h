@@ -93,6 +93,48 @@ struct PyramidReduceBackwardArgs {
   void* grad_weights;  // [L, R, C]
 };
 
+struct PyramidBatchNormArgs {
+  DType dtype, norm_dtype;
+  int64_t N, R;
+  Levels levels;
+  const void* reduced;  // [N, P, R]
+  // [R] of each level in norm_dtype; nullptr: none.
+  const void *weight[kMaxLevels], *bias[kMaxLevels];
+  void *running_mean[kMaxLevels], *running_var[kMaxLevels];
+  bool
+      batch[kMaxLevels];  // by the batch's statistics, which the running ones take a share of; else by the running ones
+  Number momentum[kMaxLevels], eps[kMaxLevels];
+  bool relu;
+  void* output;      // [N, P, R]
+  void* statistics;  // [2, L, R], float, double for double: mean and 1 / deviation that a level was normalised by
+};
+
+struct PyramidBatchNormBackwardArgs {
+  DType dtype, norm_dtype;
+  int64_t N, R;
+  Levels levels;
+  const void* grad_output;         // [N, P, R]
+  const void* reduced;             // [N, P, R]
+  const void* output;              // [N, P, R], after the ReLU; nullptr: there was none
+  const void* weight[kMaxLevels];  // as above
+  const void* statistics;
+  bool batch[kMaxLevels];
+  void* grad_reduced;  // [N, P, R]
+  void* grad_affine;   // [2, L, R] in norm_dtype: of weight and bias
+};
+
+// The weight of a convolution [O, C, taps], C = dense + L * R, and its parts; the backward goes the other way. The
+// parts have the weight's dtype, or a lower one for a weight in float32.
+struct PyramidSplitWeightArgs {
+  DType weight_dtype, dtype;
+  bool channels_last;  // of weight and dense_weight: [O, taps, C] in memory
+  int64_t O, dense, L, R, taps;
+  int64_t first_dense, first_level;  // channels
+  void* weight;
+  void* dense_weight;  // [O, dense, taps]
+  void* matrices;      // [L, taps, O, R]
+};
+
 struct PyramidUpsampleConcatArgs {
   DType dtype;
   bool channels_last;
@@ -218,6 +260,10 @@ void pyramid_pool(const PyramidPoolArgs&);
 void pyramid_pool_backward(const PyramidPoolBackwardArgs&);
 void pyramid_reduce(const PyramidReduceArgs&);
 void pyramid_reduce_backward(const PyramidReduceBackwardArgs&);
+void pyramid_batch_norm(const PyramidBatchNormArgs&);
+void pyramid_batch_norm_backward(const PyramidBatchNormBackwardArgs&);
+void pyramid_split_weight(const PyramidSplitWeightArgs&);
+void pyramid_split_weight_backward(const PyramidSplitWeightArgs&);
 void pyramid_upsample_concat(const PyramidUpsampleConcatArgs&);
 void pyramid_upsample_concat_backward(const PyramidUpsampleConcatBackwardArgs&);
 void pyramid_context(const PyramidContextArgs&);
@@ -239,6 +285,10 @@ int pyramid_pool_backward(const PyramidPoolBackwardArgs&, void* stream);
 size_t pyramid_reduce_workspace(const PyramidReduceArgs&);
 int pyramid_reduce(const PyramidReduceArgs&, void* stream);
 int pyramid_reduce_backward(const PyramidReduceBackwardArgs&, void* stream);
+int pyramid_batch_norm(const PyramidBatchNormArgs&, void* stream);
+int pyramid_batch_norm_backward(const PyramidBatchNormBackwardArgs&, void* stream);
+int pyramid_split_weight(const PyramidSplitWeightArgs&, void* stream);
+int pyramid_split_weight_backward(const PyramidSplitWeightArgs&, void* stream);
 int pyramid_upsample_concat(const PyramidUpsampleConcatArgs&, void* stream);
 size_t pyramid_upsample_concat_backward_workspace(const PyramidUpsampleConcatBackwardArgs&);
 int pyramid_upsample_concat_backward(const PyramidUpsampleConcatBackwardArgs&, void* stream);

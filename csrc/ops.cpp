@@ -26,6 +26,26 @@ STABLE_TORCH_LIBRARY(PSPNET_FAST_NAMESPACE, m) {
   m.def(
       "pyramid_reduce_backward(Tensor grad_reduced, Tensor pooled, Tensor[] weights, int[] bins) -> (Tensor, Tensor)");
 
+  // (N, P, R) -> the same after each level's batch norm and ReLU; mean and 1 / deviation of each, (2, L, R). batch: for
+  // each level whether the batch's statistics count, not the running ones, which take a share of them. Lists of tensors
+  // hold one (R,) a level, or none
+  m.def(
+      "pyramid_batch_norm(Tensor reduced, Tensor[] weights, Tensor[] biases, Tensor(a!)[] running_means, "
+      "Tensor(b!)[] running_vars, int[] batch, float[] momentum, float[] eps, bool relu, int[] bins) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "pyramid_batch_norm_backward(Tensor grad_output, Tensor reduced, Tensor? output, Tensor[] weights, "
+      "Tensor statistics, int[] batch, float[] eps, int[] bins) -> (Tensor, Tensor)");
+
+  // a convolution's weight (O, dense + L * R, kh, kw) by its input channels, the dense ones first or last, in a dtype:
+  // (O, dense, kh, kw), and what pyramid_reduce takes for each level, (L, kh * kw * O, R)
+  m.def(
+      "pyramid_split_weight(Tensor weight, int dense, bool dense_first, int levels, ScalarType dtype) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "pyramid_split_weight_backward(Tensor grad_dense, Tensor grad_matrices, bool dense_first, bool channels_last, "
+      "ScalarType dtype) -> Tensor");
+
   // (N, P, R) -> the L * R upsampled channels of concat
   m.def(
       "pyramid_upsample_concat_(Tensor(a!) concat, Tensor reduced, int offset, int[] bins, bool align_corners) -> ()");

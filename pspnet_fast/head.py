@@ -10,9 +10,12 @@ from . import ops
 from .layers import has_statistics, is_convolution, is_identity, is_relu, needs_plain, runs_only
 from .modules import FusedPPM
 from .ops._library import needs_grad
-from .ops.checks import Norm
-from .split_weight import Channels, split_product, why_not_split
+from .ops.checks import DTYPES, Norm, flatten
+from .ops.pyramid_context import PyramidContextFunction
+from .split_weight import Channels, level_products, split_product, why_not_split
 
+_context: Any = torch.ops.pspnet_fast.pyramid_context_.default
+FEW_CELLS = 128  # for which products by pyramid_reduce take no longer than a matrix product a level
 LEAST_ELEMENTS = 1 << 14  # of upsampled maps, for whose convolution more operations pay (concatenation_is_cheaper)
 
 
@@ -88,19 +91,44 @@ def psp_head(input: Tensor, ppm: nn.Module, bottleneck: nn.Module) -> Tensor:
 
 def _fused(input: Tensor, ppm: FusedPPM, conv: nn.Conv2d, norm: nn.Module, activation: nn.Module) -> Tensor:
     ppm._check(input)
-    reduced = ppm._reduce(ops.pyramid_pool(input, ppm.bins))
-    dense, parts = _channels(ppm)
-    levels = reduced.to(conv_dtype(input)).split(_cells(ppm), 1)
-    weight, taps = split_product(conv.weight, [dense], parts, levels)
+    if pyramid := ppm._pyramid(input):
+        reduced, input = pyramid.reduced(input)
+    else:
+        reduced = ppm._reduce(ops.pyramid_pool(input, ppm.bins))
+    weight, taps = _products(conv.weight, ppm, reduced, conv_dtype(input))
     padding: Any = conv.padding
     output = F.conv2d(input, weight, conv.bias, padding=padding, dilation=conv.dilation)  # type: ignore[arg-type]
     kh, kw = conv.kernel_size
     settings: dict[str, Any] = {"dilation": conv.dilation, "align_corners": ppm.align_corners}
     folded, relu = epilogue(norm, activation, output.dtype, output, taps)
-    output = ops.pyramid_context_(output, taps, ppm.bins, (kh, kw), norm=folded, relu=relu, **settings)
+    if torch.compiler.is_compiling():
+        output = ops.pyramid_context_(output, taps, ppm.bins, (kh, kw), norm=folded, relu=relu, **settings)
+    else:  # the operator without the checks of its wrapper, which these tensors pass
+        *statistics, eps = folded or (0.0,)
+        window = flatten(ppm.levels), [kh, kw], list(conv.dilation), int(ppm.align_corners), True
+        if needs_grad(output, taps):
+            output = PyramidContextFunction.apply(output, taps, statistics, eps, *window)
+        else:
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                _context(output, taps, statistics, eps, relu, *window)
     if folded is None:
         output = norm(output)
     return output if relu else activation(output)
+
+
+def _products(weight: Tensor, ppm: FusedPPM, reduced: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+    """The map's part of the weight, and the levels' products with theirs, in the dtype of the convolution.
+
+    The part too where autocast would convert it, in the pass that copies it.
+    """
+    reduced = reduced if reduced.dtype == dtype else reduced.to(dtype)
+    narrows = weight.dtype == torch.float32 and _autocasts(weight.device.type)
+    few = sum(_cells(ppm)) <= FEW_CELLS and not torch.compiler.is_compiling()
+    if few and dtype in DTYPES and (weight.dtype == dtype or narrows):
+        bins, first = flatten(ppm.levels), ppm.concat == "input_first"
+        return level_products(weight, ppm.in_channels, first, reduced, bins, dtype)
+    dense, parts = _channels(ppm)
+    return split_product(weight, [dense], parts, reduced.split(_cells(ppm), 1))
 
 
 def _is_fused(input: Tensor, ppm: nn.Module, conv: nn.Module) -> bool:
@@ -141,8 +169,11 @@ def _channels(ppm: FusedPPM) -> tuple[Channels, list[Channels]]:
 def conv_dtype(input: Tensor) -> torch.dtype:
     """The dtype of F.conv2d's result."""
     device = input.device.type
-    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if autocasts and input.dtype != torch.float64 else input.dtype
+    return torch.get_autocast_dtype(device) if _autocasts(device) and input.dtype != torch.float64 else input.dtype
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def epilogue(norm: nn.Module, activation: nn.Module, dtype: torch.dtype, *tensors: Tensor) -> tuple[Norm | None, bool]:

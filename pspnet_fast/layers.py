@@ -27,7 +27,7 @@ def needs_plain(input: Any) -> bool:
 
 def _is_ordinary(tensor: Any) -> bool:
     """Whether no class of its own sees what torch's functions do with a tensor."""
-    if type(tensor) is Tensor:
+    if type(tensor) is Tensor or type(tensor) is nn.Parameter:
         return True
     disabled = torch._C._disabled_torch_function_impl  # such as nn.Parameter's and those of torch's own fakes
     return type(tensor).__torch_function__ is disabled and not is_traceable_wrapper_subclass(tensor)
@@ -78,12 +78,14 @@ def _holds(module: nn.Module, *names: str) -> bool:
     Not those that its class computes whenever they are read, as a parametrization does, perhaps with a step of its own
     (spectral norm), nor sharded or otherwise special ones.
     """
-    if any(hasattr(type(module), name) for name in names):
-        return False
-    tensors = [tensor for name in names if (tensor := getattr(module, name)) is not None]
-    if torch.compiler.is_compiling():
-        return not any(map(is_traceable_wrapper_subclass, tensors))
-    return all(map(_is_ordinary, tensors))
+    compiling = torch.compiler.is_compiling()
+    for name in names:
+        if hasattr(type(module), name):
+            return False
+        tensor = getattr(module, name)
+        if tensor is not None and (is_traceable_wrapper_subclass(tensor) if compiling else not _is_ordinary(tensor)):
+            return False
+    return True
 
 
 def is_relu(module: nn.Module) -> bool:

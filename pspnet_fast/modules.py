@@ -1,7 +1,5 @@
 """FusedPPM: the pyramid pooling module on the fused operators."""
 
-import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -14,6 +12,7 @@ from . import ops
 from .layers import has_statistics, is_batch_norm, is_convolution, is_identity, is_relu, needs_plain, runs_only
 from .ops._library import needs_grad
 from .ops.checks import Bins, Norm, as_levels, check_map, count_cells
+from .pyramid import Place, Pyramid, is_pointwise, warn_of_one_value
 
 Concat = Literal["input_first", "input_last"]
 Branch = tuple[nn.Conv2d, nn.Module, nn.Module]  # 1x1 convolution, norm, activation
@@ -116,7 +115,7 @@ class FusedPPM(nn.Module):
         first = branches[0][0]
         for convolution, _, _ in branches:
             c, r = convolution.in_channels, convolution.out_channels
-            if not _is_pointwise(convolution) or (c, r) != (first.in_channels, first.out_channels):
+            if not is_pointwise(convolution) or (c, r) != (first.in_channels, first.out_channels):
                 raise ValueError(f"branches must be 1x1 convolutions of the same channels, but hold {convolution}")
         with torch.device("meta"):  # weights to be thrown away: no memory and no random numbers for them
             ppm = cls(c, r, bins, align_corners, concat, norm_layer=lambda _: nn.Identity(), activation=nn.Identity)
@@ -135,6 +134,8 @@ class FusedPPM(nn.Module):
         c = self.in_channels
         context = self.out_channels - c
         first_input, first_level = (0, c) if self.concat == "input_first" else (context, 0)
+        if pyramid := self._pyramid(input):
+            return pyramid.concatenation(input, Place(self.out_channels, first_input, first_level, self.align_corners))
         output = ops.new_concat(input, self.out_channels)
         pooled = ops.pyramid_pool(input, self.bins, concat=output, offset=first_input)
         reduced = self._reduce(pooled)
@@ -157,12 +158,18 @@ class FusedPPM(nn.Module):
         maps = [F.interpolate(z, size, mode="bilinear", align_corners=self.align_corners).type_as(input) for z in maps]
         return torch.cat([input, *maps] if self.concat == "input_first" else [*maps, input], 1)
 
+    def _pyramid(self, input: Tensor) -> Pyramid | None:
+        """The levels as one computation, where they are batch norm and ReLU; a compiler joins calls by itself."""
+        if torch.compiler.is_compiling():
+            return None
+        return Pyramid.of(self.features, self.levels, (self.reduction_channels, self.in_channels), input)
+
     def _is_branch(self, level: Any) -> bool:
         """Whether calling a level calls convolution, norm and activation, the first being what pyramid_reduce does."""
         if not (runs_only(level, nn.Sequential.forward) and len(level) == 4):
             return False
         pooling, convolution, _, _ = level
-        if not (is_identity(pooling) and is_convolution(convolution) and _is_pointwise(convolution)):
+        if not (is_identity(pooling) and is_convolution(convolution) and is_pointwise(convolution)):
             return False
         return convolution.weight.shape == (self.reduction_channels, self.in_channels, 1, 1)
 
@@ -212,14 +219,6 @@ class FusedPPM(nn.Module):
         )
 
 
-def _is_pointwise(convolution: nn.Conv2d) -> bool:
-    """Whether a convolution is a matrix product with every pixel."""
-    plain = (
-        convolution.stride == (1, 1) and convolution.groups == 1 and convolution.padding in ((0, 0), "same", "valid")
-    )
-    return convolution.kernel_size == (1, 1) and plain
-
-
 def _affine(norm: nn.Module, bias: Tensor | None) -> Norm | None:
     """A norm that is an affine map by its buffers, the convolution's bias in it, as ops.pyramid_reduce takes it."""
     if has_statistics(norm):
@@ -245,7 +244,7 @@ def _call(module: nn.Module, z: Tensor) -> Tensor:
     if not norms:
         return module(z)
     if not torch.compiler.is_compiling():
-        _warn_of_one_value()
+        warn_of_one_value()
     if is_batch_norm(module):
         norm: Any = module
         return F.batch_norm(z, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
@@ -263,14 +262,6 @@ def _trains(norm: nn.Module) -> bool:
     if not (isinstance(norm, _BatchNorm) and norm.training and norm.running_mean is not None):
         return False
     return not (hasattr(norm, "process_group") and _world_size(norm.process_group) > 1)
-
-
-@functools.cache
-def _warn_of_one_value() -> None:
-    warnings.warn(
-        "FusedPPM: a level has one value per channel in training (batch 1, bin 1): it uses its running statistics",
-        stacklevel=2,
-    )
 
 
 def _world_size(process_group: Any) -> int:

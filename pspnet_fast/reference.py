@@ -5,12 +5,13 @@ its own, as the paper's code does it (Zhao et al., CVPR 2017, section 3.2).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops.checks import Bins, Mode, Norm, Reduction, as_levels, as_window
+from .ops.checks import BatchNorm, Bins, Mode, Norm, Reduction, as_levels, as_window
 
 
 def pyramid_pool(input: Tensor, bins: Bins, *, concat: Tensor | None = None, offset: int = 0) -> Tensor:
@@ -33,6 +34,44 @@ def pyramid_reduce(
             z = _normalize(z.transpose(1, 2), norm[i]).transpose(1, 2)
         reduced.append(F.relu(z) if relu else z)
     return torch.cat(reduced, 1)
+
+
+def pyramid_batch_norm(
+    reduced: Tensor,
+    bins: Bins,
+    norm: Sequence[BatchNorm],
+    *,
+    training: Sequence[bool],
+    momentum: Sequence[float],
+    relu: bool = False,
+) -> Tensor:
+    """Reference of ops.pyramid_batch_norm: (N, P, R) -> (N, P, R)."""
+    # not F.batch_norm, whose third derivatives take the statistics for constants (torch 2.13)
+    normalized = []
+    for i, cells in enumerate(reduced.split([h * w for h, w in as_levels(bins)], 1)):
+        weight, bias, running_mean, running_var, eps = norm[i]
+        running: Any = running_mean, running_var
+        z = wide(cells.reshape(-1, cells.size(2)))
+        mean, var = (z.mean(0), z.var(0, correction=0)) if training[i] else map(wide, running)
+        if training[i] and running_mean is not None and len(z):
+            for before, value in zip(running, (mean, var * (len(z) / (len(z) - 1))), strict=True):
+                before.copy_(wide(before).lerp(value.detach(), momentum[i]))
+        z = (z - mean) * (var + eps).rsqrt()
+        z = z if weight is None else z * wide(weight) + wide(bias)  # type: ignore[arg-type]
+        normalized.append((F.relu(z) if relu else z).to(reduced.dtype).view(cells.shape))
+    return torch.cat(normalized, 1)
+
+
+def pyramid_split_weight(
+    weight: Tensor, dense: int, levels: int, *, dense_first: bool = True, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Reference of ops.pyramid_split_weight: (O, C, kh, kw) -> (O, dense, kh, kw), (levels, kh * kw * O, R)."""
+    weight = weight.to(dtype or weight.dtype)
+    o, c, kh, kw = weight.shape
+    rest, r = c - dense, (c - dense) // levels
+    parts = weight.narrow(1, dense if dense_first else 0, rest).reshape(o, levels, r, kh, kw)
+    matrices = parts.permute(1, 3, 4, 0, 2).reshape(levels, kh * kw * o, r)
+    return weight.narrow(1, 0 if dense_first else rest, dense).clone(), matrices
 
 
 def pyramid_upsample_concat_(

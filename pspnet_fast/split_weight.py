@@ -1,13 +1,18 @@
 """The weight of a convolution split by input channels: those of dense maps, and those of levels with few cells."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .ops.checks import is_channels_last
 
+_operators: Any = torch.ops.pspnet_fast
+_split, _split_backward = _operators.pyramid_split_weight.default, _operators.pyramid_split_weight_backward.default
+_reduce, _reduce_backward = _operators.pyramid_reduce.default, _operators.pyramid_reduce_backward.default
 _BATCHED: Any = torch._C._parse_dispatch_key("Batched")
 MANY_CELLS = 1024  # of a level, enough to fill a matrix product of one image
 Channels = tuple[int, int]  # the first input channel of a part, and how many
@@ -49,6 +54,68 @@ def split_product(
         result: Any = SplitProduct.apply(weight, tuple(dense), tuple(parts), *levels)
         return result
     return _dense_weight(weight, dense), _taps(weight, parts, levels)
+
+
+def level_products(
+    weight: Tensor, dense: int, dense_first: bool, reduced: Tensor, bins: list[int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The same in two launches, where levels of equally many channels take all channels but those of one dense map.
+
+    For few cells, as pyramid pooling has them: the products are pyramid_reduce's.
+
+    Args:
+        weight: (O, dense + L * R, kh, kw); its dense channels come first or last.
+        reduced: (N, P, R) in `dtype`, that of the results: the weight's, or a lower one than its float32.
+        bins: of the L levels, flattened.
+
+    Returns:
+        (O, dense, kh, kw) and taps (N, P, kh * kw, O).
+    """
+    if torch.is_grad_enabled() and (weight.requires_grad or reduced.requires_grad):
+        first, taps, _ = LevelProducts.apply(weight, reduced, dense, dense_first, bins, dtype)
+        return first, taps
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        first, matrices = _split(weight, dense, dense_first, len(bins) // 2, dtype)
+        return first, taps_of(reduced, matrices, bins, weight)
+
+
+def taps_of(reduced: Tensor, matrices: Tensor, bins: list[int], weight: Tensor) -> Tensor:
+    """The levels' products with the parts of a weight that ops.pyramid_split_weight gives: (N, P, kh * kw, O)."""
+    o, _, kh, kw = weight.shape
+    products = _reduce(reduced, list(matrices.unbind()), [], [], False, bins)
+    return products.view(*products.shape[:2], kh * kw, o)
+
+
+class LevelProducts(torch.autograd.Function):
+    """level_products with its gradient; the matrices are an output, through which a recorded one has derivatives."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, reduced: Tensor, dense: int, dense_first: bool, bins: list[int], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            first, matrices = _split(weight, dense, dense_first, len(bins) // 2, dtype)
+            taps = taps_of(reduced, matrices, bins, weight)
+        ctx.set_materialize_grads(False)
+        ctx.settings, ctx.bins = (dense_first, is_channels_last(weight), weight.dtype), bins
+        ctx.first = first.shape
+        ctx.save_for_backward(reduced, matrices)
+        return first, taps, matrices
+
+    @staticmethod
+    def backward(ctx: Any, grad_first: Tensor | None, grad_taps: Tensor | None, grad_matrices: Tensor | None) -> Any:
+        reduced, matrices = ctx.saved_tensors
+        grad_weight = grad_reduced = None
+        with nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowADInplaceOrView():
+            if grad_taps is not None:
+                grad = grad_taps.reshape(*reduced.shape[:2], matrices.size(1))
+                grad_reduced, more = _reduce_backward(grad, reduced, list(matrices.unbind()), ctx.bins)
+                grad_matrices = more if grad_matrices is None else grad_matrices + more
+            if ctx.needs_input_grad[0] and (grad_first is not None or grad_matrices is not None):
+                grad_first = matrices.new_zeros(ctx.first) if grad_first is None else grad_first
+                grad_matrices = matrices.new_zeros(matrices.shape) if grad_matrices is None else grad_matrices
+                grad_weight = _split_backward(grad_first, grad_matrices, *ctx.settings)
+        return grad_weight, grad_reduced, None, None, None, None
 
 
 class SplitProduct(torch.autograd.Function):

@@ -18,6 +18,8 @@ ARCHITECTURE = 90  # of the machine code that is read
 # Which kernels load ("L") and store ("S") device memory in 16-byte vectors by design: those for planes in every
 # instance, the others in the instances whose vectors hold more than one element.
 WIDE = {
+    "batch_norm_levels": "",
+    "batch_norm_levels_backward": "",
     "context_backward_planes": "L",
     "context_backward_rows": "LS",
     "context_backward_taps": "",
@@ -36,6 +38,7 @@ WIDE = {
     "reduce": "L",
     "reduce_backward": "LS",
     "softmax_pixels": "L",
+    "split_weight": "",
     "upsample_backward_cells": "",
     "upsample_backward_parts": "L",
     "upsample_backward_planes": "L",

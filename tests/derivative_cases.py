@@ -48,6 +48,29 @@ def reduce_folded(module):
     return function
 
 
+def batch_norm(training: bool):
+    """In training without running statistics, which torch.func does not let be written."""
+
+    def of(module):
+        def function(reduced: Tensor, *affine: Tensor) -> Tensor:
+            running = [None, None] if training else [torch.full((2,), 0.3).double(), torch.full((2,), 0.7).double()]
+            norm = [(*affine[2 * i : 2 * i + 2], *running, 0.1) for i in range(2)]
+            flags = [training] * 2
+            return module.pyramid_batch_norm(reduced, BINS, norm, training=flags, momentum=[0.1] * 2, relu=True).sin()
+
+        return function
+
+    return of
+
+
+def split(module):
+    def function(weight: Tensor) -> Tensor:
+        dense, matrices = module.pyramid_split_weight(weight.sin(), 2, 3, dense_first=False)
+        return dense.sum().sin() * matrices.sin()
+
+    return function
+
+
 def upsample(module):
     def function(before: Tensor, reduced: Tensor) -> Tensor:
         concat = before.sin()
@@ -113,6 +136,9 @@ CASES = {
     "pyramid_pool into concat": Case(pool_into, [(2, 3, 5, 4), (2, 5, 5, 4)]),
     "pyramid_reduce": Case(reduce, [(2, 7, 3), (2, 3), (2, 3, 1, 1)]),
     "pyramid_reduce, norm, relu": Case(reduce_folded, [(2, 7, 3), (2, 3), (2, 3), *[(2,)] * 4], forward_only=True),
+    "pyramid_batch_norm, training": Case(batch_norm(True), [(2, 7, 2), *[(2,)] * 4]),
+    "pyramid_batch_norm, evaluation": Case(batch_norm(False), [(2, 7, 2), *[(2,)] * 4]),
+    "pyramid_split_weight": Case(split, [(2, 8, 3, 1)]),
     "pyramid_upsample_concat_": Case(upsample, [(2, 6, 5, 4), (2, 7, 2)]),
     "pyramid_upsample_concat_ beside the copy": Case(pool_and_upsample(4), [(2, 2, 4, 4), (2, 7, 2)]),
     "pyramid_upsample_concat_ over the copy": Case(pool_and_upsample(3), [(2, 2, 4, 4), (2, 7, 2)]),

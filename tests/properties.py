@@ -21,6 +21,8 @@ MORE = os.environ.get("PSPNET_FAST_PROPERTIES") == "more"
 EXAMPLES = {  # of each property in CI
     "test_pyramid_pool": 250,
     "test_pyramid_reduce": 200,
+    "test_pyramid_batch_norm": 100,
+    "test_pyramid_split_weight": 100,
     "test_pyramid_upsample_concat": 250,
     "test_pyramid_context": 250,
     "test_upsample_argmax": 200,

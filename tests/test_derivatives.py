@@ -112,10 +112,27 @@ def test_confusion_matrix_under_a_transform_still_tells_bad_values():
 
 
 raw = torch.ops.pspnet_fast
+
+
+def normalized_by(reduced: torch.Tensor) -> torch.Tensor:
+    """The statistics that go with these cells: a level's own, and given ones."""
+    mean, variance = torch.tensor([0.1, -0.2], dtype=DOUBLE), torch.tensor([0.9, 1.1], dtype=DOUBLE)
+    lists = [], [], [mean] * 2, [variance] * 2
+    return raw.pyramid_batch_norm(reduced, *[[t.clone() for t in part] for part in lists], [1, 0], *REST)[1]
+
+
+REST = [0.0, 0.0], [0.1, 0.1], False, RAW
+MASK = torch.arange(28, dtype=DOUBLE).sin().view(2, 7, 2)
 BACKWARD = {
     "pyramid_pool_backward": lambda g, c: raw.pyramid_pool_backward(g.sin(), c.sin(), 1, RAW, 5, 4, False),
     "pyramid_pool_backward alone": lambda g: raw.pyramid_pool_backward(g.sin(), None, 0, RAW, 5, 4, True),
     "pyramid_reduce_backward": lambda g, p, *w: raw.pyramid_reduce_backward(g, p, w, RAW),
+    "pyramid_batch_norm_backward": lambda g, z, *w: raw.pyramid_batch_norm_backward(
+        g.sin(), z, MASK, w, normalized_by(z.detach()), [1, 0], [0.1, 0.1], RAW
+    ),
+    "pyramid_split_weight_backward": lambda g, h: raw.pyramid_split_weight_backward(
+        g.sin(), h.sin(), True, False, DOUBLE
+    ),
     "pyramid_upsample_concat_backward": lambda c: raw.pyramid_upsample_concat_backward(c.sin(), 1, 2, RAW, False),
     "pyramid_context_backward": lambda c: raw.pyramid_context_backward(c.sin(), RAW, [3, 5], [2, 1], 1),
 }
@@ -123,6 +140,8 @@ BACKWARD_SHAPES = {
     "pyramid_pool_backward": [(2, 7, 3), (2, 5, 5, 4)],
     "pyramid_pool_backward alone": [(2, 7, 3)],
     "pyramid_reduce_backward": [(2, 7, 2), (2, 7, 3), (2, 3), (2, 3)],
+    "pyramid_batch_norm_backward": [(2, 7, 2), (2, 7, 2), (2,), (2,)],
+    "pyramid_split_weight_backward": [(2, 3, 1, 3), (2, 6, 2)],
     "pyramid_upsample_concat_backward": [(2, 6, 5, 4)],
     "pyramid_context_backward": [(2, 2, 5, 4)],
 }

@@ -40,6 +40,7 @@ PYRAMIDS: dict[str, Callable[[], nn.Module]] = {
     "eval, ReLU": lambda: FusedPPM(3, 2, (2, 3), concat="input_last").eval(),
     "eval, bias": lambda: biased().eval(),
     "train": lambda: FusedPPM(3, 2, (2, 3), False, activation=nn.Tanh, norm_layer=untracked),
+    "train, ReLU": lambda: FusedPPM(3, 2, (2, 3), norm_layer=untracked),
     "group norm": lambda: FusedPPM(3, 2, (2, 3), norm_layer=lambda r: nn.GroupNorm(1, r), activation=nn.SiLU),
     "no norm": lambda: FusedPPM(3, 2, (1, 4), norm_layer=nn.Identity, activation=nn.Tanh),
 }
@@ -108,6 +109,14 @@ def test_second_derivatives(name):
         second.square().sum().backward()
         return first, second, leaf.grad, [p.grad for p in module.parameters() if p.grad is not None]
 
+    if name == "train, ReLU":  # third derivatives of F.batch_norm take the statistics for constants (torch 2.13)
+        same(*[penalty(module)[:2] for module in modules])
+
+        def first(x: Tensor) -> Tensor:
+            return torch.autograd.grad(modules[0](x).sin().sum(), x, create_graph=True)[0]
+
+        assert torch.autograd.gradgradcheck(first, x.clone().requires_grad_(), fast_mode=True)
+        return
     same(*map(penalty, modules))
     if "ReLU" not in name:
         assert torch.autograd.gradgradcheck(modules[0], x.clone().requires_grad_(), fast_mode=True)
@@ -135,7 +144,7 @@ def test_transforms(name):
     same(*[hessian(lambda x, m=m: scalar(m)(parameters, x))(x) for m in modules])
     same(*[jvp(grad(scalar(m)), (parameters, x), (parameters, x)) for m in modules])
     same(*[torch.autograd.functional.jacobian(m, x, vectorize=True) for m in modules])
-    if not batch_norm_in_training(modules[0]) or name == "train":
+    if not batch_norm_in_training(modules[0]) or name.startswith("train"):
         same(*map(per_sample, modules))
         same(*[grad(lambda p, m=m: vmap(lambda x: scalar(m)(p, x[None]))(x).sum())(parameters) for m in modules])
 

@@ -8,7 +8,7 @@ from cases import make
 from stock_head import StockHead, make_head
 from torch import Tensor, nn
 
-from pspnet_fast import FusedPPM, FusedPSPHead, PSPNet, head, ops
+from pspnet_fast import FusedPPM, FusedPSPHead, PSPNet, head
 from pspnet_fast.models.small import SmallBackbone
 
 pytestmark = pytest.mark.usefixtures("fused")
@@ -224,8 +224,8 @@ def test_the_cheaper_form_is_chosen(monkeypatch):
     monkeypatch.undo()
     module, calls = make_head().eval(), []
     stock = StockHead(module).eval()
-    pyramid_context_ = ops.pyramid_context_
-    monkeypatch.setattr(ops, "pyramid_context_", lambda *a, **k: calls.append(1) or pyramid_context_(*a, **k))
+    products = head.level_products
+    monkeypatch.setattr(head, "level_products", lambda *a: calls.append(1) or products(*a))
     for size, fused in (((60, 60), 1), ((2, 2), 0)):
         calls.clear()
         x = torch.randn(1, 8, *size)
@@ -273,10 +273,11 @@ def test_derivatives_of_every_order_and_transforms(align_corners):
 
 
 @pytest.mark.parametrize("batched", [False, True])
-def test_gradients_of_gradients_reach_all_parameters(batched):
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_of_gradients_reach_all_parameters(training, batched):
     results = []
-    module = make_head().double().eval()
-    for m in (module, StockHead(module).eval()):
+    module = make_head().double().train(training)
+    for m in (module, StockHead(module).train(training)):
         x = torch.randn(2, 8, 9, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
         y = m(x)
         if batched:

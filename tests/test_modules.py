@@ -10,7 +10,7 @@ from cases import make
 from stock import StockPPM
 from torch import Tensor, nn
 
-from pspnet_fast import FusedPPM, modules
+from pspnet_fast import FusedPPM, pyramid
 
 
 def run(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
@@ -127,7 +127,7 @@ def test_one_value_per_channel_uses_running_statistics_and_warns_once():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         StockPPM(module)(torch.randn(1, 8, 6, 6))
     before = copy.deepcopy(module.state_dict())
-    modules._warn_of_one_value.cache_clear()
+    pyramid.warn_of_one_value.cache_clear()
     with pytest.warns(UserWarning, match="one value per channel"):
         module(torch.randn(1, 8, 6, 6)).sum().backward()
     with warnings.catch_warnings():

@@ -1,6 +1,7 @@
 """The operators on random shapes, strides, dtypes and values, extreme ones too, against the float64 reference."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,6 +122,57 @@ def test_pyramid_reduce(draw: Draw) -> None:
     truth, stock = (reduce(reference.pyramid_reduce, lambda t, k=k: t.to(k), 1) for k in (torch.float64, wide))
     slack = steps * (unit(dtype) * reduce(reference.pyramid_reduce, magnitude, -1) + least(dtype))
     assert_within(ours[0], truth, slack, kinds(truth) == kinds(stock))
+
+
+@holds_for_all
+def test_pyramid_batch_norm(draw: Draw) -> None:
+    """With an eps of 0.1, by which errors grow tenfold at most, and no ReLU, whose gradient jumps."""
+    n, r, bins, dtype = draw.integer(1, 3), draw.integer(1, 70), draw.bins(), draw.choice(DTYPES)
+    levels = as_levels(bins)
+    kind = torch.float32 if dtype != torch.float64 and draw.flag() else dtype
+    training = [draw.flag() and n * count_cells((level,)) > 1 for level in levels]
+    tensors = [norms(draw, r, kind) for _ in levels]
+    shape = n, count_cells(levels), r
+    reduced, grad = (draw.tensor(shape, dtype, ["normal", "integers", "one value"]) for _ in range(2))
+    inputs = [reduced, *(t for level in tensors for t in level[:2]), grad]
+
+    def run(module: Any, wide: torch.dtype | None = None) -> list[Tensor]:
+        running = [[t.contiguous().clone() for t in level[2:]] for level in tensors]
+        running = running if wide is None else [[t.to(wide) for t in pair] for pair in running]
+
+        def function(reduced: Tensor, *affine: Tensor) -> Tensor:
+            norm = [(*affine[2 * i : 2 * i + 2], *pair, 0.1) for i, pair in enumerate(running)]
+            return module.pyramid_batch_norm(reduced, bins, norm, training=training, momentum=[0.3] * len(levels))
+
+        # dense: torch's batch norm (2.13) reads past an expanded weight
+        given = inputs if wide is None else [t.to(wide).clone(memory_format=torch.contiguous_format) for t in inputs]
+        results = gradients(function, len(inputs) - 1)(*given)
+        return [*results, *(t for pair in running for t in pair)]
+
+    ours, exact = draw.compute(lambda: run(ops)), run(reference, torch.float64)
+    for result, truth in zip(ours, exact, strict=True):
+        scale = truth.abs().max().clamp(min=1) * max(t.double().abs().max().clamp(min=1) for t in inputs) ** 2
+        slack = scale * unit(dtype) * 100 * (shape[0] * shape[1] + 8)
+        assert_within(result, truth, slack.expand(truth.shape))
+
+
+@holds_for_all
+def test_pyramid_split_weight(draw: Draw) -> None:
+    """Every bit of the parts, whatever the values; and of the gradient, in which they are put together."""
+    o, dense, levels, r = draw.integer(1, 5), draw.integer(1, 70), draw.integer(1, 4), draw.integer(1, 70)
+    kernel, dtype = (draw.integer(1, 7), draw.integer(1, 6)), draw.choice(DTYPES)
+    parts = draw.choice([torch.bfloat16, torch.float16]) if dtype == torch.float32 and draw.flag() else dtype
+    weight = draw.tensor((o, dense + levels * r, *kernel), dtype, ANY)
+    settings = {"dense_first": draw.flag(), "dtype": parts}
+    grads = draw.tensor((o, dense, *kernel), parts), draw.tensor((levels, kernel[0] * kernel[1] * o, r), parts)
+
+    def run(module: Any) -> list[Tensor]:
+        leaf = weight.detach().requires_grad_()
+        results = module.pyramid_split_weight(leaf, dense, levels, **settings)
+        return [*results, *torch.autograd.grad(results, leaf, grads)]
+
+    for result, truth in zip(draw.compute(lambda: run(ops)), run(reference), strict=True):
+        torch.testing.assert_close(result, truth, rtol=0, atol=0, equal_nan=True)
 
 
 @holds_for_all

@@ -22,7 +22,8 @@ class Twice(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         schema = func._schema.arguments
         named = dict(zip((argument.name for argument in schema), args, strict=False)) | (kwargs or {})
-        written = [t for a in schema if a.is_write and isinstance(t := named.get(a.name), Tensor)]
+        writes = (named.get(argument.name) for argument in schema if argument.is_write)
+        written = [t for value in writes for t in tree_leaves(value) if isinstance(t, Tensor)]
         before = [t.clone() for t in written]
         results = func(*args, **(kwargs or {}))
         first = [_bits(t) for t in tree_leaves(results) if isinstance(t, Tensor)] + [_bits(t) for t in written]

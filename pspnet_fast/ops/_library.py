@@ -1,7 +1,7 @@
 """Loads the compiled operators and registers what torch needs to know of them from Python."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,15 @@ def run_plain(plain: Callable[..., Any], *args: Any) -> Any:
         return plain(*args)
 
 
+Written = Callable[..., Iterable[Tensor]]  # of an operator's arguments: the tensors that the call writes into
+
+
 def register_derivatives(
-    name: str, plain: Callable[..., Any], recorded: Callable[..., Any] | None = None, *, mutated: int | None = None
+    name: str,
+    plain: Callable[..., Any],
+    recorded: Callable[..., Any] | None = None,
+    *,
+    mutated: int | Written | None = None,
 ) -> None:
     """Registers what autograd, forward-mode AD and the transforms of torch.func run in place of an operator.
 
@@ -71,7 +78,7 @@ def register_derivatives(
         recorded: called where reverse mode has to record the operator, by a torch.autograd.Function; `plain` by
             default, which the backward operators take: backward meets it where it is recorded itself
             (create_graph=True), so that derivatives of every order are right.
-        mutated: the number of the argument that the operator writes into, if any.
+        mutated: what the operator writes into, if anything: the number of the argument, or a function of the arguments.
     """
     overload = getattr(torch.ops.pspnet_fast, name).default
 
@@ -84,7 +91,8 @@ def register_derivatives(
             return overload(*args)
 
     def transformed(*args: Any) -> Any:
-        if mutated is not None and args[mutated] is not None and torch._C._functorch.maybe_current_level() is not None:
+        written = [] if mutated is None else _written(mutated, args)
+        if written and torch._C._functorch.maybe_current_level() is not None:
             raise RuntimeError(
                 f"torch.ops.pspnet_fast.{name} writes in place, which the transforms of torch.func (grad, vmap, jvp, "
                 f"...) do not see: call pspnet_fast.ops.{name}"
@@ -97,27 +105,40 @@ def register_derivatives(
         register_inplace(name, mutated=mutated)
 
 
-def register_inplace(name: str, *, mutated: int) -> None:
-    """Registers what torch's own operators do with an argument that they write into: argument number `mutated`.
+def register_inplace(name: str, *, mutated: int | Written) -> None:
+    """Registers what torch's own operators do with what they write into: argument number `mutated`, or its result.
 
-    They count up its version, so that autograd notices, and refuse an inference tensor outside inference mode: it has
-    no version.
+    They count up their versions, so that autograd notices, and refuse an inference tensor outside inference mode: it
+    has no version.
     """
     overload = getattr(torch.ops.pspnet_fast, name).default
 
     def bump_version(keyset: Any, *args: Any) -> Any:
-        written = args[mutated]
-        if written is not None:
-            if written.is_inference() and not torch.is_inference_mode_enabled():
+        for tensor in _written(mutated, args):
+            if tensor.is_inference() and not torch.is_inference_mode_enabled():
                 raise RuntimeError(
-                    f"{name}: {overload._schema.arguments[mutated].name} is an inference tensor, which is written to "
-                    "in inference mode only: clone() it for an ordinary tensor"
+                    f"{name}: {_name_of(tensor, overload, args)} is an inference tensor, which is written to in "
+                    "inference mode only: clone() it for an ordinary tensor"
                 )
-            torch.autograd.graph.increment_version(written)
+            torch.autograd.graph.increment_version(tensor)
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 
     _fragment.impl(name, bump_version, "ADInplaceOrView", with_keyset=True)
+
+
+def _written(mutated: int | Written, args: Any) -> list[Tensor]:
+    if isinstance(mutated, int):
+        return [] if args[mutated] is None else [args[mutated]]
+    return list(mutated(*args))
+
+
+def _name_of(tensor: Tensor, overload: Any, args: Any) -> str:
+    """The argument that is a tensor, or lists it."""
+    for argument, value in zip(overload._schema.arguments, args, strict=False):
+        if any(t is tensor for t in (value if isinstance(value, (list, tuple)) else [value])):
+            return str(argument.name)
+    return "an argument"
 
 
 def register_batching(name: str, plain: Callable[..., Any]) -> None:

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 Bins = Sequence[int | tuple[int, int]]
+Levels = tuple[tuple[int, int], ...]  # (bins_h, bins_w) of each
 Norm = tuple[Tensor, Tensor, Tensor, Tensor, float]  # weight, bias, running_mean, running_var, eps
+BatchNorm = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]  # the same, what there is of it
 Mode = Literal["bilinear", "nearest"]
 NEAREST = 2  # as the operators number it; bilinear: whether corners are aligned
 Reduction = Literal["none", "mean", "sum"]

@@ -70,6 +70,89 @@ def pyramid_reduce_backward(
     return torch.cat(grad_pooled, 1).to(pooled.dtype), torch.stack(grad_weights).to(pooled.dtype)
 
 
+def pyramid_batch_norm(
+    reduced: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    running_means: list[Tensor],
+    running_vars: list[Tensor],
+    batch: list[int],
+    momentum: list[float],
+    eps: list[float],
+    relu: bool,
+    bins: list[int],
+) -> tuple[Tensor, Tensor]:
+    none: list[None] = [None] * len(batch)
+    lists: Any = (tensors or none for tensors in (weights, biases, running_means, running_vars))
+    norm = list(zip(*lists, eps, strict=True))
+    with torch.no_grad():  # before the running statistics change
+        found = [
+            _statistics(cells, level[2], level[3], level[4], flag)
+            for (cells, _), level, flag in zip(_levels(reduced, bins), norm, batch, strict=True)
+        ]
+    training = [bool(flag) for flag in batch]
+    output = reference.pyramid_batch_norm(
+        reduced, unflatten(bins), norm, training=training, momentum=momentum, relu=relu
+    )
+    return output.to(reduced.dtype), torch.stack([torch.stack(part) for part in zip(*found, strict=True)])
+
+
+def pyramid_batch_norm_backward(
+    grad_output: Tensor,
+    reduced: Tensor,
+    output: Tensor | None,
+    weights: list[Tensor],
+    statistics: Tensor,
+    batch: list[int],
+    eps: list[float],
+    bins: list[int],
+) -> tuple[Tensor, Tensor]:
+    if output is not None:
+        grad_output = torch.where(output <= 0, 0, grad_output)
+    grads, slopes, sums = [], [], []
+    for i, ((g, level), (cells, _)) in enumerate(zip(_levels(grad_output, bins), _levels(reduced, bins), strict=True)):
+        g, z = reference.wide(g), reference.wide(cells)
+        # by the cells themselves, where these count: through the statistics too the gradient has derivatives
+        mean, inverse = _statistics(cells, None, None, eps[i], 1) if batch[i] else (statistics[0, i], statistics[1, i])
+        normal = (z - mean) * inverse
+        slope, sum_ = (g * normal).sum((0, 1)), g.sum((0, 1))
+        slopes.append(slope)
+        sums.append(sum_)
+        if batch[i]:
+            values = cells.size(0) * count_cells((level,))
+            g = g - (sum_ + normal * slope) / values
+        grads.append(g * inverse * reference.wide(weights[i]) if weights else g * inverse)
+    like = weights[0] if weights else reduced
+    affine = torch.stack([torch.stack(slopes), torch.stack(sums)])
+    return torch.cat(grads, 1).to(reduced.dtype), affine.to(like.dtype)
+
+
+def _statistics(
+    cells: Tensor, running_mean: Tensor | None, running_var: Tensor | None, eps: float, batch: int
+) -> tuple[Tensor, Tensor]:
+    """The mean and 1 / deviation that (N, cells, R) are normalised by."""
+    z = reference.wide(cells)
+    mean: Any = z.mean((0, 1)) if batch else reference.wide(running_mean)  # type: ignore[arg-type]
+    variance: Any = (z - mean).square().mean((0, 1)) if batch else reference.wide(running_var)  # type: ignore[arg-type]
+    return mean.to(z.dtype), (variance + eps).rsqrt().to(z.dtype)
+
+
+def pyramid_split_weight(
+    weight: Tensor, dense: int, dense_first: bool, levels: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return reference.pyramid_split_weight(weight, dense, levels, dense_first=dense_first, dtype=dtype)
+
+
+def pyramid_split_weight_backward(
+    grad_dense: Tensor, grad_matrices: Tensor, dense_first: bool, channels_last: bool, dtype: torch.dtype
+) -> Tensor:
+    o, _, kh, kw = grad_dense.shape
+    levels, _, r = grad_matrices.shape
+    # reshape, not view and unflatten: is_grads_batched=True knows that
+    rest = grad_matrices.reshape(levels, kh, kw, o, r).permute(3, 0, 4, 1, 2).reshape(o, levels * r, kh, kw)
+    return torch.cat([grad_dense, rest] if dense_first else [rest, grad_dense], 1).to(dtype)
+
+
 def pyramid_upsample_concat_(
     concat: Tensor, reduced: Tensor, offset: int, bins: list[int], align_corners: bool
 ) -> None:
