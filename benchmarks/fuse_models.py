@@ -1,11 +1,12 @@
-"""fuse on models of other packages, before and after: the fused modules, the whole model, a training step.
+"""fuse on models of other packages, before and after: the fused modules, the whole model, a training step, memory.
 
 make test-peers installs the packages; then PYTHONPATH=. .venv-peers/bin/python benchmarks/fuse_models.py [NAME ...].
-Random weights, as only time is asked for; the largest relative difference of the logits stands beside it.
+Random weights, as only time is asked for; the relative difference of the logits stands beside it.
 """
 
 import argparse
 import copy
+import re
 import statistics
 import sys
 import time
@@ -16,9 +17,14 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from fused_memory import peaks
 from peers import packages
 
 from pspnet_fast import fuse
+
+README = Path(__file__).parents[1] / "README.md"
+PART = re.compile(r"(?<=<!-- of benchmarks/fuse_models.py -->\n).*?(?=<!-- end -->)", re.DOTALL)
+HEADER = ("model", "dtype", "difference", "fused modules, stock / fused", "", "whole model", "", "training step", "")
 
 
 def logits_of(output: object) -> Tensor:
@@ -52,16 +58,17 @@ def ratios(run: Callable[[int], Sequence[float]], count: int) -> list[str]:
     cells = []
     for pairs in zip(*(zip(stock, ours, strict=True) for stock, ours in times), strict=True):
         before, after = (statistics.median(column) * 1e3 for column in zip(*pairs, strict=True))
-        cells += [f"{before:.0f} / {after:.0f} ms", f"{before / after:.2f}"]
+        cells += [f"{before:.0f} / {after:.0f} ms", f"{before / after:.2f}x"]
     return cells
 
 
-def compare(name: str, dtype: torch.dtype, count: int) -> str:
+def compare(name: str, dtype: torch.dtype, count: int) -> list[str]:
+    """A row of the table."""
     build, size = packages.LARGE[name]
     torch.manual_seed(0)
     stock = build().to(dtype).eval()
     image = torch.randn(1, 3, size, size, dtype=dtype)
-    ours, report = fuse(copy.deepcopy(stock), return_report=True)
+    ours, report = fuse(copy.deepcopy(stock), example=image, return_report=True)
     models = [stock, ours]
     clocks = [Clock(model, report.fused) for model in models]
 
@@ -87,7 +94,7 @@ def compare(name: str, dtype: torch.dtype, count: int) -> str:
             if isinstance(m, nn.BatchNorm2d):
                 m.eval()
     cells += ratios(step, count)
-    return f"| {' | '.join(cells)} |"
+    return cells
 
 
 def main() -> None:
@@ -95,13 +102,25 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(packages.LARGE)}; all by default")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--runs", type=int, default=5, help="of which the median counts")
+    parser.add_argument("--memory", action="store_true", help="the fused modules' peak, too, forward and backward")
+    parser.add_argument("--readme", action="store_true", help="with --memory; writes the table into README.md as well")
     arguments = parser.parse_args()
-    print(
-        "| model | dtype | difference | fused modules, stock / fused | ratio | model | ratio | training step | ratio |"
-    )
-    print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
+    with_memory = arguments.memory or arguments.readme
+    header = [*HEADER, "memory", ""] if with_memory else HEADER
+    lines = [f"| {' | '.join(header)} |", "|---|---|" + "---:|" * (len(header) - 2)]
+    print(*lines, sep="\n", flush=True)
     for name in arguments.names or packages.LARGE:
-        print(compare(name, getattr(torch, arguments.dtype), arguments.runs), flush=True)
+        cells = compare(name, getattr(torch, arguments.dtype), arguments.runs)
+        if with_memory:
+            before, after = peaks(name)
+            cells += [f"{before:.0f} / {after:.0f} MB", f"{after / before:.2f}x"]
+        lines.append(f"| {' | '.join(cells)} |")
+        print(lines[-1], flush=True)
+    if arguments.readme:
+        text, count = PART.subn(lambda _: "\n".join(lines) + "\n", README.read_text(encoding="utf-8"))
+        if count != 1:
+            parser.error(f"{README} has not the two comments that the table goes between")
+        README.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

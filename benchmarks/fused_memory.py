@@ -42,7 +42,8 @@ def measure(name: str, fused: bool, batch: int) -> float:
     build, size = packages.LARGE[name]
     torch.manual_seed(0)
     model = build().eval()
-    names = fuse(copy.deepcopy(model), return_report=True)[1].fused
+    example = torch.randn(1, 3, size, size)
+    names = fuse(copy.deepcopy(model), example=example, return_report=True)[1].fused
     modules = [model.get_submodule(n) for n in names]
     calls: list[tuple[nn.Module, Any, Any]] = []
     hooks = [
@@ -68,6 +69,17 @@ def measure(name: str, fused: bool, batch: int) -> float:
     return growth / 1e6
 
 
+def peaks(name: str, batch: int = 2) -> list[float]:
+    """Megabytes of the stock model's and of the fused one's."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed blocks go back at once
+    command = [sys.executable, __file__, name, "--batch", str(batch), "--only"]
+    runs = [
+        subprocess.run([*command, which], check=True, env=environment, capture_output=True, text=True)
+        for which in ("stock", "fused")
+    ]
+    return [float(run.stdout) for run in runs]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(packages.LARGE)}; all by default")
@@ -77,21 +89,9 @@ def main() -> None:
     if arguments.only:
         print(measure(arguments.names[0], arguments.only == "fused", arguments.batch))
         return
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed blocks go back at once
     print("| model | fused modules, stock / fused MB | ratio |\n|---|---:|---:|")
     for name in arguments.names or packages.LARGE:
-        before, after = (
-            float(
-                subprocess.run(
-                    [sys.executable, __file__, name, "--only", which, "--batch", str(arguments.batch)],
-                    check=True,
-                    env=environment,
-                    capture_output=True,
-                    text=True,
-                ).stdout
-            )
-            for which in ("stock", "fused")
-        )
+        before, after = peaks(name, arguments.batch)
         print(f"| {name} | {before:.0f} / {after:.0f} | {after / before:.2f} |", flush=True)
 
 

@@ -116,7 +116,7 @@ struct PyramidUpsampleConcatBackwardArgs {
 struct PyramidContextArgs {
   DType dtype;
   bool channels_last;
-  bool align_corners;
+  Interpolation interpolation;
   int64_t N, O, H, W;
   Levels levels;
   Window window;
@@ -126,13 +126,14 @@ struct PyramidContextArgs {
   DType norm_dtype;
   Number eps;
   bool relu;
-  Image conv;  // [N, O, H, W]
+  bool accumulate;  // onto what conv holds
+  Image conv;       // [N, O, H, W]
 };
 
 struct PyramidContextBackwardArgs {
   DType dtype;
   bool channels_last;
-  bool align_corners;
+  Interpolation interpolation;
   int64_t N, O, H, W;
   Levels levels;
   Window window;

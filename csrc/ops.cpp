@@ -34,12 +34,13 @@ STABLE_TORCH_LIBRARY(PSPNET_FAST_NAMESPACE, m) {
       "bool align_corners) -> Tensor");
 
   // adds to conv (N, O, H, W) what the upsampled levels give to a convolution of it; taps (N, P, taps of the window, O)
-  // are the cells seen through its weights. norm: weight, bias, running mean, running variance, or empty; then ReLU
+  // are the cells seen through its weights. norm: weight, bias, running mean, running variance, or empty; then ReLU.
+  // interpolation: 0 bilinear, 1 with align_corners, 2 nearest
   m.def(
       "pyramid_context_(Tensor(a!) conv, Tensor taps, Tensor[] norm, float eps, bool relu, int[] bins, "
-      "int[] kernel_size, int[] dilation, bool align_corners) -> ()");
+      "int[] kernel_size, int[] dilation, int interpolation, bool accumulate) -> ()");
   m.def(
-      "pyramid_context_backward(Tensor grad_conv, int[] bins, int[] kernel_size, int[] dilation, bool align_corners) "
+      "pyramid_context_backward(Tensor grad_conv, int[] bins, int[] kernel_size, int[] dilation, int interpolation) "
       "-> Tensor");
 
   // prediction: logits (N, K, h, w), interpolated at the pixels of an H x W map. classes uint8, int32 from K = 257 on;

@@ -20,9 +20,15 @@ Window window_of(const std::vector<int64_t>& kernel_size, const std::vector<int6
           static_cast<int>(dilation[1])};
 }
 
+Interpolation interpolation_of(int64_t mode) {
+  PSP_CHECK(mode >= Interpolation::kBilinear && mode <= Interpolation::kNearest,
+            "interpolation must be 0 (bilinear), 1 (bilinear, corners aligned) or 2 (nearest)");
+  return Interpolation(static_cast<Interpolation::Mode>(mode));
+}
+
 void pyramid_context(const Tensor& conv, const Tensor& taps, std::vector<Tensor> norm, double eps, bool relu,
                      std::vector<int64_t> bins, std::vector<int64_t> kernel_size, std::vector<int64_t> dilation,
-                     bool align_corners) {
+                     int64_t interpolation, bool accumulate) {
   const Levels levels = levels_of(bins);
   const Window window = window_of(kernel_size, dilation, levels);
   check_map("conv", conv);
@@ -32,8 +38,9 @@ void pyramid_context(const Tensor& conv, const Tensor& taps, std::vector<Tensor>
   check_written("conv", written);
   check_like("taps", taps, {N, levels.first[levels.count], window.size_h * window.size_w, O}, conv);
   check_apart("taps", taps, "conv", written);
-  PyramidContextArgs args{dtype_of(conv), is_channels_last(conv), align_corners, N, O, H, W, levels, window};
-  args.norm_dtype = args.dtype, args.eps = eps, args.relu = relu;
+  PyramidContextArgs args{dtype_of(conv), is_channels_last(conv), interpolation_of(interpolation), N, O, H, W, levels,
+                          window};
+  args.norm_dtype = args.dtype, args.eps = eps, args.relu = relu, args.accumulate = accumulate;
   std::vector<Tensor> norms;
   if (!norm.empty()) {
     PSP_CHECK(norm.size() == 4, "norm must list four tensors");
@@ -57,7 +64,7 @@ void pyramid_context(const Tensor& conv, const Tensor& taps, std::vector<Tensor>
 }
 
 Tensor pyramid_context_backward(const Tensor& grad_conv, std::vector<int64_t> bins, std::vector<int64_t> kernel_size,
-                                std::vector<int64_t> dilation, bool align_corners) {
+                                std::vector<int64_t> dilation, int64_t interpolation) {
   const Levels levels = levels_of(bins);
   const Window window = window_of(kernel_size, dilation, levels);
   check_map("grad_conv", grad_conv);
@@ -66,7 +73,7 @@ Tensor pyramid_context_backward(const Tensor& grad_conv, std::vector<int64_t> bi
   const Tensor grad_taps = new_tensor(grad_conv, {N, levels.first[levels.count], window.size_h * window.size_w, O});
   if (N == 0 || O == 0) return grad_taps;
   PyramidContextBackwardArgs args{
-      dtype_of(grad_conv), is_channels_last(grad_conv), align_corners, N, O, H, W, levels, window};
+      dtype_of(grad_conv), is_channels_last(grad_conv), interpolation_of(interpolation), N, O, H, W, levels, window};
   const Tensor grad = native(grad_conv, args.channels_last);
   args.grad_conv = image_of(grad);
   args.grad_taps = grad_taps.data_ptr();

@@ -46,8 +46,18 @@ PSP_HOST_DEVICE index_t last_bin(Index<index_t> at, Index<index_t> bins, Index<i
   return ((at + 1) * bins - 1) / size;
 }
 
-// Bilinear interpolation along one axis (ATen/native/UpSample.h): pixel `at` of `size` is
-// (1 - lambda) * source[low] + lambda * source[high].
+// F.interpolate's mode: "bilinear" with either align_corners, from which it is made, or "nearest".
+struct Interpolation {
+  enum Mode : int { kBilinear, kAlignCorners, kNearest } mode;
+
+  PSP_HOST_DEVICE constexpr Interpolation(bool align_corners) : mode(align_corners ? kAlignCorners : kBilinear) {}
+  PSP_HOST_DEVICE constexpr explicit Interpolation(Mode mode) : mode(mode) {}
+  // Whether a pixel may take part of two cells.
+  PSP_HOST_DEVICE constexpr bool blends() const { return mode != kNearest; }
+};
+
+// Interpolation along one axis (ATen/native/UpSample.h): pixel `at` of `size` is
+// (1 - lambda) * source[low] + lambda * source[high]. The nearest cell is both.
 template <class acc_t>
 struct SourceIndex {
   int low, high;
@@ -55,23 +65,31 @@ struct SourceIndex {
 };
 
 template <class acc_t>
-PSP_HOST_DEVICE acc_t source_scale(int bins, int64_t size, bool align_corners) {
-  if (align_corners) return size > 1 ? static_cast<acc_t>(bins - 1) / static_cast<acc_t>(size - 1) : acc_t(0);
+PSP_HOST_DEVICE acc_t source_scale(int bins, int64_t size, Interpolation interpolation) {
+  if (interpolation.mode == Interpolation::kAlignCorners)
+    return size > 1 ? static_cast<acc_t>(bins - 1) / static_cast<acc_t>(size - 1) : acc_t(0);
   return static_cast<acc_t>(bins) / static_cast<acc_t>(size);
 }
 
-// Where pixel `at` lies among the source's, whose first is at 0: before it, if negative.
+// Where pixel `at` lies among the source's, whose first is at 0: before it, if negative. The nearest is found in
+// float32 whatever the dtype, as torch does.
 template <class acc_t>
-PSP_HOST_DEVICE acc_t source_position(int64_t at, acc_t scale, bool align_corners) {
-  return align_corners ? scale * static_cast<acc_t>(at) : scale * (static_cast<acc_t>(at) + acc_t(0.5)) - acc_t(0.5);
+PSP_HOST_DEVICE acc_t source_position(int64_t at, acc_t scale, Interpolation interpolation) {
+  if (!interpolation.blends()) {
+    return static_cast<acc_t>(static_cast<int>(static_cast<float>(scale) * static_cast<float>(at)));
+  }
+  return interpolation.mode == Interpolation::kAlignCorners
+             ? scale * static_cast<acc_t>(at)
+             : scale * (static_cast<acc_t>(at) + acc_t(0.5)) - acc_t(0.5);
 }
 
 template <class acc_t>
-PSP_HOST_DEVICE SourceIndex<acc_t> source_index(int64_t at, acc_t scale, int bins, bool align_corners) {
-  acc_t real = source_position<acc_t>(at, scale, align_corners);
+PSP_HOST_DEVICE SourceIndex<acc_t> source_index(int64_t at, acc_t scale, int bins, Interpolation interpolation) {
+  acc_t real = source_position<acc_t>(at, scale, interpolation);
   if (real < acc_t(0)) real = acc_t(0);
   int low = static_cast<int>(real);
   if (low > bins - 1) low = bins - 1;
+  if (!interpolation.blends()) return {low, low, acc_t(0.5)};
   acc_t lambda = real - static_cast<acc_t>(low);
   if (lambda > acc_t(1)) lambda = acc_t(1);
   return {low, low + (low < bins - 1 ? 1 : 0), lambda};

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops.checks import Bins, Norm, Reduction, as_levels, as_window
+from .ops.checks import Bins, Mode, Norm, Reduction, as_levels, as_window
 
 
 def pyramid_pool(input: Tensor, bins: Bins, *, concat: Tensor | None = None, offset: int = 0) -> Tensor:
@@ -60,18 +60,21 @@ def pyramid_context_(
     kernel_size: int | tuple[int, int],
     *,
     dilation: int | tuple[int, int] = 1,
+    mode: Mode = "bilinear",
     align_corners: bool = True,
     norm: Norm | None = None,
     relu: bool = False,
+    accumulate: bool = True,
 ) -> Tensor:
     """Reference of ops.pyramid_context_: adds (N, P, kh * kw, O), upsampled and shifted tap by tap, to (N, O, H, W)."""
     levels = as_levels(bins)
     (kh, kw), (dh, dw) = as_window(kernel_size, dilation, levels)
     n, o, h, w = conv.shape
-    total = conv
+    total = conv if accumulate else torch.zeros_like(conv)
+    corners = None if mode == "nearest" else align_corners
     for cells, level in zip(taps.split([h * w for h, w in levels], 1), levels, strict=True):
         seen = cells.permute(0, 2, 3, 1).reshape(n, kh * kw * o, *level)
-        seen = F.interpolate(seen, (h, w), mode="bilinear", align_corners=align_corners)
+        seen = F.interpolate(seen, (h, w), mode=mode, align_corners=corners)
         seen = F.pad(seen, (kw // 2 * dw, kw // 2 * dw, kh // 2 * dh, kh // 2 * dh)).unflatten(1, (kh * kw, o))
         for tap in range(kh * kw):
             top, left = tap // kw * dh, tap % kw * dw

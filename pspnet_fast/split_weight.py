@@ -9,6 +9,7 @@ from torch import Tensor
 from . import ops
 
 _BATCHED: Any = torch._C._parse_dispatch_key("Batched")
+MANY_CELLS = 1024  # of a level, enough to fill a matrix product of one image
 Channels = tuple[int, int]  # the first input channel of a part, and how many
 
 
@@ -133,16 +134,23 @@ def _dense_weight(weight: Tensor, dense: Sequence[Channels]) -> Tensor | None:
 
 def _taps(weight: Tensor, parts: Sequence[Channels], levels: Sequence[Tensor]) -> Tensor:
     o, _, kh, kw = weight.shape
-    products = []
+    n, dtype = levels[0].size(0), levels[0].dtype
+    taps = weight.new_empty(n, sum(z.size(1) for z in levels), kh * kw, o, dtype=dtype)
+    at = 0
     for channels, z in zip(parts, levels, strict=True):
-        part, rows = weight.narrow(1, *channels), z.flatten(0, 1)
-        if part.stride(1) == 1 or kh * kw == 1:  # a view that a matrix product takes as it is
-            matrix = part.permute(0, 2, 3, 1).flatten(0, 2).to(z.dtype)
-            product = (rows @ matrix.t()).unflatten(1, (o, kh * kw)).transpose(1, 2)
+        part, to = weight.narrow(1, *channels), taps.narrow(1, at, z.size(1))
+        if part.stride(1) == 1 and kh * kw > 1:  # a view that a matrix product takes as it is
+            matrix = part.permute(0, 2, 3, 1).flatten(0, 2).to(dtype)
+            to.copy_((z.flatten(0, 1) @ matrix.t()).view(n, -1, o, kh * kw).transpose(2, 3))
         else:
-            product = (rows @ _by_taps(part, z.dtype).t()).unflatten(1, (kh * kw, o))
-        products.append(product.unflatten(0, z.shape[:2]))
-    return torch.cat(products, 1)
+            matrix = part.flatten(1).to(dtype) if kh * kw == 1 else _by_taps(part, dtype)
+            if n == 1 or z.size(1) >= MANY_CELLS:  # image by image into their places, which lie apart
+                for image, place in zip(z, to.flatten(2), strict=True):
+                    torch.mm(image, matrix.t(), out=place)
+            else:
+                to.copy_((z.flatten(0, 1) @ matrix.t()).view(to.shape))
+        at += z.size(1)
+    return taps
 
 
 def _by_taps(part: Tensor, dtype: torch.dtype) -> Tensor:

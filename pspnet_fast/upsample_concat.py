@@ -3,22 +3,21 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fusion.convolution import Convolution
-from .fusion.lazy import Part
+from .fusion.convolution import Convolution, interpolate
+from .fusion.lazy import Part, Upsampling
 from .head import conv_dtype, epilogue, why_not_low
 from .layers import is_convolution, needs_plain
-from .ops.checks import DTYPES, MAX_BINS, check_flag
+from .ops.checks import DTYPES, MAX_BINS, Mode, as_interpolation
 
 
 class FusedUpsampleConcat(nn.Module):
-    """Bilinear upsampling of maps to one size, concatenation, convolution, norm and activation.
+    """Upsampling of maps to one size, bilinear or nearest, concatenation, convolution, norm and activation.
 
     Equivalent, in outputs, gradients and running statistics, to
 
-        activation(norm(conv(torch.cat([F.interpolate(z, size, mode="bilinear", align_corners=...) for z in maps], 1))))
+        activation(norm(conv(torch.cat([F.interpolate(z, size, mode=..., align_corners=...) for z in maps], 1))))
 
     as stands in the heads of UPerNet, HRNet, SegFormer and DeepLabV3+. A map smaller than `size` is convolved as it is
     and the products are interpolated (ops.pyramid_context_ has the formula), which saves the upsampled maps and most of
@@ -27,14 +26,16 @@ class FusedUpsampleConcat(nn.Module):
     Args:
         conv: k x k, k odd (either side), stride 1, one group, zero padding (k // 2) * dilation.
         norm, activation: what follows; None for nothing. In inference, batch norm and ReLU run inside the operator.
-        align_corners: of the upsampling, as in F.interpolate.
+        mode: of the upsampling, "bilinear" or "nearest".
+        align_corners: of bilinear upsampling, as in F.interpolate.
 
     Shapes: maps (N, C_l, h_l, w_l), the C_l together conv.in_channels -> (N, O, H, W) in the dtype that F.conv2d gives.
 
     The layers are the module's own, as `conv`, `norm` and `activation`, and what they hold counts at every call. Where
     that is cheaper, a map keeps the plain form: upsampled if it is as large as the result, or large with few channels
     under a kernel beyond 1x1. So does all of it where `conv` has hooks or a forward of its own, for tensor subclasses,
-    under torch.func and torch.jit.trace, and in torch.export with dynamic sizes.
+    under torch.func and torch.jit.trace, in torch.export with dynamic sizes, and where "nearest" has a scale that
+    depends on how it is rounded (no fraction by a power of two).
 
     Raises:
         ValueError: conv is not such a convolution; the message says why.
@@ -46,14 +47,15 @@ class FusedUpsampleConcat(nn.Module):
         norm: nn.Module | None = None,
         activation: nn.Module | None = None,
         *,
+        mode: Mode = "bilinear",
         align_corners: bool = False,
     ) -> None:
         super().__init__()
         if reason := why_not_low(conv):
             raise ValueError(reason)
-        check_flag("align_corners", align_corners)
+        as_interpolation(mode, align_corners)
         self.conv, self.norm, self.activation = conv, norm or nn.Identity(), activation or nn.Identity()
-        self.align_corners = align_corners
+        self.mode, self.align_corners = mode, align_corners
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int] | None = None) -> Tensor:
         """Maps (N, C_l, h_l, w_l) -> (N, O, H, W); (H, W) is `size`, by default that of the first map.
@@ -64,7 +66,9 @@ class FusedUpsampleConcat(nn.Module):
         height, width = self._check(maps, size)
         convolution = self._convolution(maps, (height, width))
         if convolution is None:
-            upsampled = [_upsample(z, (height, width), self.align_corners) for z in maps]
+            upsampled = [
+                z if z.shape[2:] == (height, width) else interpolate(z, (height, width), self._upsampling) for z in maps
+            ]
             return self.activation(self.norm(self.conv(torch.cat(upsampled, 1))))
         weight, bias = self.conv.weight, self.conv.bias
         tensors = [*maps, weight] if bias is None else [*maps, weight, bias]
@@ -76,6 +80,10 @@ class FusedUpsampleConcat(nn.Module):
         if folded is None:
             output = self.norm(output)
         return output if relu else self.activation(output)
+
+    @property
+    def _upsampling(self) -> Upsampling:
+        return Upsampling(self.mode, self.align_corners if self.mode == "bilinear" else None)
 
     def _check(self, maps: Sequence[Tensor], size: tuple[int, int] | None) -> tuple[int, int]:
         if isinstance(maps, Tensor) or not maps:
@@ -103,15 +111,8 @@ class FusedUpsampleConcat(nn.Module):
             return None
         if any(z.dtype != (maps[0] if cast else conv.weight).dtype for z in maps):
             return None
-        parts = [
-            (Part(z.size(1), corners=None if (z.size(2), z.size(3)) == size else self.align_corners), (z,))
-            for z in maps
-        ]
+        if not all(self._upsampling.exact(z.shape[2:], size) for z in maps):
+            return None
+        parts = [(Part(z.size(1), upsampling=None if z.shape[2:] == size else self._upsampling), (z,)) for z in maps]
         dilation: tuple[int, int] = conv.dilation  # type: ignore[assignment]
         return Convolution.of(parts, tuple(conv.weight.shape), size, dilation, dtype)
-
-
-def _upsample(map: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
-    if (map.size(2), map.size(3)) == size:
-        return map
-    return F.interpolate(map, size, mode="bilinear", align_corners=align_corners)

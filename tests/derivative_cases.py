@@ -70,12 +70,15 @@ def pool_and_upsample(first: int):
     return of
 
 
-def context(module):
-    def function(conv: Tensor, taps: Tensor) -> Tensor:
-        conv = conv.sin()
-        return module.pyramid_context_(conv, taps, BINS, (3, 5), dilation=(2, 1)).sin()
+def context(**settings):
+    def of(module):
+        def function(conv: Tensor, taps: Tensor) -> Tensor:
+            sum = module.pyramid_context_(conv.sin(), taps, BINS, (3, 5), dilation=(2, 1), **settings)
+            return sum.sin() * conv.cos()  # conv counts also where it is only written to
 
-    return function
+        return function
+
+    return of
 
 
 def context_folded(module):
@@ -113,7 +116,9 @@ CASES = {
     "pyramid_upsample_concat_": Case(upsample, [(2, 6, 5, 4), (2, 7, 2)]),
     "pyramid_upsample_concat_ beside the copy": Case(pool_and_upsample(4), [(2, 2, 4, 4), (2, 7, 2)]),
     "pyramid_upsample_concat_ over the copy": Case(pool_and_upsample(3), [(2, 2, 4, 4), (2, 7, 2)]),
-    "pyramid_context_": Case(context, [(2, 2, 5, 4), (2, 7, 15, 2)]),
+    "pyramid_context_": Case(context(), [(2, 2, 5, 4), (2, 7, 15, 2)]),
+    "pyramid_context_, nearest": Case(context(mode="nearest"), [(2, 2, 5, 4), (2, 7, 15, 2)]),
+    "pyramid_context_, written alone": Case(context(accumulate=False), [(2, 2, 5, 4), (2, 7, 15, 2)]),
     "pyramid_context_, norm, relu": Case(context_folded, [(2, 2, 5, 4), (2, 7, 9, 2), *[(2,)] * 4], forward_only=True),
     "cross entropy": Case(cross_entropy(), [(2, 4, 3, 4)]),
     "cross entropy, weighted": Case(cross_entropy(weight=WEIGHT, label_smoothing=0.1), [(2, 4, 3, 4)]),

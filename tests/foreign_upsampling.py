@@ -111,6 +111,36 @@ class UNet(nn.Module):
         return self.outc(self.up3(self.up2(self.up1(d, c), b), a))
 
 
+class UnetDecoderBlock(nn.Module):
+    """As in segmentation_models_pytorch: the nearest cells, at the size of the map that is concatenated."""
+
+    def __init__(self, channels: int, skip: int, out: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Sequential(
+            nn.Conv2d(channels + skip, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)
+        )
+
+    def forward(self, map: Tensor, skip: Tensor) -> Tensor:
+        map = F.interpolate(map, size=(skip.shape[2], skip.shape[3]), mode="nearest")
+        return self.conv1(torch.cat([map, skip], dim=1))
+
+
+class NearestUnet(nn.Module):
+    """With a fusion of both ways of upsampling at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = Backbone()
+        self.blocks = nn.ModuleList([UnetDecoderBlock(8, 7, 6), UnetDecoderBlock(6, 6, 5)])
+        self.fuse = nn.Conv2d(5 + 5 + 8, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c, d = self.backbone(x)
+        map = self.blocks[1](self.blocks[0](d, c), b)
+        maps = [F.interpolate(map, scale_factor=2), a, F.interpolate(d, scale_factor=8.0, mode="bilinear")]
+        return self.fuse(torch.cat(maps, 1))
+
+
 class DeepLabHeadV3Plus(nn.Module):
     """As in VainF's DeepLabV3Plus-Pytorch, whose convolution of the concatenation is dense."""
 
@@ -171,6 +201,7 @@ MODELS: dict[type[nn.Module], tuple[tuple[str, ...], bool]] = {
     HighResolutionNetOCR: (("aux_head.0", "conv3x3_ocr.0"), True),
     SegformerHead: (("fusion_conv.conv",), True),
     UNet: (("up1.conv.0", "up2.conv.0", "up3.conv.0"), True),
+    NearestUnet: (("blocks.0.conv1.0", "blocks.1.conv1.0", "fuse"), True),
     DeepLabHeadV3Plus: (("classifier.0",), True),
     SETRUPHead: (("up_convs.1.0.conv", "up_convs.2.0.conv", "conv_seg"), False),
     CascadeFeatureFusion: (("conv_low.0",), False),

@@ -90,6 +90,7 @@ SOUND: dict[str, list[tuple[str, Any]]] = {
         ("bins", BINS),
         ("pair", [3, 3]),
         ("pair", [1, 1]),
+        ("int", 1),
         ("bool", True),
     ],
     "pyramid_context_backward": [
@@ -97,7 +98,7 @@ SOUND: dict[str, list[tuple[str, Any]]] = {
         ("bins", BINS),
         ("pair", [3, 3]),
         ("pair", [1, 1]),
-        ("bool", True),
+        ("int", 1),
     ],
     "upsample_argmax": [("map", (2, 4, 6, 5)), ("int", 9), ("int", 8), ("bool", True), ("bool", True)],
     "upsample_softmax_accumulate_": [

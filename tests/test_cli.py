@@ -142,11 +142,11 @@ def test_lists_without_labels(work: Workspace, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"val.txt: no pixel has a label"):
         result = run("train", *arguments, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
-    assert "no mIoU, since no pixel of val.txt is labelled" in result.stdout
+    assert f"no mIoU, since no pixel of {data / 'val.txt'} is labelled" in result.stdout
     assert not (tmp_path / "run" / "best.pt").exists()
     checkpoint = tmp_path / "run" / "checkpoint.pt"
     result = run("eval", *arguments, "--checkpoint", checkpoint, "--json")
-    assert "no pixel of val.txt is labelled" in result.stderr
+    assert f"no pixel of {data / 'val.txt'} is labelled" in result.stderr
     scores = json.loads(result.stdout, parse_constant=pytest.fail)  # NaN is no JSON
     assert (scores["miou"], scores["macc"], scores["allacc"], scores["iou"]["red"]) == (None,) * 4
     assert "mIoU -, mAcc -, allAcc -" in run("eval", *arguments, "--checkpoint", checkpoint).stdout
@@ -161,7 +161,7 @@ def test_lists_without_labels(work: Workspace, tmp_path: Path) -> None:
         (["model.stem=deep"], 2, "model.stem must be one of 'deep64', 'deep32', 'conv7', got 'deep'"),
         (["data.train_list=none.txt"], 1, "none.txt: No such file or directory"),
         (["data.colors=none.txt"], 1, "none.txt: No such file or directory"),
-        (["data.labels=ade"], 2, "data.labels must be one of 'index', 'from_one'"),
+        (["data.labels=ade"], 2, "data.labels must be one of 'auto', 'index', 'from_one'"),
         (["data.names=train.txt"], 1, "has 3 colours for 8 classes"),
         (["train.batch_size=99"], 1, "batch_size = 99"),
         (["train.class_weights=[1,2]"], 2, "train.class_weights must be one number a class, 3 in all, got 2"),
@@ -252,7 +252,7 @@ def test_import_needs_torch_and_click_only() -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", f"{hide}; import pspnet_fast.cli"], check=True)
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "predict", "info"])
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "check-data", "coco-labels", "info"])
 def test_help_shows_examples(command: str) -> None:
     text = run(command, "--help").output
     assert f"pspnet-fast {command}" in text.partition("Usage:")[2]

@@ -63,7 +63,7 @@ def test_class_without_a_pixel_is_named(work: Workspace, tmp_path: Path) -> None
         assert f"Warning: {data / split}.txt: no pixel is of class 2 (blue) in its labels; 255 is" in result.stderr
     assert '"data.remap={0: 0, 1: 1, 255: 2}"' in result.stderr
     result = run("eval", *arguments, "--checkpoint", work.checkpoint, "--json")
-    assert "Warning: val.txt: no pixel is of class 2 (blue)" in result.stderr
+    assert f"Warning: {data / 'val.txt'}: no pixel is of class 2 (blue)" in result.stderr
     scores = json.loads(result.stdout, parse_constant=pytest.fail)
     assert scores["accuracy"]["blue"] is None
     for path in data.glob("*_label.png"):

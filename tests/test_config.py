@@ -167,7 +167,7 @@ def test_defaults_are_those_of_semseg(tmp_path: Path) -> None:
         ("{}", ["data.val_crop=[0,3]"], r"data.val_crop must be \[height, width\]"),
         ("{}", ["data.std=[1,1]"], "data.std must be three numbers"),
         ("{}", ["data.std=[1,1,0]"], "data.std must be above 0"),
-        ("{}", ["data.labels=ade"], "data.labels must be one of 'index', 'from_one', .*, 'color', got 'ade'"),
+        ("{}", ["data.labels=ade"], "data.labels must be one of 'auto', 'index', 'from_one', .*, 'color', got 'ade'"),
         (
             "{}",
             ["data.remap=0:0", "data.remap=255:1"],
@@ -232,12 +232,13 @@ def test_every_rule_is_of_a_setting_and_holds_for_its_default() -> None:
         assert value is None or rule.holds(value)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_configurations_build_their_model(path: Path) -> None:
+def test_shipped_configurations_build_their_model() -> None:
     import dataclasses
 
     import torch
 
-    config = load_config(path)
-    with torch.device("meta"):
-        PSPNet(2, **dataclasses.asdict(config.model))
+    models = [dataclasses.asdict(load_config(path).model) for path in sorted(CONFIGS.glob("*.yaml"))]
+    for number, model in enumerate(models):
+        if model not in models[:number]:
+            with torch.device("meta"):
+                PSPNet(2, **model)

@@ -117,7 +117,7 @@ BACKWARD = {
     "pyramid_pool_backward alone": lambda g: raw.pyramid_pool_backward(g.sin(), None, 0, RAW, 5, 4, True),
     "pyramid_reduce_backward": lambda g, p, *w: raw.pyramid_reduce_backward(g, p, w, RAW),
     "pyramid_upsample_concat_backward": lambda c: raw.pyramid_upsample_concat_backward(c.sin(), 1, 2, RAW, False),
-    "pyramid_context_backward": lambda c: raw.pyramid_context_backward(c.sin(), RAW, [3, 5], [2, 1], True),
+    "pyramid_context_backward": lambda c: raw.pyramid_context_backward(c.sin(), RAW, [3, 5], [2, 1], 1),
 }
 BACKWARD_SHAPES = {
     "pyramid_pool_backward": [(2, 7, 3), (2, 5, 5, 4)],

@@ -136,7 +136,7 @@ def few(x: Tensor, *ones: int) -> Tensor:
 IN_PLACE = {
     "pyramid_pool": lambda x: (x[:, :3].cos(), x, 1, RAW),
     "pyramid_upsample_concat_": lambda x: (x, few(x, 1), 0, RAW, True),
-    "pyramid_context_": lambda x: (x, few(x, 1, 1).repeat(1, 1, 1, 5), [], 0.0, False, RAW, [1, 1], [1, 1], True),
+    "pyramid_context_": lambda x: (x, few(x, 1, 1).repeat(1, 1, 1, 5), [], 0.0, False, RAW, [1, 1], [1, 1], 1, True),
     "upsample_softmax_accumulate_": lambda x: (x, x.cos(), 0, 0, 5, 4, True, False, 1.0),
 }
 

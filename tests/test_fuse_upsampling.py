@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from foreign import assert_same, run
-from foreign_upsampling import MODELS, UNet
+from foreign_upsampling import MODELS, NearestUnet, UNet
 from torch import Tensor, nn
 
 from pspnet_fast import fuse, ops
+from pspnet_fast.fusion import convolution
 
 pytestmark = pytest.mark.usefixtures("small_maps_as_large_ones")
 NAMES = [model.__name__ for model in MODELS]
@@ -43,7 +44,27 @@ def test_found_without_an_example(model, monkeypatch):
     monkeypatch.setattr(ops, "pyramid_context_", lambda *a, **k: taken.append(a[2]) or low(*a, **k))
     with torch.no_grad():
         torch.testing.assert_close(fused(x), stock.eval()(x), rtol=1e-10, atol=1e-10)
-    assert len(taken) == len(MODELS[model][0])
+    passes = len(MODELS[model][0]) + (model is NearestUnet)  # one for each way of upsampling
+    assert len(taken) == passes
+
+
+def test_nearest_at_sizes_where_rounding_decides(monkeypatch):
+    """Scales that are no fraction by a power of two stay with torch."""
+    stock, x = make(NearestUnet, (24, 24))
+    blocks = stock.blocks
+    fused, taken, low = fuse(copy.deepcopy(blocks), modules=["0"]), [], ops.pyramid_context_
+    monkeypatch.setattr(ops, "pyramid_context_", lambda *a, **k: taken.append(a[2]) or low(*a, **k))
+    for source, size, count in [
+        ((2, 3), (164, 6), 0),
+        ((2, 3), (8, 12), 1),
+        ((4, 6), (6, 12), 0),
+        ((3, 4), (5, 8), 0),
+        ((3, 4), (4, 8), 1),
+    ]:
+        taken.clear()
+        map, skip = torch.randn(1, 8, *source, dtype=x.dtype), torch.randn(1, 7, *size, dtype=x.dtype)
+        torch.testing.assert_close(fused[0](map, skip), blocks[0](map, skip), rtol=1e-10, atol=1e-10)
+        assert len(taken) == count
 
 
 def test_maps_that_are_padded_are_computed():
@@ -53,3 +74,13 @@ def test_maps_that_are_padded_are_computed():
     assert_same(run(fused, x), run(stock, x))
     with torch.no_grad():
         torch.testing.assert_close(fused.eval()(x), stock.eval()(x), rtol=1e-10, atol=1e-10)
+
+
+def test_norm_and_activation_where_no_map_gains(monkeypatch):
+    """Large maps of few channels under a 3x3 kernel stay with torch, and so does what follows the convolution."""
+    monkeypatch.setattr(convolution, "LEAST_ELEMENTS", 0)
+    monkeypatch.setattr(convolution, "FEW_CELLS", 1)
+    stock, x = make(UNet)
+    fused = fuse(copy.deepcopy(stock), modules=["up1", "up2", "up3"]).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), stock.eval()(x), rtol=1e-10, atol=1e-10)

@@ -238,7 +238,33 @@ def test_conventions(tmp_path: Path) -> None:
                  27: 14, 28: 15, 31: 16, 32: 17, 33: 18}  # fmt: skip
     expected = [train_ids.get(value, ignored) for value in range(34)]
     assert column(tmp_path, list(range(34)), LabelReader(19, "cityscapes")) == expected
-    assert set(CONVENTIONS) == {"index", "from_one", "ade20k", "cityscapes", "voc", "color"}
+    assert column(tmp_path, [0, 10, 11, 255], LabelReader(11, "camvid")) == [0, 10, ignored, ignored]
+    # COCO-Stuff: person 1 is class 0, fire hydrant 11 is 10, stop sign 13 is 11, hair drier 89 is 78, wood 182 is 170.
+    assert column(tmp_path, [0, 10, 12, 88, 181, 255], LabelReader(171, "cocostuff")) == [0, 10, 11, 78, 170, ignored]
+    assert set(CONVENTIONS) == {
+        "index", "from_one", "ade20k", "cityscapes", "voc", "camvid", "cocostuff", "color",
+    }  # fmt: skip
+
+
+def test_colours_of_camvid(tmp_path: Path) -> None:
+    names = {  # of the 32 in label_colors.txt, those that are no class of the 11 themselves
+        (192, 0, 128): 1, (0, 128, 64): 1, (64, 0, 64): 1, (64, 192, 0): 1,  # Archway, Bridge, Tunnel, Wall: building
+        (0, 0, 64): 2,  # TrafficCone: pole
+        (128, 0, 192): 3, (192, 0, 64): 3,  # LaneMkgsDriv, LaneMkgsNonDriv: road
+        (64, 192, 128): 4, (128, 128, 192): 4,  # ParkingBlock, RoadShoulder: pavement
+        (192, 192, 0): 5,  # VegetationMisc: tree
+        (128, 128, 64): 6, (0, 64, 64): 6,  # Misc_Text, TrafficLight: sign
+        (64, 128, 192): 8, (192, 128, 192): 8, (192, 64, 128): 8, (128, 64, 64): 8,  # SUV, Truck_Bus, Train, Other: car
+        (192, 128, 64): 9, (64, 0, 192): 9, (64, 128, 64): 9,  # Child, CartLuggagePram, Animal: pedestrian
+        (192, 0, 192): 10,  # MotorcycleScooter: bicyclist
+        (128, 128, 128): 0, (128, 0, 0): 1, (192, 192, 128): 2, (128, 64, 128): 3, (0, 0, 192): 4, (128, 128, 0): 5,
+        (192, 128, 128): 6, (64, 64, 128): 7, (64, 0, 128): 8, (64, 64, 0): 9, (0, 128, 192): 10, (0, 0, 0): 255,
+    }  # fmt: skip
+    assert len(names) == 32
+    picture = np.array([list(names)], np.uint8)
+    assert read(tmp_path, encoded(picture), LabelReader(11, "camvid")) == [list(names.values())]
+    with pytest.raises(DataError, match=r"colour \(1, 1, 1\) in 1 pixels is that of no class"):
+        read(tmp_path, encoded(np.ones((1, 1, 3), np.uint8)), LabelReader(11, "camvid"))
 
 
 @pytest.mark.parametrize(
@@ -247,6 +273,8 @@ def test_conventions(tmp_path: Path) -> None:
         (LabelReader(150), 150, r"value 150 .* allowed are 0..149 and 255; .*data.labels=ade20k$"),
         (LabelReader(19), 33, r"value 33 .* allowed are 0..18 and 255; .*_labelIds.png: data.labels=cityscapes$"),
         (LabelReader(5), 5, r"value 5 .* data.labels=from_one$"),
+        (LabelReader(11), 11, r"value 11 .* 11 is unlabelled: data.labels=camvid"),
+        (LabelReader(171, "cocostuff"), 11, r"value 11 .* allowed are 0..10, 12..24, "),
         (LabelReader(150, "ade20k"), 255, r"value 255 .* allowed are 0..150; .*shifted .*: data.labels=index$"),
         (LabelReader(19, "cityscapes"), 255, r"allowed are 0..33; .*_labelTrainIds.png: data.labels=index$"),
         (LabelReader(21, "voc"), 30, r"allowed are 0..20 and 255"),

@@ -99,8 +99,8 @@ def test_label_outside_the_classes(root: Path) -> None:
         make(root)[2]
     assert str(error.value) == (
         f"{path}: label value 7 (2 pixels outside the classes); allowed are 0..2 and 255; "
-        "the meaning of values is told by data.labels (index, from_one, ade20k, cityscapes, voc, color) or "
-        '"data.remap={VALUE: CLASS}"'
+        "the meaning of values is told by data.labels (index, from_one, ade20k, cityscapes, voc, camvid, cocostuff, "
+        'color) or "data.remap={VALUE: CLASS}"'
     )
 
 

@@ -108,7 +108,7 @@ def test_options_keep_learning(root: Path, tmp_path: Path, option: str) -> None:
 @pytest.mark.parametrize("split", ["train", "val", "both"])
 def test_split_without_labels_is_said_once(tmp_path: Path, split: str) -> None:
     train_set, val_set = (Items(4, 255 if split in (name, "both") else 0) for name in ("train", "val"))
-    val_set.list_file = tmp_path / "val.txt"  # type: ignore[attr-defined]
+    val_set.source = tmp_path / "val.txt"  # type: ignore[attr-defined]
     model = PSPNet(2, ToyBackbone(), bins=(1, 2))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

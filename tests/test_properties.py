@@ -165,13 +165,13 @@ def test_pyramid_context(draw: Draw) -> None:
         draw.bins(2, 4),
         draw.choice(DTYPES),
     )
-    levels, align_corners = as_levels(bins), draw.flag()
+    levels = as_levels(bins)
     kernel = draw.choice([1, 3, (1, 3), (5, 1)])
     dilation = draw.choice([1, 2, (3, 1), 12])
     kh, kw = (kernel, kernel) if isinstance(kernel, int) else kernel
     taps = draw.tensor((n, count_cells(levels), kh * kw, o), dtype, kinds_between(levels, (h, w)))
     conv = draw.tensor((n, o, h, w), dtype, ANY, CONCAT)
-    settings = {"dilation": dilation, "align_corners": align_corners}
+    settings = {"dilation": dilation, "align_corners": draw.flag(), "mode": draw.choice(["bilinear", "nearest"])}
     steps = interpolation_steps(tuple(max(b) for b in zip(*levels, strict=True))) + len(levels) * kh * kw + 16
     wide = accumulator(dtype)
     if draw.flag():

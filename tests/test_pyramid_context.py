@@ -25,8 +25,9 @@ from pspnet_fast.ops.checks import as_levels
 
 pytestmark = pytest.mark.usefixtures("poison")
 
+MODES = [{"mode": "bilinear", "align_corners": corners} for corners in (False, True)] + [{"mode": "nearest"}]
 WINDOWS = [(3, 1), (1, 1), ((5, 3), (2, 7))]  # (kernel_size, dilation); the last reaches beyond small maps
-RAW = ([1, 1, 2, 3], [3, 5], [1, 2], True)  # bins, kernel_size, dilation, align_corners of the raw operators
+RAW = ([1, 1, 2, 3], [3, 5], [1, 2], 1)  # bins, kernel_size, dilation, interpolation of the raw operators
 
 
 def taps_shape(n: int, bins, kernel_size, channels: int) -> tuple[int, int, int, int]:
@@ -43,17 +44,18 @@ def context(module, bins, kernel_size, **settings):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("bins", BINS)
 def test_values_and_gradients(device, bins, size, dtype):
-    cases = list(itertools.product(LAYOUTS_AND_CHANNELS, (False, True), WINDOWS))
+    cases = list(itertools.product(LAYOUTS_AND_CHANNELS, MODES[:2], WINDOWS))
+    cases += [(case, MODES[2], WINDOWS[i % 3]) for i, case in enumerate(LAYOUTS_AND_CHANNELS)]
     if size[0] * size[1] > 1000:  # the reference takes seconds
         cases = [
-            (case, align_corners, WINDOWS[0])
-            for case, align_corners in zip(LAYOUTS_AND_CHANNELS[::2], (False, True), strict=True)
+            (case, mode, WINDOWS[0])
+            for case, mode in zip(LAYOUTS_AND_CHANNELS[::2] + LAYOUTS_AND_CHANNELS[:1], MODES, strict=True)
         ]
-    for (layout, channels), align_corners, (kernel_size, dilation) in cases:
+    for (layout, channels), mode, (kernel_size, dilation) in cases:
         conv = make((2, channels, *size), layout, dtype, device)
         taps = torch.randn(taps_shape(2, bins, kernel_size, channels), dtype=torch.float64).to(device, dtype)
         grad = make((2, channels, *size), layout, dtype, device, seed=1)
-        settings = {"dilation": dilation, "align_corners": align_corners}
+        settings = {"dilation": dilation, **mode}
         run = [with_gradients(context(m, bins, kernel_size, **settings), 2) for m in (ops, reference)]
         assert_accurate(*run, conv, taps, grad)
 
@@ -65,8 +67,8 @@ def test_levels_of_many_cells(device, size, bins, channels, kernel_size, dilatio
     conv = make((2, channels, *size), layout, dtype, device)
     grad = make((2, channels, *size), layout, dtype, device, seed=1)
     taps = torch.randn(taps_shape(2, bins, kernel_size, channels), dtype=torch.float64).to(device, dtype)
-    for align_corners in (False, True):
-        settings = {"dilation": dilation, "align_corners": align_corners}
+    for mode in MODES:
+        settings = {"dilation": dilation, **mode}
         run = [with_gradients(context(m, bins, kernel_size, **settings), 2) for m in (ops, reference)]
         assert_accurate(*run, conv, taps, grad)
 
@@ -82,10 +84,10 @@ def test_norm_and_relu_with_many_cells(device, layout):
     assert_accurate(run(ops), run(reference), conv, taps, *norm)
 
 
-@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("kernel_size", "dilation"), WINDOWS)
 @pytest.mark.parametrize("size", [(13, 9), (3, 2)])
-def test_is_the_convolution_of_the_upsampled_levels(device, size, kernel_size, dilation, align_corners):
+def test_is_the_convolution_of_the_upsampled_levels(device, size, kernel_size, dilation, mode):
     """The identity that the operator is made for, by F.interpolate and F.conv2d."""
     bins, r, o = ((1, 2), 3, (2, 4)), 4, 6
     kh, kw = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
@@ -94,10 +96,10 @@ def test_is_the_convolution_of_the_upsampled_levels(device, size, kernel_size, d
     for level in as_levels(bins):
         z = torch.randn(2, r, *level, dtype=torch.float64, device=device)
         weight = torch.randn(o, r, kh, kw, dtype=torch.float64, device=device)
-        upsampled = F.interpolate(z, size, mode="bilinear", align_corners=align_corners)
+        upsampled = F.interpolate(z, size, **(mode if mode["mode"] == "bilinear" else {"mode": "nearest"}))
         expected += F.conv2d(upsampled, weight, padding=(kh // 2 * step[0], kw // 2 * step[1]), dilation=step)
         taps.append(torch.einsum("ocuv,ncij->nijuvo", weight, z).reshape(2, -1, kh * kw, o))
-    settings = {"dilation": dilation, "align_corners": align_corners}
+    settings = {"dilation": dilation, **mode}
     actual = ops.pyramid_context_(torch.zeros_like(expected), torch.cat(taps, 1), bins, kernel_size, **settings)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
@@ -147,11 +149,44 @@ def test_writes_into_slices(device, layout):
     torch.testing.assert_close(conv, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "slice", "channels_last_slice"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_writes_without_reading(device, layout, dtype):
+    """What conv holds counts no more than what an allocator hands out, and gets no gradient."""
+    conv = make((2, 19, 13, 9), layout, dtype, device)
+    taps = torch.randn(2, 5, 9, 19, device=device).to(dtype).requires_grad_()
+    norm = (*(torch.rand(19, device=device) for _ in range(4)), 0.1)
+    zeros = torch.zeros_like(conv)
+    for settings in ({}, {"norm": norm, "relu": True}, {"mode": "nearest"}):
+        with torch.no_grad():
+            expected = ops.pyramid_context_(zeros.clone(), taps, (1, 2), 3, **settings)
+            conv.fill_(torch.nan)
+            ops.pyramid_context_(conv, taps, (1, 2), 3, accumulate=False, **settings)
+        assert torch.equal(conv, expected)
+    before = conv.detach().clone().requires_grad_()
+    written = context(ops, (1, 2), 3, accumulate=False)(before, taps)
+    (grad,) = torch.autograd.grad(written.sum(), taps, retain_graph=True)
+    (expected,) = torch.autograd.grad(context(ops, (1, 2), 3)(zeros, taps).sum(), taps)
+    assert torch.equal(grad, expected)
+    assert torch.autograd.grad(written.sum(), before, allow_unused=True, materialize_grads=True)[0].count_nonzero() == 0
+
+
+def test_nearest_finds_the_cells_that_torch_finds(device):
+    """For every size: where the scale is rounded, a pixel may get the cell before its own."""
+    for bins, size in [(2, 82), (2, 164), (3, 141), (7, 7), (9, 4), (33, 66), (41, 200), (64, 199)]:
+        cells = torch.arange(bins, dtype=torch.float32, device=device).view(1, bins, 1, 1)
+        expected = F.interpolate(cells.transpose(1, 2), (size, 1), mode="nearest")
+        conv = torch.empty(1, 1, size, 1, device=device)
+        ops.pyramid_context_(conv, cells, ((bins, 1),), 1, mode="nearest", accumulate=False)
+        assert torch.equal(conv, expected), (bins, size)
+
+
+@pytest.mark.parametrize("settings", [{"align_corners": False}, {"mode": "nearest"}, {"accumulate": False}])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_gradcheck(device, layout):
+def test_gradcheck(device, layout, settings):
     conv = make((2, 3, 4, 5), layout, torch.float64, device).requires_grad_()
     taps = torch.randn(2, 5, 15, 3, dtype=torch.float64, device=device, requires_grad=True)
-    function = context(ops, (1, 2), (3, 5), dilation=(2, 1), align_corners=False)
+    function = context(ops, (1, 2), (3, 5), dilation=(2, 1), **settings)
     assert torch.autograd.gradcheck(function, (conv, taps))
 
 
@@ -172,7 +207,7 @@ def test_opcheck(device, layout, requires_grad):
     taps = torch.randn(2, 7, 15, 8, device=device, requires_grad=requires_grad)
     norm = [] if requires_grad else [torch.ones(8, device=device) for _ in range(4)]
     raw = torch.ops.pspnet_fast
-    torch.library.opcheck(raw.pyramid_context_.default, (conv, taps, norm, 0.1, not requires_grad, *RAW))
+    torch.library.opcheck(raw.pyramid_context_.default, (conv, taps, norm, 0.1, not requires_grad, *RAW, True))
     torch.library.opcheck(raw.pyramid_context_backward.default, (conv, *RAW))
 
 
@@ -224,6 +259,8 @@ CONV, TAPS, ONES = torch.zeros(2, 8, 4, 5), torch.zeros(2, 5, 9, 8), torch.ones(
         ({"kernel_size": 1367}, ValueError, "kernel_size times the sum of the bins must be at most 4096"),
         ({"dilation": 0}, ValueError, "dilation must be from 1 to 65536, but is 0"),
         ({"bins": ()}, ValueError, "bins must have 1 to 16 levels"),
+        ({"mode": "area"}, ValueError, "mode must be 'bilinear' or 'nearest', but is 'area'"),
+        ({"accumulate": 1}, TypeError, "accumulate must be True or False, but is 1"),
         ({"norm": (ONES, ONES, ONES, ONES[:1], 0.1)}, ValueError, r"norm must have shape \(O,\) = \(8,\)"),
         ({"norm": (ONES, ONES, ONES, ONES.half(), 0.1)}, TypeError, "norm must be float32 or torch.float32 throughout"),
         ({"taps": TAPS.clone().requires_grad_(), "relu": True}, ValueError, "norm and relu are for inference"),
@@ -237,10 +274,10 @@ def test_bad_input(arguments, error, message):
 def test_the_raw_operator_checks_too():
     raw = torch.ops.pspnet_fast.pyramid_context_
     with pytest.raises(RuntimeError, match="taps has the wrong shape"):
-        raw(CONV, TAPS, [], 0.0, False, [1, 1, 2, 2], [3, 5], [1, 1], True)
+        raw(CONV, TAPS, [], 0.0, False, [1, 1, 2, 2], [3, 5], [1, 1], 1, True)
     with pytest.raises(RuntimeError, match="kernel_size must be odd"):
-        raw(CONV, TAPS, [], 0.0, False, [1, 1, 2, 2], [3, 2], [1, 1], True)
+        raw(CONV, TAPS, [], 0.0, False, [1, 1, 2, 2], [3, 2], [1, 1], 1, True)
     with pytest.raises(RuntimeError, match="conv must be contiguous or channels-last"):
-        raw(torch.zeros(2, 8, 5, 4).mT, TAPS, [], 0.0, False, [1, 1, 2, 2], [3, 3], [1, 1], True)
+        raw(torch.zeros(2, 8, 5, 4).mT, TAPS, [], 0.0, False, [1, 1, 2, 2], [3, 3], [1, 1], 1, True)
     with pytest.raises(RuntimeError, match="no gradient with relu or by norm"):
-        raw(CONV, TAPS.clone().requires_grad_(), [], 0.0, True, [1, 1, 2, 2], [3, 3], [1, 1], True)
+        raw(CONV, TAPS.clone().requires_grad_(), [], 0.0, True, [1, 1, 2, 2], [3, 3], [1, 1], 1, True)

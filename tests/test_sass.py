@@ -76,11 +76,11 @@ def calls(dtype: torch.dtype, layout: str) -> dict:
             [a_map(48)],
         ),
         "pyramid_context_": (
-            lambda y, t: o.pyramid_context_(y, t, norm, 1e-5, True, BINS, [3, 3], [1, 1], True),
+            lambda y, t: o.pyramid_context_(y, t, norm, 1e-5, True, BINS, [3, 3], [1, 1], 1, True),
             [a_map(16), torch.randn(1, CELLS, 9, 16).to(dtype)],
         ),
         "pyramid_context_backward": (
-            lambda y: o.pyramid_context_backward(y, BINS, [3, 3], [1, 1], True),
+            lambda y: o.pyramid_context_backward(y, BINS, [3, 3], [1, 1], 1),
             [a_map(16)],
         ),
         "upsample_argmax": (lambda z: o.upsample_argmax(z, 21, 25, True, True), [a_map(19)]),

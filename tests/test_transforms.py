@@ -2,19 +2,21 @@
 
 import numpy as np
 import pytest
+import semseg_transforms
 import torch
 
 from pspnet_fast.data.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Choices,
     EvalTransform,
     TrainTransform,
     normalise,
     pad_to,
-    random_blur,
-    random_flip,
-    random_rotate,
-    random_scale,
 )
+from pspnet_fast.data.windows import Window, scaled_size
 
+LEVELS = 0.1  # of 255
 BORDER = (10.0, 20.0, 30.0)
 
 
@@ -47,56 +49,85 @@ def test_padding_leaves_large_images_alone() -> None:
     assert pad_to(image, label, (5, 4), BORDER)[1] is label
 
 
-def test_scale_resizes_both_by_one_factor() -> None:
-    image, label = pair(10, 20)
-    for scaled, scaled_label in results(lambda rng: random_scale(image, label, rng, (0.5, 2.0))):
-        assert scaled.shape[:2] == scaled_label.shape
-        assert scaled_label.shape[1] == pytest.approx(2 * scaled_label.shape[0], abs=2)
-        assert set(scaled_label.flat) <= set(label.flat)
-    heights = {result.shape[0] for result, _ in results(lambda rng: random_scale(image, label, rng, (0.5, 2.0)))}
-    assert 5 <= min(heights) < 8
-    assert 17 < max(heights) <= 20
+def photograph(height: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Smooth colours with noise, and a label of blocks."""
+    rng = np.random.default_rng(seed)
+    y, x = np.ogrid[:height, :width]
+    image = np.stack(
+        [np.broadcast_to(127 + 100 * np.sin(y / 9 + c) * np.cos(x / 7 - c), (height, width)) for c in range(3)], -1
+    )
+    label = ((y // 8 + x // 8) % 5).astype(np.uint8)
+    return np.clip(image + rng.normal(0, 9, image.shape), 0, 255).astype(np.uint8), label
 
 
-def test_rotation_turns_half_of_the_images_and_fills_with_the_border() -> None:
-    image, label = np.full((40, 60, 3), 200, np.float32), np.ones((40, 60), np.uint8)
-    turned = 0
-    for rotated, rotated_label in results(lambda rng: random_rotate(image, label, rng, (8, 10), BORDER)):
-        assert rotated.shape == image.shape
-        if (rotated_label == 255).any():
-            turned += 1
-            assert set(rotated_label.flat) == {1, 255}
-            np.testing.assert_allclose(rotated[0, 0], BORDER)
-            assert rotated[20, 30].tolist() == [200] * 3
-    assert 10 < turned < 30
+CASES = [
+    (90, 130, (41, 33)),
+    (40, 170, (57, 57)),
+    (20, 30, (64, 64)),
+    (64, 64, (64, 64)),
+    (5, 3, (8, 8)),
+    (1, 40, (9, 9)),
+]
 
 
-def test_rotation_is_counter_clockwise_by_positive_degrees() -> None:
-    label = np.zeros((41, 41), np.uint8)
-    label[18:23, 30:] = 1  # a bar to the right of the centre
-    image = np.zeros((41, 41, 3), np.float32)
-    turned = [result for _, result in results(lambda rng: random_rotate(image, label, rng, (45, 45), BORDER))]
-    rotated = next(result for result in turned if (result == 255).any())
-    rows, columns = np.nonzero(rotated == 1)
-    assert rows.mean() < 15
-    assert columns.mean() > 25
+@pytest.mark.parametrize(("height", "width", "crop"), CASES)
+def test_a_crop_has_the_pixels_of_the_whole(height: int, width: int, crop: tuple[int, int]) -> None:
+    image, label = photograph(height, width)
+    transform = TrainTransform(crop, mean=(0.5, 0.4, 0.3), degrees=(-30, 30))
+    rng = np.random.default_rng(1)
+    kinds = set()
+    for _ in range(60):
+        choices = transform.choose(label.shape, rng)
+        size = scaled_size(label.shape, choices.factor)
+        whole = transform.augment(image, label, choices, Window(0, size[0], 0, size[1]))
+        top, left = (int(rng.integers(extent)) for extent in size)
+        window = Window(top, int(rng.integers(top, size[0])) + 1, left, int(rng.integers(left, size[1])) + 1)
+        part, part_label = transform.augment(image, label, choices, window)
+        np.testing.assert_array_equal(part_label, whole[1][window.slices], err_msg=str((choices, window)))
+        np.testing.assert_allclose(part, whole[0][window.slices], rtol=0, atol=1e-4, err_msg=str((choices, window)))
+        kinds.add((choices.degrees is None, choices.blur, choices.flip))
+    assert len(kinds) == 8
 
 
-def test_blur_keeps_flat_images_and_smooths_half_of_the_others() -> None:
-    point = np.zeros((9, 9, 3), np.float32)
-    point[4, 4] = 100
-    peaks = [blurred[4, 4, 0] for blurred in results(lambda rng: random_blur(point, rng))]
-    assert sorted({float(peak) for peak in peaks}) == [pytest.approx(100 * (6 / 16) ** 2), 100]
-    assert 10 < sum(peak < 100 for peak in peaks) < 30
+@pytest.mark.parametrize(("height", "width", "crop"), [case for case in CASES if min(case[:2]) > 3])
+def test_pixels_are_those_of_opencvs_functions_on_whole_images(height: int, width: int, crop: tuple[int, int]) -> None:
+    image, label = photograph(height, width)
+    transform = TrainTransform(crop, mean=(0.5, 0.4, 0.3), std=(1 / 255,) * 3)
+    wrong = 0
+    for seed in range(40):
+        expected, expected_label = semseg_transforms.augment(
+            transform, image.astype(np.float32), label, np.random.default_rng(seed)
+        )
+        output, target = transform(image, label, np.random.default_rng(seed))
+        found = output.permute(1, 2, 0).numpy() + 255 * np.float32(transform.mean)
+        np.testing.assert_allclose(found, expected, atol=LEVELS)
+        wrong += int((target.numpy() != expected_label).sum())
+    assert wrong <= 1e-3 * 40 * crop[0] * crop[1]  # turned labels at ties
 
 
-def test_flip_mirrors_half_of_the_images() -> None:
-    image, label = pair(2, 3)
-    flipped = 0
-    for mirrored, mirrored_label in results(lambda rng: random_flip(image, label, rng)):
-        assert mirrored[..., 0].tolist() == mirrored_label.tolist()
-        flipped += mirrored_label.tolist() == [[2, 1, 0], [5, 4, 3]]
-    assert 10 < flipped < 30
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_pixels_as_files_hold_them(dtype: type) -> None:
+    image, label = photograph(50, 60)
+    stored = image.astype(dtype) * dtype(257 if dtype is np.uint16 else 1)
+    transform = TrainTransform((40, 40))
+    expected = transform(image, label, np.random.default_rng(4))
+    output = transform(stored, label, np.random.default_rng(4))
+    torch.testing.assert_close(output[0], expected[0], atol=0, rtol=0)
+    assert torch.equal(output[1], expected[1])
+    assert torch.equal(
+        EvalTransform()(stored, label, np.random.default_rng())[0], normalise(image, IMAGENET_MEAN, IMAGENET_STD)
+    )
+
+
+def test_a_crop_is_computed_from_the_pixels_that_it_needs() -> None:
+    image, label = photograph(60, 60)
+    transform = TrainTransform((8, 8), blur=False, scale=(2, 2), degrees=(0, 0))
+    choices = Choices(2.0, None, False, False, 0, 0)
+    image[20:], image[:, 20:] = 0, 0
+    window = Window(0, 8, 0, 8)
+    before = transform.augment(image, label, choices, window)[0]
+    image[5:], image[:, 5:] = 255, 255  # all but what eight pixels at twice the size touch
+    np.testing.assert_array_equal(transform.augment(image, label, choices, window)[0], before)
 
 
 def test_training_pair_stays_aligned_through_the_pipeline() -> None:

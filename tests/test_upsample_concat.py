@@ -18,12 +18,14 @@ class Stock(nn.Module):
 
     def __init__(self, fused: FusedUpsampleConcat) -> None:
         super().__init__()
-        self.align_corners = fused.align_corners
+        self.how = {"mode": "nearest"}
+        if fused.mode == "bilinear":
+            self.how = {"mode": "bilinear", "align_corners": fused.align_corners}
         self.conv, self.norm, self.activation = copy.deepcopy((fused.conv, fused.norm, fused.activation))
 
     def forward(self, maps: list[Tensor], size: tuple[int, int] | None = None) -> Tensor:
         size = size or maps[0].shape[2:]
-        upsampled = [F.interpolate(z, size, mode="bilinear", align_corners=self.align_corners) for z in maps]
+        upsampled = [F.interpolate(z, size, **self.how) for z in maps]
         return self.activation(self.norm(self.conv(torch.cat(upsampled, 1))))
 
 
@@ -89,6 +91,20 @@ def test_equals_the_concatenated_form(arguments, layout, mode):
     assert_same(results, expected)
     assert results["output"].stride() == expected["output"].stride()
     assert ours.state_dict().keys() == stock.state_dict().keys()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nearest(training, monkeypatch):
+    """Where the sizes' fraction is one by a power of two; else as it stands."""
+    taken, context = [], ops.pyramid_context_
+    monkeypatch.setattr(ops, "pyramid_context_", lambda *a, **k: taken.append(k["mode"]) or context(*a, **k))
+    ours, stock = (module.train(training) for module in pair(mode="nearest"))
+    grad = torch.randn(2, 6, 12, 16, dtype=torch.float64)
+    for sizes, calls in [([(12, 16), (3, 4), (9, 8), (6, 2)], ["nearest"]), ([(12, 16), (5, 7), (3, 4), (2, 2)], [])]:
+        taken.clear()
+        maps = make(sizes=sizes)
+        assert_same(outcome(ours, maps, grad), outcome(stock, maps, grad))
+        assert taken == calls
 
 
 def test_a_size_of_its_own():
@@ -181,6 +197,8 @@ def test_forward_mode_and_functional_transforms():
 def test_convolutions_that_do_not_fit(conv, message):
     with pytest.raises(ValueError, match=message):
         FusedUpsampleConcat(conv)
+    with pytest.raises(ValueError, match="mode must be 'bilinear' or 'nearest', but is 'bicubic'"):
+        FusedUpsampleConcat(nn.Conv2d(4, 4, 1), mode="bicubic")
 
 
 @pytest.mark.parametrize(

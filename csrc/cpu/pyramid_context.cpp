@@ -1,4 +1,4 @@
-// The context half of a convolution on the CPU, added to the other half in one read and write.
+// The context half of a convolution on the CPU, added to the other half in one read and write, or written alone.
 #include "pyramid_context.h"
 
 #include <cmath>
@@ -137,7 +137,8 @@ struct RowsContext : ContextBase<T, PyramidContextArgs> {
       for_vectors<acc_t, kBytes>(channels, [&](int64_t k, auto count, auto lanes) __attribute__((always_inline)) {
         for (int q = 0; q < count; ++q) {
           const int64_t at = k + q * kL;
-          const auto sum = load_wide<kBytes>(to + at, lanes) + load<acc_t, kBytes>(context + at);
+          auto sum = load<acc_t, kBytes>(context + at);
+          if (this->a.accumulate) sum = load_wide<kBytes>(to + at, lanes) + sum;
           store_narrow(to + at,
                        epilogue(sum, load<acc_t, kBytes>(&epilogue.scale[first + at]),
                                 load<acc_t, kBytes>(&epilogue.shift[first + at])),
@@ -163,7 +164,8 @@ struct RowsContext : ContextBase<T, PyramidContextArgs> {
             if (i >= planes) break;
             T* const to = row + (k + i) * this->a.conv.stride_c + p;
             const acc_t scale = epilogue.scale[first + k + i], shift = epilogue.shift[first + k + i];
-            store_narrow(to, epilogue(load_wide<kBytes>(to, lanes) + square[i], scale, shift), lanes);
+            const auto sum = this->a.accumulate ? load_wide<kBytes>(to, lanes) + square[i] : square[i];
+            store_narrow(to, epilogue(sum, scale, shift), lanes);
           }
         };
         const int64_t planes = std::min(kL, channels - k);

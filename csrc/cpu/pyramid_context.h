@@ -17,8 +17,8 @@ struct ContextBase {
 
   explicit ContextBase(const Args& args)
       : a(args),
-        vertical(a.levels, a.levels.bins_h, a.H, a.window.size_h, a.window.dilation_h, a.align_corners),
-        horizontal(a.levels, a.levels.bins_w, a.W, a.window.size_w, a.window.dilation_w, a.align_corners) {}
+        vertical(a.levels, a.levels.bins_h, a.H, a.window.size_h, a.window.dilation_h, a.interpolation),
+        horizontal(a.levels, a.levels.bins_w, a.W, a.window.size_w, a.window.dilation_w, a.interpolation) {}
 
   PSP_INLINE int64_t seen_cells() const {
     return int64_t{a.levels.first[a.levels.count]} * a.window.size_h * a.window.size_w;

@@ -22,18 +22,18 @@ struct SeenAxis {
   Scratch<Scratch<Term>> rows;
   int first[kMaxLevels];  // the column of (level, tap, cell) is first[level] + tap * bins + cell
 
-  SeenAxis(const Levels& levels, const int* bins, int64_t size, int taps, int dilation, bool align_corners)
+  SeenAxis(const Levels& levels, const int* bins, int64_t size, int taps, int dilation, Interpolation interpolation)
       : rows(size) {
     for (int l = 0; l < levels.count; ++l) {
       first[l] = static_cast<int>(columns.size());
-      const acc_t scale = source_scale<acc_t>(bins[l], size, align_corners);
+      const acc_t scale = source_scale<acc_t>(bins[l], size, interpolation);
       for (int tap = 0; tap < taps; ++tap) {
         const int base = static_cast<int>(columns.size());
         for (int cell = 0; cell < bins[l]; ++cell) columns.push_back({l, tap, cell, 0, 0, {}});
         for (int64_t at = 0; at < size; ++at) {
           const int64_t from = tap_pixel(at, tap, taps, dilation);
           if (from < 0 || from >= size) continue;
-          const SourceIndex<acc_t> source = source_index(from, scale, bins[l], align_corners);
+          const SourceIndex<acc_t> source = source_index(from, scale, bins[l], interpolation);
           const bool two = source.high > source.low;
           add(base + source.low, at, two ? acc_t(1) - source.lambda : acc_t(1));
           if (two) add(base + source.high, at, source.lambda);

@@ -1,4 +1,4 @@
-// One axis of a bilinear interpolation: `size` pixels between `bins` cells or logits.
+// One axis of an interpolation: `size` pixels between `bins` cells or logits.
 #pragma once
 
 #include "common.cuh"
@@ -8,17 +8,17 @@ namespace pspnet_fast::cuda {
 template <class T>
 struct Axis {
   int bins, size;
-  bool align_corners;
+  Interpolation interpolation;
   acc_t<T> scale;
 
-  __device__ __forceinline__ Axis(int bins, int64_t size, bool align_corners)
+  __device__ __forceinline__ Axis(int bins, int64_t size, Interpolation interpolation)
       : bins(bins),
         size(static_cast<int>(size)),
-        align_corners(align_corners),
-        scale(source_scale<acc_t<T>>(bins, size, align_corners)) {}
+        interpolation(interpolation),
+        scale(source_scale<acc_t<T>>(bins, size, interpolation)) {}
 
   __device__ __forceinline__ SourceIndex<acc_t<T>> at(int pixel) const {
-    return source_index<acc_t<T>>(pixel, scale, bins, align_corners);
+    return source_index<acc_t<T>>(pixel, scale, bins, interpolation);
   }
   // The weight of the next cell after `low`; the last cell has none and takes the whole.
   __device__ __forceinline__ acc_t<T> weight_of_next(int pixel) const {
@@ -28,17 +28,18 @@ struct Axis {
   // The same of a pixel whose lower cell is known, or of one before it or after the next, which takes nothing or the
   // whole.
   __device__ __forceinline__ acc_t<T> weight_after(int cell, int pixel) const {
-    const acc_t<T> beyond = source_position<acc_t<T>>(pixel, scale, align_corners) - static_cast<acc_t<T>>(cell);
+    const acc_t<T> beyond = source_position<acc_t<T>>(pixel, scale, interpolation) - static_cast<acc_t<T>>(cell);
     return cell < bins - 1 ? min(max(beyond, acc_t<T>(0)), acc_t<T>(1)) : acc_t<T>(0);
   }
   // The first pixel at or after the centre of a cell; `size` if there is none. A guess, mended where rounding misled
   // it.
   __device__ __forceinline__ int first_at(int cell) const {
-    const auto wanted = static_cast<acc_t<T>>(cell), half = align_corners ? acc_t<T>(0) : acc_t<T>(0.5);
+    const auto wanted = static_cast<acc_t<T>>(cell),
+               half = interpolation.mode == Interpolation::kBilinear ? acc_t<T>(0.5) : acc_t<T>(0);
     const acc_t<T> guess = (wanted + half) / scale - half;
     int pixel = guess > 0 ? (guess < static_cast<acc_t<T>>(size) ? static_cast<int>(guess) : size) : 0;
-    while (pixel > 0 && source_position<acc_t<T>>(pixel - 1, scale, align_corners) >= wanted) --pixel;
-    while (pixel < size && source_position<acc_t<T>>(pixel, scale, align_corners) < wanted) ++pixel;
+    while (pixel > 0 && source_position<acc_t<T>>(pixel - 1, scale, interpolation) >= wanted) --pixel;
+    while (pixel < size && source_position<acc_t<T>>(pixel, scale, interpolation) < wanted) ++pixel;
     return pixel;
   }
   // The first pixel whose `low` is at least `cell`; `size` if there is none.

@@ -47,17 +47,24 @@ PSP_HOST_DEVICE int64_t count_taps(const Levels& levels, const Window& window) {
 }
 
 // The sum over the pixels that `cell`, seen through a tap, has part in: starts(i) is the first pixel whose lower cell
-// is i or later, next(pixel, lower) the weight of the cell after the lower one. Only outputs in [begin, end) count.
+// is i or later, next(pixel, lower) the weight of the cell after the lower one, which has none unless it `blends`. Only
+// outputs in [begin, end) count.
 template <class A, class Starts, class Next, class Value>
-__device__ __forceinline__ void for_part_of(int cell, int shift, int begin, int end, Starts starts, Next next,
-                                            Value add) {
+__device__ __forceinline__ void for_part_of(int cell, bool blends, int shift, int begin, int end, Starts starts,
+                                            Next next, Value add) {
   const int own = starts(cell), last = min(starts(cell + 1), end + shift);
-  for (int p = max(cell > 0 ? starts(cell - 1) : 0, begin + shift); p < min(own, last); ++p) {
+  const int first = !blends ? own : cell > 0 ? starts(cell - 1) : 0;
+  for (int p = max(first, begin + shift); p < min(own, last); ++p) {
     add(p - shift, next(p, cell - 1));
   }
   for (int p = max(own, begin + shift); p < last; ++p) add(p - shift, A(1) - next(p, cell));
 }
 
 PSP_HOST_DEVICE int tap_shift(int tap, int taps, int dilation) { return tap_pixel<int>(0, tap, taps, dilation); }
+
+// Whether all that the kernels count fits int.
+inline bool fits(const Levels& levels, const Window& window, int64_t O, int64_t H, int64_t W) {
+  return fits_int(levels, O, H, W) && H * (W + 32) <= INT_MAX - kThreads && count_taps(levels, window) <= INT_MAX;
+}
 
 }  // namespace pspnet_fast::cuda

@@ -1,8 +1,10 @@
-"""Command line: ``pspnet-fast train | eval | predict | info``, a file each."""
+"""Command line: ``pspnet-fast train | eval | predict | check-data | coco-labels | info``, a file each."""
 
 import click
 
 from pspnet_fast import __version__
+from pspnet_fast.cli.check_data import check_data
+from pspnet_fast.cli.coco_labels import coco_labels
 from pspnet_fast.cli.eval import evaluate
 from pspnet_fast.cli.group import EXTRAS, Group
 from pspnet_fast.cli.info import info
@@ -19,11 +21,12 @@ def main(traceback: bool) -> None:
     """Train a PSPNet, measure it, and label images with it.
 
     \b
+    pspnet-fast check-data configs/camvid.yaml data.root=/data/camvid
     pspnet-fast train configs/camvid.yaml data.root=/data/camvid
     pspnet-fast eval configs/camvid.yaml data.root=/data/camvid --checkpoint runs/camvid/best.pt
     pspnet-fast predict street.jpg --checkpoint runs/camvid/best.pt --out labels
     """
 
 
-for command in (train, evaluate, predict, info):
+for command in (train, evaluate, predict, check_data, coco_labels, info):
     main.add_command(command)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pspnet_fast.cli.common import FILE, FOLDER, load_predictor, read_classes, validation_set
+from pspnet_fast.cli.common import FILE, FOLDER, load_predictor, read_classes, skipped_text, validation_set
 
 if TYPE_CHECKING:
-    from pspnet_fast.data.list_dataset import ListDataset
+    from pspnet_fast.data.list_dataset import PairDataset
     from pspnet_fast.inference.predict import Predictor
     from pspnet_fast.training.metrics import Metrics
 
@@ -67,10 +67,12 @@ def evaluate(
         bf16=settings.train.bf16,
         channels_last=settings.train.channels_last,
     )
+    if text := skipped_text(val_set):
+        click.echo(f"Warning: {text}", err=True)
     if not metrics.confusion.any():
-        click.echo(f"Warning: no pixel of {settings.data.val_list} is labelled: there are no scores", err=True)
+        click.echo(f"Warning: no pixel of {val_set.source} is labelled: there are no scores", err=True)
     elif missing := unlabelled(metrics.confusion.sum(1).tolist(), names):
-        click.echo(f"Warning: {settings.data.val_list}: {missing}", err=True)
+        click.echo(f"Warning: {val_set.source}: {missing}", err=True)
     click.echo(_scores_json(metrics, names) if as_json else _scores_table(metrics, names))
     for index, path in drawn.items():
         _draw(predictor, val_set, index, path)
@@ -112,7 +114,7 @@ def _scores_json(metrics: "Metrics", names: Sequence[str]) -> str:
     return json.dumps(scores, indent=2, allow_nan=False)
 
 
-def _plan_pictures(val_set: "ListDataset", count: int, out: Path, overwrite: bool) -> dict[int, Path]:
+def _plan_pictures(val_set: "PairDataset", count: int, out: Path, overwrite: bool) -> dict[int, Path]:
     """The first, the last and images evenly between them, by index, and their pictures; settled before measuring."""
     import numpy as np
 
@@ -130,7 +132,7 @@ def _plan_pictures(val_set: "ListDataset", count: int, out: Path, overwrite: boo
     return drawn
 
 
-def _draw(predictor: "Predictor", val_set: "ListDataset", index: int, path: Path) -> None:
+def _draw(predictor: "Predictor", val_set: "PairDataset", index: int, path: Path) -> None:
     """Draw image, truth and prediction side by side."""
     import numpy as np
 

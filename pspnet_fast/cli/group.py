@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-EXTRAS = {"numpy", "yaml", "cv2", "PIL", "tqdm", "matplotlib", "tensorboard"}
+EXTRAS = dict.fromkeys(("numpy", "yaml", "cv2", "PIL", "tqdm", "matplotlib", "tensorboard"), "train")
+EXTRAS["pycocotools"] = "coco"
 
 
 class Stopped(click.ClickException):
@@ -37,9 +38,10 @@ class Group(click.Group):
                 raise
             raise Stopped("interrupted", 130) from None
         except ModuleNotFoundError as error:
-            if ctx.params["traceback"] or (error.name or "").partition(".")[0] not in EXTRAS:
+            extra = EXTRAS.get((error.name or "").partition(".")[0])
+            if ctx.params["traceback"] or extra is None:
                 raise
-            message = f"this command needs {error.name}: pip install 'pspnet_fast[train]'"
+            message = f"this command needs {error.name}: pip install 'pspnet_fast[{extra}]'"
             raise click.ClickException(message) from None
         except (ValueError, OSError, FloatingPointError) as error:
             if ctx.params["traceback"]:

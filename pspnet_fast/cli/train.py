@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pspnet_fast.cli.common import FILE, FOLDER, list_dataset, read_classes, validation_set
+from pspnet_fast.cli.common import FILE, FOLDER, pair_dataset, read_classes, skipped_text, validation_set
 from pspnet_fast.cli.group import Stopped
 
 
@@ -69,7 +69,7 @@ def train(
     data = settings.data
     names, colors = read_classes(data)
     transform = TrainTransform(data.crop, data.mean, data.std, data.scale, data.degrees, data.blur)
-    train_set = list_dataset(data, "train_list", len(names), transform, settings.train.seed)
+    train_set = pair_dataset(data, "train", len(names), transform, settings.train.seed)
     val_set = validation_set(data, len(names), data.mean, data.std)
     warnings = check_normalisation(data.mean, data.std) + check_lists(train_set, val_set)
     for warning in (*warnings, *check_classes(train_set, names), *check_classes(val_set, names)):
@@ -82,7 +82,7 @@ def train(
         f"{len(train_set)} training and {len(val_set)} validation images; writing to {out}"
     )
     # Compared when the run is resumed; names and colours are compared by what their files hold.
-    not_compared = {"root", "names", "colors", "mean", "std"}
+    not_compared = {"root", "names", "colors", "mean", "std", "unreadable", "cache_gb"}
     metadata = {
         "model": dataclasses.asdict(settings.model),
         "colors": colors,
@@ -113,9 +113,11 @@ def train(
     except ResumeError as error:
         hint = "".join(f" --allow {shlex.quote(key)}" for key in error.changed)
         raise click.ClickException(f"{error}{hint and f'. To go on with the new values:{hint}'}") from None
+    if text := skipped_text(train_set, val_set):
+        click.echo(f"Warning: {text}", err=True)
     last = result.history[-1]["miou"]
     if result.best is None:
-        click.echo(f"no mIoU, since no pixel of {data.val_list} is labelled; saved {result.checkpoint}")
+        click.echo(f"no mIoU, since no pixel of {val_set.source} is labelled; saved {result.checkpoint}")
     else:
         last_text = "-" if last is None else f"{last:.4f}"
         click.echo(f"best mIoU {result.best_miou:.4f}: {result.best}; last {last_text}: {result.checkpoint}")

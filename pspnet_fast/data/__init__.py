@@ -9,3 +9,7 @@ class DataError(ValueError):
     def __init__(self, message: str) -> None:
         # A DataLoader rebuilds an error of its worker from the traceback as text, whose last line is the message.
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
+class UnreadableError(DataError):
+    """A file that is missing, damaged or no image at all."""

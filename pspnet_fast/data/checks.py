@@ -2,21 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pspnet_fast.data import IGNORE_INDEX, DataError
+from pspnet_fast.data import IGNORE_INDEX, DataError, UnreadableError
 from pspnet_fast.data.conventions import CLASSES
 from pspnet_fast.data.images import unused_bits
-from pspnet_fast.data.list_dataset import ListDataset
+from pspnet_fast.data.list_dataset import PairDataset
 
 SAMPLE = 8  # pairs of each list, evenly spread
 SCAN = 500  # labels of each list in which classes are looked for
 
 
-def check_lists(*datasets: ListDataset) -> list[str]:
+def check_lists(*datasets: PairDataset) -> list[str]:
     """Read some pairs of each list, training before validation; return warnings, a sentence each.
 
     Raises:
@@ -26,27 +27,30 @@ def check_lists(*datasets: ListDataset) -> list[str]:
     for dataset in datasets:
         values, odd = set(), []
         for index in (indices := _spread(dataset, SAMPLE)):
-            image, label = dataset.read(index)
+            try:
+                image, label = dataset.read(index)
+            except UnreadableError:
+                if dataset.unreadable == "error":
+                    raise
+                continue
             values |= set(np.unique(label).tolist())
             if text := unused_bits(image):
                 odd.append(f"{dataset.pairs[index][0]}: {text}")
         if values == {IGNORE_INDEX}:
-            warnings.append(f"{dataset.list_file}: every pixel of the {len(indices)} labels looked at is ignored")
+            warnings.append(f"{dataset.source}: every pixel of the {len(indices)} labels looked at is ignored")
         warnings += [text + f" (as {len(odd)} of {len(indices)} images looked at)" for text in odd[:1]]
         repeated = len(dataset) - len({image for image, _ in dataset.pairs})
         if repeated:
-            warnings.append(f"{dataset.list_file}: {repeated} of {len(dataset)} lines name an image of a line before")
+            warnings.append(f"{dataset.source}: {repeated} of {len(dataset)} lines name an image of a line before")
         found |= values
     first, last = datasets[0], datasets[-1]
     if first is not last and (common := {image for image, _ in first.pairs} & {image for image, _ in last.pairs}):
-        warnings.append(
-            f"{len(common)} images stand in {first.list_file} and in {last.list_file}: scores will be too good"
-        )
+        warnings.append(f"{len(common)} images stand in {first.source} and in {last.source}: scores will be too good")
     labels = first.labels
     warnings += _by_color_other_classes(first)
     if labels.is_identity and labels.classes > 1 and found == {0, IGNORE_INDEX}:
         raise DataError(
-            f"{first.list_file}: the labels looked at hold the values 0 and 255 only, and 255 is ignored; "
+            f"{first.source}: the labels looked at hold the values 0 and 255 only, and 255 is ignored; "
             '"data.remap={0: 0, 255: 1}" makes it class 1, "data.remap={0: 0, 1: 1, 255: 255}" says that it is none'
         )
     if labels.is_identity and labels.classes == CLASSES["ade20k"] and IGNORE_INDEX not in found:
@@ -57,7 +61,7 @@ def check_lists(*datasets: ListDataset) -> list[str]:
     return warnings
 
 
-def check_classes(dataset: ListDataset, names: Sequence[str]) -> list[str]:
+def check_classes(dataset: PairDataset, names: Sequence[str]) -> list[str]:
     """Look for every class in the labels, in SCAN of them at most; return a warning if one has no pixel.
 
     Raises:
@@ -65,14 +69,18 @@ def check_classes(dataset: ListDataset, names: Sequence[str]) -> list[str]:
     """
     counts = np.zeros(IGNORE_INDEX + 1, np.int64)
     indices = _spread(dataset, SCAN)
-    for index in tqdm(indices, desc=f"classes of {dataset.list_file.name}", unit="label", leave=False, disable=None):
-        counts += np.bincount(dataset.labels(dataset.pairs[index][1]).ravel(), minlength=len(counts))
+    for index in tqdm(indices, desc=f"classes of {Path(dataset.source).name}", unit="label", leave=False, disable=None):
+        try:
+            counts += np.bincount(dataset.labels(dataset.pairs[index][1]).ravel(), minlength=len(counts))
+        except UnreadableError:
+            if dataset.unreadable == "error":
+                raise
         if counts[: len(names)].all():
             return []
     if not counts[: len(names)].any():  # that all is ignored is said already
         return []
     where = "its labels" if len(indices) == len(dataset) else f"{len(indices)} of its {len(dataset)} labels"
-    text = f"{dataset.list_file}: {unlabelled(counts, names)} in {where}"
+    text = f"{dataset.source}: {unlabelled(counts, names)} in {where}"
     missing = [index for index in range(len(names)) if not counts[index]]
     if dataset.labels.is_identity and len(missing) == 1 and counts[IGNORE_INDEX]:
         others = [f"{index}: {index}" for index in range(len(names)) if counts[index]]
@@ -93,7 +101,7 @@ def unlabelled(counts: Sequence[int] | NDArray[np.int64], names: Sequence[str]) 
     return f"no pixel is of class{'es' if len(missing) > 1 else ''} {', '.join(missing[:5])}{more}"
 
 
-def _by_color_other_classes(dataset: ListDataset) -> list[str]:
+def _by_color_other_classes(dataset: PairDataset) -> list[str]:
     """A warning where palettes paint the indices in the colours of other classes."""
     if not dataset.labels.is_identity or dataset.labels.colors is None:
         return []
@@ -111,7 +119,7 @@ def _by_color_other_classes(dataset: ListDataset) -> list[str]:
     return []
 
 
-def _spread(dataset: ListDataset, count: int) -> list[int]:
+def _spread(dataset: PairDataset, count: int) -> list[int]:
     """Indices of so many pairs, the first, the last and evenly between them; of all where there are fewer."""
     return np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)).tolist()
 

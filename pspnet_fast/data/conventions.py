@@ -10,6 +10,24 @@ Color = tuple[int, int, int]
 # The 19 classes of the Cityscapes benchmark in the order of their train ids, by the id that *_labelIds.png hold.
 _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 _CITYSCAPES_LAST_ID = 33
+# The ids of COCO-Stuff that no pixel has; its label files hold the id - 1.
+_COCOSTUFF_GONE = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
+# The 32 colours of CamVid's label_colors.txt by the class of the SegNet tutorial's 11 that each belongs to.
+_CAMVID_COLORS: tuple[tuple[Color, ...], ...] = (
+    ((128, 128, 128),),  # Sky
+    ((192, 0, 128), (0, 128, 64), (128, 0, 0), (64, 0, 64), (64, 192, 0)),  # Archway, Bridge, Building, Tunnel, Wall
+    ((192, 192, 128), (0, 0, 64)),  # Column_Pole, TrafficCone
+    ((128, 64, 128), (128, 0, 192), (192, 0, 64)),  # Road, LaneMkgsDriv, LaneMkgsNonDriv
+    ((0, 0, 192), (64, 192, 128), (128, 128, 192)),  # Sidewalk, ParkingBlock, RoadShoulder
+    ((128, 128, 0), (192, 192, 0)),  # Tree, VegetationMisc
+    ((192, 128, 128), (128, 128, 64), (0, 64, 64)),  # SignSymbol, Misc_Text, TrafficLight
+    ((64, 64, 128),),  # Fence
+    # Car, SUVPickupTruck, Truck_Bus, Train, OtherMoving
+    ((64, 0, 128), (64, 128, 192), (192, 128, 192), (192, 64, 128), (128, 64, 64)),
+    ((64, 64, 0), (192, 128, 64), (64, 0, 192), (64, 128, 64)),  # Pedestrian, Child, CartLuggagePram, Animal
+    ((0, 128, 192), (192, 0, 192)),  # Bicyclist, MotorcycleScooter
+)
+_CAMVID_VOID: Color = (0, 0, 0)
 
 CONVENTIONS = {
     "index": "the value is the class, 255 is ignored",
@@ -17,9 +35,17 @@ CONVENTIONS = {
     "ade20k": "ADE20K's files: 1..150 are the classes, 0 is ignored",
     "cityscapes": "*_labelIds.png: of the ids 0..33, the 19 of the benchmark are classes, the others ignored",
     "voc": "Pascal VOC's files: 0..20 are the classes, 255 is ignored",
+    "camvid": "CamVid's 11 classes: 0..10, 11 and 255 are ignored; or its 32 colours, where black is ignored",
+    "cocostuff": "COCO-Stuff's files, which hold the id - 1: of 0..181 the 171 that occur are classes, 255 is ignored",
     "color": "the colour is that of the class in colors.txt",
 }
-CLASSES = {"ade20k": 150, "cityscapes": len(_CITYSCAPES_IDS), "voc": 21}
+CLASSES = {
+    "ade20k": 150,
+    "cityscapes": len(_CITYSCAPES_IDS),
+    "voc": 21,
+    "camvid": len(_CAMVID_COLORS),
+    "cocostuff": 182 - len(_COCOSTUFF_GONE),
+}
 OTHER = "other"
 ORIENTATIONS = ("auto", "turned", "stored")
 
@@ -70,9 +96,22 @@ def classes_by_value(convention: str, classes: int, remap: Remap) -> dict[int, i
         given = {0: IGNORE_INDEX} | {index + 1: index for index in range(classes)}
     elif convention == "from_one":
         given = {0: IGNORE_INDEX, IGNORE_INDEX: IGNORE_INDEX} | {index + 1: index for index in range(classes)}
+    elif convention == "cocostuff":
+        values = (value for value in range(182) if value + 1 not in _COCOSTUFF_GONE)
+        given = {value: index for index, value in enumerate(values)} | {IGNORE_INDEX: IGNORE_INDEX}
     else:
         given = {index: index for index in range(classes)} | {IGNORE_INDEX: IGNORE_INDEX}
+        if convention == "camvid":
+            given[classes] = IGNORE_INDEX
     return given
+
+
+def classes_by_color(convention: str) -> dict[Color, int]:
+    """Class, or 255, of the colours that a convention itself knows; none but CamVid's does."""
+    if convention != "camvid":
+        return {}
+    known = {color: index for index, colors in enumerate(_CAMVID_COLORS) for color in colors}
+    return known | {_CAMVID_VOID: IGNORE_INDEX}
 
 
 def hint(convention: str, classes: int, remapped: bool, wrong: Collection[int]) -> str:
@@ -85,6 +124,10 @@ def hint(convention: str, classes: int, remapped: bool, wrong: Collection[int]) 
         return "*_labelIds.png hold no 255; if these are *_labelTrainIds.png: data.labels=index"
     if convention == "index" and classes == CLASSES["cityscapes"] and max(wrong) <= _CITYSCAPES_LAST_ID:
         return "if these are Cityscapes' *_labelIds.png: data.labels=cityscapes"
+    if convention == "index" and set(wrong) == {classes} and classes == CLASSES["camvid"]:
+        return (
+            "if these are CamVid's, where 11 is unlabelled: data.labels=camvid; if the classes count from 1: from_one"
+        )
     if convention == "index" and set(wrong) == {classes}:
         name = "ade20k" if classes == CLASSES["ade20k"] else "from_one"
         return f"if the classes count from 1 and 0 is none of them, as in ADE20K: data.labels={name}"

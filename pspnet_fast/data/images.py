@@ -7,24 +7,40 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pspnet_fast.data import DataError
+from pspnet_fast.data import DataError, UnreadableError
 
-Image = NDArray[Any]  # float32 (H, W, 3)
+Image = NDArray[Any]  # (H, W, 3): float32 in 0..255, or uint8 or uint16 as a file holds it
+
+SUFFIXES = {".bmp", ".dib", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff"}
+SUFFIXES |= {".webp"}
+"""Files of a folder that count as images."""
 
 _FORMATS = "JPEG, PNG, WebP, TIFF, BMP, GIF, AVIF and JPEG 2000"
 
 
 def read_image(path: Path, oriented: bool = True) -> Image:
-    """Read an image as float32 RGB (H, W, 3), 0..255.
+    """Read an image as float32 RGB (H, W, 3), 0..255; see :func:`decode_image`."""
+    return to_float(decode_image(path, oriented))
 
-    Grey, palette and CMYK images become RGB, an alpha channel is dropped, 16 bits are scaled to 0..255, and of several
+
+def to_float(pixels: Image) -> Image:
+    """Pixels of 8 or 16 bits as float32 in 0..255; float32 ones as they are."""
+    image = pixels.astype(np.float32, copy=False)
+    return image / 257 if pixels.dtype == np.uint16 else image  # 65535 = 257 * 255
+
+
+def decode_image(path: Path, oriented: bool = True) -> Image:
+    """Read an image as RGB (H, W, 3), uint8 or uint16 as the file is.
+
+    Grey, palette and CMYK images become RGB, an alpha channel is dropped, and of several
     frames the first is read.
 
     Args:
         oriented: turn the image as its EXIF orientation says, as viewers show it.
 
     Raises:
-        DataError: the file is missing, not whole, no image that OpenCV can read, or not of 8 or 16 bits.
+        UnreadableError: the file is missing, not whole or no image that OpenCV can read.
+        DataError: it is not of 8 or 16 bits, or too large.
     """
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
     content = read_content(path)
@@ -32,13 +48,12 @@ def read_image(path: Path, oriented: bool = True) -> Image:
     if pixels is None:
         pixels = _decode(path, content, cv2.IMREAD_UNCHANGED)  # only to say why
     if pixels is None:
-        raise DataError(f"{path}: is not an image that OpenCV can decode, or not whole; it reads {_FORMATS}")
+        raise UnreadableError(f"{path}: is not an image that OpenCV can decode, or not whole; it reads {_FORMATS}")
     if pixels.dtype not in (np.uint8, np.uint16):
         raise DataError(
             f"{path}: has pixels of {pixels.dtype}, whose black and white are unknown; save it with 8 or 16 bits"
         )
-    image = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB).astype(np.float32)
-    return image / 257 if pixels.dtype == np.uint16 else image  # 65535 = 257 * 255
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
 def unused_bits(image: Image) -> str | None:
@@ -56,14 +71,14 @@ def read_content(path: Path) -> bytes:
     """All bytes of a file.
 
     Raises:
-        DataError: it cannot be read, or is empty.
+        UnreadableError: it cannot be read, or is empty.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UnreadableError(f"{path}: cannot be read ({error.strerror})") from None
     if not content:
-        raise DataError(f"{path}: is empty")
+        raise UnreadableError(f"{path}: is empty")
     return content
 
 
@@ -75,6 +90,6 @@ def _decode(path: Path, content: bytes, flags: int) -> NDArray[Any] | None:
     except cv2.error as error:
         if "CV_IO_MAX_IMAGE" in error.err:
             raise DataError(f"{path}: has more pixels than OpenCV reads (2**30, or 2**20 a side); cut it up") from None
-        raise DataError(f"{path}: OpenCV cannot decode it ({' '.join(error.err.split())})") from None
+        raise UnreadableError(f"{path}: OpenCV cannot decode it ({' '.join(error.err.split())})") from None
     finally:
         cv2.utils.logging.setLogLevel(level)

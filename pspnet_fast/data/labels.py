@@ -13,8 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pspnet_fast.data import IGNORE_INDEX, DataError
-from pspnet_fast.data.conventions import CLASSES, CONVENTIONS, Color, Remap, classes_by_value, hint
+from pspnet_fast.data import IGNORE_INDEX, DataError, UnreadableError
+from pspnet_fast.data.conventions import (
+    CLASSES,
+    CONVENTIONS,
+    Color,
+    Remap,
+    classes_by_color,
+    classes_by_value,
+    hint,
+)
 from pspnet_fast.data.images import read_content
 
 Label = NDArray[Any]  # uint8 (H, W)
@@ -70,7 +78,27 @@ class LabelReader:
             DataError: the file is missing, not whole, lossy or no image; it holds values or colours that are no class.
         """
         pixels = read_pixels(path, self.convention == "color", oriented)
-        return self._from_colors(path, pixels) if pixels.ndim == 3 else self._from_values(path, pixels)
+        label = self._classes(path, pixels)
+        if (label == _UNKNOWN).any():
+            raise DataError(f"{path}: {self._describe(pixels, label == _UNKNOWN)}")
+        return label.astype(np.uint8)
+
+    def inspect(self, path: Path, oriented: bool = True) -> tuple[Label, dict[str, int]]:
+        """Read a label as :meth:`__call__` does, with 255 for what is no class, and count that.
+
+        Returns:
+            The label, and the pixels of each value (``"7"``) or colour (``"120 3 0"``) that is none, by frequency.
+
+        Raises:
+            DataError: the file is missing, not whole, lossy or no image.
+        """
+        pixels = read_pixels(path, self.convention == "color", oriented)
+        label = self._classes(path, pixels)
+        unknown = label == _UNKNOWN
+        values, counts = np.unique(pixels[unknown], axis=0, return_counts=True)
+        order = np.argsort(-counts, kind="stable")
+        found = {" ".join(map(str, np.atleast_1d(values[index]).tolist())): int(counts[index]) for index in order}
+        return np.where(unknown, IGNORE_INDEX, label).astype(np.uint8), found
 
     @property
     def is_identity(self) -> bool:
@@ -98,54 +126,52 @@ class LabelReader:
                 table[value] = index
         return table
 
-    def _from_values(self, path: Path, pixels: NDArray[Any]) -> Label:
-        label = self._table[pixels]
-        wrong = pixels[label == _UNKNOWN]
-        if wrong.size:
-            values = np.unique(wrong).tolist()
-            named = f"value {values[0]}" if len(values) == 1 else f"values {_first(values)}"
-            remedy = hint(self.convention, self.classes, bool(self.remap), values)
-            raise DataError(
-                f"{path}: label {named} ({wrong.size} pixels outside the classes); "
-                f"allowed are {_ranges(self._by_value)}; {remedy}"
-            )
-        return label.astype(np.uint8)
-
-    @functools.cached_property
-    def _color_codes(self) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-        """Colours as numbers, ascending, and the class of each."""
-        if self.colors is None:
-            raise DataError("a coloured label needs data.colors, a file with the colour of each class")
-        known: dict[Color, int] = {}
-        for index, color in enumerate(self.colors):
-            if (first := known.setdefault(color, index)) != index:
-                raise DataError(f"coloured labels cannot tell classes {first} and {index} apart: both are {color}")
-        known |= self._parsed.colors
-        codes = sorted((red << 16 | green << 8 | blue, index) for (red, green, blue), index in known.items())
-        return np.array([code for code, _ in codes], np.int32), np.array([index for _, index in codes], np.uint8)
-
-    def _from_colors(self, path: Path, pixels: NDArray[Any]) -> Label:
+    def _classes(self, path: Path, pixels: NDArray[Any]) -> NDArray[np.int16]:
+        """Class or 255 of values (H, W) or colours (H, W, 3), _UNKNOWN where there is none."""
+        if pixels.ndim == 2:
+            return self._table[pixels]
         try:
             codes, classes = self._color_codes
         except DataError as error:
             raise DataError(f"{path}: {error}{_hint_at_grey(pixels)}") from None
         found = pixels.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
         place = np.minimum(np.searchsorted(codes, found), len(codes) - 1)
-        known = codes[place] == found
-        if known.all():
-            return classes[place]
-        if self._parsed.other is not None:
-            return np.where(known, classes[place], np.uint8(self._parsed.other))
-        raise DataError(f"{path}: {self._describe(found[~known])}{_hint_at_grey(pixels)}")
+        other = self._parsed.other
+        return np.where(codes[place] == found, classes[place], np.int16(_UNKNOWN if other is None else other))
 
-    def _describe(self, unknown: NDArray[np.int32]) -> str:
-        """The most frequent of the colours that no class has, and the class that is nearest."""
+    def _describe(self, pixels: NDArray[Any], unknown: NDArray[np.bool_]) -> str:
+        """What is no class, and the likely remedy."""
+        wrong = pixels[unknown]
+        if pixels.ndim == 3:
+            return self._describe_colors(wrong) + _hint_at_grey(pixels)
+        values = np.unique(wrong).tolist()
+        named = f"value {values[0]}" if len(values) == 1 else f"values {_first(values)}"
+        remedy = hint(self.convention, self.classes, bool(self.remap), values)
+        return (
+            f"label {named} ({wrong.size} pixels outside the classes); allowed are {_ranges(self._by_value)}; {remedy}"
+        )
+
+    @functools.cached_property
+    def _color_codes(self) -> tuple[NDArray[np.int32], NDArray[np.int16]]:
+        """Colours as numbers, ascending, and the class of each."""
+        known: dict[Color, int] = classes_by_color(self.convention)
+        if self.colors is None and not known:
+            raise DataError("a coloured label needs data.colors, a file with the colour of each class")
+        for index, color in enumerate([] if known else self.colors or []):
+            if (first := known.setdefault(color, index)) != index:
+                raise DataError(f"coloured labels cannot tell classes {first} and {index} apart: both are {color}")
+        known |= self._parsed.colors
+        codes = sorted((red << 16 | green << 8 | blue, index) for (red, green, blue), index in known.items())
+        return np.array([code for code, _ in codes], np.int32), np.array([index for _, index in codes], np.int16)
+
+    def _describe_colors(self, unknown: NDArray[np.uint8]) -> str:
+        """The most frequent of the colours (N, 3) that no class has, and the class that is nearest."""
         codes, classes = self._color_codes
-        values, counts = np.unique(unknown, return_counts=True)
-        color = _decode_color(int(values[counts.argmax()]))
+        values, counts = np.unique(unknown, axis=0, return_counts=True)
+        color = tuple(values[counts.argmax()].tolist())
         known = np.array([_decode_color(int(code)) for code in codes])
         nearest = int(((known - color) ** 2).sum(1).argmin())
-        more = f" and {len(values) - 1} other colours in {unknown.size - counts.max()}" if len(values) > 1 else ""
+        more = f" and {len(values) - 1} other colours in {len(unknown) - counts.max()}" if len(values) > 1 else ""
         return (
             f"colour {color} in {counts.max()} pixels{more} is that of no class; "
             f"the nearest is {tuple(known[nearest].tolist())} of class {classes[nearest]}; "
@@ -197,12 +223,12 @@ def _open(path: Path, oriented: bool) -> tuple[Image.Image, int]:
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError:
-        raise DataError(f"{path}: is not an image that Pillow can read; save labels as PNG") from None
+        raise UnreadableError(f"{path}: is not an image that Pillow can read; save labels as PNG") from None
     except Image.DecompressionBombError:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise DataError(f"{path}: has more pixels than Pillow reads ({most}); cut image and label up") from None
     except Exception as error:  # Pillow's readers raise what they come across in a damaged file
-        raise DataError(f"{path}: is damaged or not whole ({error})") from None
+        raise UnreadableError(f"{path}: is damaged or not whole ({error})") from None
     return image, bits
 
 

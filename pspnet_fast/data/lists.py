@@ -84,35 +84,46 @@ def spread_colors(classes: int) -> list[Color]:
     return colors
 
 
-def read_list(root: Path, list_file: Path) -> list[tuple[Path, Path]]:
+def read_list(root: Path, list_file: Path, failed: list[Exception] | None = None) -> list[tuple[Path, Path]]:
     """Pairs of a list file with lines ``IMAGE LABEL``, both relative to ``root``; every file must exist.
 
     A tab, a comma or blanks separate the two; names that hold the separator stand in double quotes.
+
+    Args:
+        failed: takes the errors of single lines, which are then left out. Without it the first is raised.
 
     Raises:
         FileNotFoundError: the list or a file that it names is missing.
         ValueError: a line without two names, or no line at all.
     """
-    pairs = []
-    for number, line in read_lines(list_file):
-        place = f"{list_file}:{number}"
-        readings = [(_locate(root, image), _locate(root, label)) for image, label in _separate(line)]
-        if not readings:
-            raise ValueError(
-                f"{place}: must be 'IMAGE LABEL', got {line!r}; "
-                "where a name holds blanks, put a tab or comma between the two, or each in double quotes"
-            )
-        # Where a line can be read in several ways, the files that exist decide.
-        image, label = next((pair for pair in readings if all(path.is_file() for path in pair)), readings[0])
-        for path in (image, label):
-            if path.is_dir():
-                raise FileNotFoundError(f"{place}: {path} is a folder, not a file")
-            if not path.is_file():
-                raise FileNotFoundError(f"{place}: no file {path}")
-        pairs.append((image, label))
-    if not pairs:
+    pairs, lines = [], list(read_lines(list_file))
+    for number, line in lines:
+        try:
+            pairs.append(_pair(root, line, f"{list_file}:{number}"))
+        except (FileNotFoundError, ValueError) as error:
+            if failed is None:
+                raise
+            failed.append(error)
+    if not lines:
         raise ValueError(f"{list_file}: names no image")
     return pairs
+
+
+def _pair(root: Path, line: str, place: str) -> tuple[Path, Path]:
+    readings = [(_locate(root, image), _locate(root, label)) for image, label in _separate(line)]
+    if not readings:
+        raise ValueError(
+            f"{place}: must be 'IMAGE LABEL', got {line!r}; "
+            "where a name holds blanks, put a tab or comma between the two, or each in double quotes"
+        )
+    # Where a line can be read in several ways, the files that exist decide.
+    image, label = next((pair for pair in readings if all(path.is_file() for path in pair)), readings[0])
+    for path in (image, label):
+        if path.is_dir():
+            raise FileNotFoundError(f"{place}: {path} is a folder, not a file")
+        if not path.is_file():
+            raise FileNotFoundError(f"{place}: no file {path}")
+    return image, label
 
 
 def _separate(line: str) -> list[tuple[str, str]]:

@@ -1,67 +1,25 @@
 """Image and label transforms: semseg's training pipeline, in its order and with its borders, and its evaluation twin.
 
-Images are float32 RGB (H, W, 3) in 0..255 until :func:`normalise`; labels are uint8 (H, W). Every random choice comes
-from the ``numpy.random.Generator`` given, so equal generators give equal results.
+Images are RGB (H, W, 3), uint8, uint16 or float32 in 0..255, until :func:`normalise`; labels are uint8 (H, W). Every
+random choice comes from the ``numpy.random.Generator`` given, so equal generators give equal results.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from pspnet_fast.data import IGNORE_INDEX
-from pspnet_fast.data.images import Image
+from pspnet_fast.data import IGNORE_INDEX, windows
+from pspnet_fast.data.images import Image, to_float
 from pspnet_fast.data.labels import Label
+from pspnet_fast.data.windows import Window
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-def random_scale(image: Image, label: Label, rng: np.random.Generator, factors: Sequence[float]) -> tuple[Image, Label]:
-    """Resize by one factor drawn from U(factors[0], factors[1]); bilinear image, nearest label."""
-    factor = rng.uniform(factors[0], factors[1])
-    return (
-        cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_LINEAR),
-        cv2.resize(label, None, fx=factor, fy=factor, interpolation=cv2.INTER_NEAREST),
-    )
-
-
-def random_rotate(
-    image: Image, label: Label, rng: np.random.Generator, degrees: Sequence[float], border: Sequence[float]
-) -> tuple[Image, Label]:
-    """With probability 0.5 turn by U(degrees[0], degrees[1]) about (W/2, H/2) on the same canvas.
-
-    Uncovered pixels get ``border`` in the image and 255 in the label.
-    """
-    if rng.random() >= 0.5:
-        return image, label
-    height, width = label.shape
-    matrix = cv2.getRotationMatrix2D((width / 2, height / 2), rng.uniform(degrees[0], degrees[1]), 1)
-    image = cv2.warpAffine(
-        image, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=border
-    )
-    label = cv2.warpAffine(
-        label,
-        matrix,
-        (width, height),
-        flags=cv2.INTER_NEAREST,
-        borderMode=cv2.BORDER_CONSTANT,
-        borderValue=IGNORE_INDEX,
-    )
-    return image, label
-
-
-def random_blur(image: Image, rng: np.random.Generator) -> Image:
-    """With probability 0.5 a 5x5 Gaussian blur; for this size OpenCV takes 1 4 6 4 1 over 16, along each axis."""
-    return cv2.GaussianBlur(image, (5, 5), 0) if rng.random() < 0.5 else image
-
-
-def random_flip(image: Image, label: Label, rng: np.random.Generator) -> tuple[Image, Label]:
-    """With probability 0.5 mirror left to right."""
-    return (image[:, ::-1], label[:, ::-1]) if rng.random() < 0.5 else (image, label)
 
 
 def pad_to(image: Image, label: Label, size: Sequence[int], border: Sequence[float]) -> tuple[Image, Label]:
@@ -79,16 +37,34 @@ def normalise(image: Image, mean: Sequence[float], std: Sequence[float]) -> Tens
     """(image / 255 - mean) / std per channel, as a contiguous float32 tensor (3, H, W)."""
     scale = 255 * np.asarray(std, np.float32)
     shift = 255 * np.asarray(mean, np.float32)
-    return torch.from_numpy(np.ascontiguousarray(((image - shift) / scale).transpose(2, 0, 1)))
+    planes = np.empty((3, *image.shape[:2]), np.float32)
+    for channel, plane in enumerate(planes):  # one after the other: their pixels lie apart in the image
+        np.subtract(image[..., channel], shift[channel], out=plane)
+        plane /= scale[channel]
+    return torch.from_numpy(planes)
 
 
 def _to_tensors(image: Image, label: Label, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
     return normalise(image, mean, std), torch.from_numpy(label.astype(np.int64))
 
 
+class Choices(NamedTuple):
+    """What is drawn for one training image: factor of size, degrees (None: not turned), and where the crop begins."""
+
+    factor: float
+    degrees: float | None
+    blur: bool
+    flip: bool
+    top: int
+    left: int
+
+
 @dataclass(frozen=True)
 class TrainTransform:
     """Scale, rotate, blur, flip, crop, normalise (semseg ``tool/train.py``).
+
+    All choices are drawn first, so that only the pixels of the crop are resized, turned and blurred; they are the same
+    as those of a crop from the whole (:mod:`pspnet_fast.data.windows`).
 
     Attributes:
         crop: (H, W) of the result; smaller images are padded with the mean and label 255.
@@ -107,18 +83,43 @@ class TrainTransform:
 
     def __call__(self, image: Image, label: Label, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Return the image (3, H, W) float32 and the label (H, W) int64."""
+        choices = self.choose(label.shape, rng)
+        size = windows.scaled_size(label.shape, choices.factor)
+        top, left = choices.top, choices.left  # 0 where the image is smaller, which then is padded on both sides
+        window = Window(top, top + self.crop[0], left, left + self.crop[1]).within(size)
+        image, label = self.augment(image, label, choices, window)
         border = [255 * value for value in self.mean]
-        image, label = random_scale(image, label, rng, self.scale)
-        image, label = random_rotate(image, label, rng, self.degrees, border)
-        if self.blur:
-            image = random_blur(image, rng)
-        image, label = random_flip(image, label, rng)
         image, label = pad_to(image, label, self.crop, border)
-        height, width = self.crop
-        top = rng.integers(label.shape[0] - height, endpoint=True)
-        left = rng.integers(label.shape[1] - width, endpoint=True)
-        window = np.s_[top : top + height, left : left + width]
-        return _to_tensors(image[window], label[window], self.mean, self.std)
+        return _to_tensors(image, label, self.mean, self.std)
+
+    def choose(self, size: Sequence[int], rng: np.random.Generator) -> Choices:
+        """Draw for an image of ``size`` (H, W)."""
+        factor = rng.uniform(self.scale[0], self.scale[1])
+        degrees = rng.uniform(self.degrees[0], self.degrees[1]) if rng.random() < 0.5 else None
+        blur = self.blur and rng.random() < 0.5
+        flip = rng.random() < 0.5
+        rest = [
+            max(given - wanted, 0) for given, wanted in zip(windows.scaled_size(size, factor), self.crop, strict=True)
+        ]
+        top, left = (int(rng.integers(extent, endpoint=True)) for extent in rest)
+        return Choices(factor, degrees, blur, flip, top, left)
+
+    def augment(self, image: Image, label: Label, choices: Choices, window: Window) -> tuple[Image, Label]:
+        """A window of the image (uint8, uint16 or float32 in 0..255) and the label after all steps but the padding."""
+        _, width = size = windows.scaled_size(label.shape, choices.factor)
+        if choices.flip:
+            window = Window(window.top, window.bottom, width - window.right, width - window.left)
+
+        def scaled(part: Window) -> tuple[Image, Label]:
+            return windows.scale(image, label, choices.factor, part)
+
+        def turned(part: Window) -> tuple[Image, Label]:
+            if choices.degrees is None:
+                return scaled(part)
+            return windows.turn(scaled, size, choices.degrees, [255 * value for value in self.mean], part)
+
+        done = windows.blur(turned, size, window) if choices.blur else turned(window)
+        return (done[0][:, ::-1], done[1][:, ::-1]) if choices.flip else done
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ class EvalTransform:
 
     def __call__(self, image: Image, label: Label, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Return the image (3, H, W) float32 and the label (H, W) int64; ``rng`` is not used."""
+        image = to_float(image)
         if self.crop is not None:
             image, label = pad_to(image, label, self.crop, [255 * value for value in self.mean])
             top, left = ((given - wanted) // 2 for given, wanted in zip(label.shape, self.crop, strict=True))

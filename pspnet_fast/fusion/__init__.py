@@ -67,16 +67,18 @@ def fuse(
     """Convolves the upsampled maps of a model before their upsampling, not after it, in place.
 
     The model's own modules run as ever, hooks, subclasses and exchanged layers included. But in the forward of a fused
-    module F.interpolate (bilinear) gives a map that is not computed yet, and so does torch.cat along channels of such;
-    a convolution takes the maps as they were before, as FusedPSPHead does, exactly; and whatever else touches such a
-    map computes it first, as the model alone would have. Where F.linear gives the upsampled map and a 1x1 convolution
-    takes it (SegFormer), both run as one linear map. In inference, batch norm and ReLU run in the same pass. So any
-    head will do, however it is written. Tested are segmentation_models_pytorch's PSPNet, UPerNet, Segformer, DeepLabV3
-    and bilinear Unet and transformers' UperNetHead and SegformerDecodeHead themselves, and heads of the structure of
-    semseg's pyramid, mmsegmentation's PSPHead, UPerHead, SegformerHead, FCNHead on HRNet and SETRUPHead, HRNet-OCR,
-    ICNet, DeepLabV3+ with a dense convolution, and milesial's U-Net. Not: upsampling that is not bilinear (nearest, as
-    in segmentation_models_pytorch's Unet by default), transposed convolutions, and maps that are added or go through an
-    activation between upsampling and convolution.
+    module F.interpolate (bilinear or nearest) gives a map that is not computed yet, and so does torch.cat along
+    channels of such; a convolution takes the maps as they were before, as FusedPSPHead does, exactly; and whatever else
+    touches such a map computes it first, as the model alone would have. Where F.linear gives the upsampled map and a
+    1x1 convolution takes it (SegFormer), both run as one linear map. In inference, batch norm and ReLU run in the same
+    pass. A map that is pooled to the sizes of several layers nn.AdaptiveAvgPool2d is read once. So any head will do,
+    however it is written. Tested are segmentation_models_pytorch's PSPNet, UPerNet, Segformer, DeepLabV3, DeepLabV3+,
+    FPN, Unet (both ways of upsampling) and Unet++ and transformers' UperNet, SegFormer, BEiT, Data2Vec and DPT
+    themselves (FPN and DPT are found by an example only), and heads of the structure of semseg's pyramid,
+    mmsegmentation's PSPHead, UPerHead, SegformerHead, FCNHead on HRNet and SETRUPHead, HRNet-OCR, ICNet, DeepLabV3+
+    with a dense convolution, and milesial's U-Net. Not: upsampling otherwise (bicubic, or nearest by a scale that
+    rounding decides), transposed and depthwise convolutions (FastSCNN's feature fusion), and maps that are added
+    or go through an activation between upsampling and convolution (MAnet, PAN, LinkNet).
 
     Parameters, state_dict, optimizers, copies, pickles and checkpointing go on as before. Under torch.compile, export,
     torch.jit and the transforms of torch.func the model's own forward runs, without gain. torch.fx traces what calls

@@ -17,9 +17,8 @@ from torch import Tensor
 from .. import ops
 from ..head import LEAST_ELEMENTS
 from ..ops.checks import MAX_LEVELS, MAX_SEEN
-from ..ops.pyramid_context import Norm
 from ..split_weight import split_product
-from .lazy import Part
+from .lazy import Part, Upsampling
 
 FEW_CELLS = 1024  # of a map: what pyramid_context_'s CUDA kernels are made for
 LEAST_CHANNELS = 128  # of a map of more cells, where the kernel is larger than 1x1: the products of fewer may cost more
@@ -61,12 +60,12 @@ class Convolution:
             cells, channels = cells_of(part, sources), sources[0].size(2)
             gain = part.channels * (channels + o) * cells - o * channels * (part.channels + cells)
             many_pay = not sources[0].is_cuda and (kernel == (1, 1) or part.channels >= LEAST_CHANNELS)
-            low.append(part.corners is not None and cells < pixels and (cells <= FEW_CELLS or many_pay))
-            before = low[-1] or part.corners is None  # not upsampled before it is convolved
+            low.append(part.upsampling is not None and cells < pixels and (cells <= FEW_CELLS or many_pay))
+            before = low[-1] or part.upsampling is None  # not upsampled before it is convolved
             merged.append(part.projection is not None and kernel == (1, 1) and before and gain > 0)
         levels = [(p, s) for (p, s), is_low in zip(parts, low, strict=True) if is_low]
         sizes = [_size(part, sources) for part, sources in levels]
-        if sum(part.channels for part, _ in levels) * pixels < LEAST_ELEMENTS or len(levels) > MAX_LEVELS:
+        if not 1 <= len(levels) <= MAX_LEVELS or sum(part.channels for part, _ in levels) * pixels < LEAST_ELEMENTS:
             return None
         if any(k * sum(s[axis] for s in sizes) > MAX_SEEN for axis, k in enumerate(kernel)):
             return None
@@ -88,12 +87,12 @@ class Convolution:
             channels.append((start, part.channels))
             start += part.channels
 
-        dense, maps, levels, products, taps = [], [], [], {}, {}
+        dense, maps, levels, products = [], [], [], {}
         for i in range(len(self.parts)):
             if self.merged[i]:
                 matrix, shift = _merged(weight.narrow(1, *channels[i]), *sources[i][1:], dtype=self.dtype)
                 bias = shift if bias is None else bias if shift is None else bias + shift
-                products[i] = (sources[i][0].to(self.dtype) @ matrix.t()).unsqueeze(2)  # (N, cells, 1, O)
+                products[i] = sources[i][0].to(self.dtype), matrix.t()  # (N, cells, D) @ (D, O)
             if self.low[i]:
                 levels.append(i)
             elif not self.merged[i]:
@@ -101,13 +100,11 @@ class Convolution:
                 maps.append(_map(self.parts[i], sources[i], self.size))
         plain = [i for i in levels if not self.merged[i]]
         cells = [_map(self.parts[i], sources[i]).to(self.dtype).permute(0, 2, 3, 1).flatten(1, 2) for i in plain]
-        first = None
+        first = rows = None
         if plain:
             first, rows = split_product(weight, [channels[i] for i in dense], [channels[i] for i in plain], cells)
-            taps = dict(zip(plain, rows.split([z.size(1) for z in cells], 1), strict=True))
         elif dense:
             first = torch.cat([weight.narrow(1, *channels[i]) for i in dense], 1)
-        taps |= {i: products[i] for i in levels if self.merged[i]}
 
         output = None
         if first is not None:
@@ -117,54 +114,49 @@ class Convolution:
         for i, product in products.items():
             if not self.low[i]:
                 # by way of a matrix: a product of one image may have strides that no layout is recognised by
-                map = product.flatten(0, 2).view(product.size(0), *self.size, product.size(3)).permute(0, 3, 1, 2)
+                rows_of_cells = _product(product).flatten(0, 2)
+                map = rows_of_cells.view(product[0].size(0), *self.size, -1).permute(0, 3, 1, 2)
                 output = map if output is None else output + map
-        if bias is not None and levels:  # to the tap in the middle of a level: interpolation leaves a constant as it is
-            least = min(levels, key=lambda i: taps[i].size(1))
-            middle = torch.zeros(kernel[0] * kernel[1], 1, dtype=self.dtype, device=bias.device)
-            middle[middle.size(0) // 2] = 1
-            taps[least] = taps[least] + middle * bias.to(self.dtype)
-        elif bias is not None and output is not None:
-            output = output + bias.to(self.dtype)[:, None, None]
-        if output is None:
-            output = self._zeros(sources, weight)
-        return self._add(output, levels, taps, sources, kernel, norm, relu)
 
-    def _add(
-        self,
-        output: Tensor,
-        levels: list[int],
-        taps: dict[int, Tensor],
-        sources: list[list[Tensor]],
-        kernel: tuple[int, int],
-        norm: Norm | None,
-        relu: bool,
-    ) -> Tensor:
-        """The levels' part, norm and activation: in one pass where all levels align corners alike."""
-        kinds = [[i for i in levels if self.parts[i].corners is corners] for corners in (False, True)]
-        kinds = [kind for kind in kinds if kind]
-        for kind in kinds:
-            last = kind is kinds[-1]
-            parts = [taps[i] for i in kind]
+        alike: dict[Any, list[int]] = {}  # levels that are upsampled alike are added in one pass
+        for i in levels:
+            alike.setdefault(self.parts[i].upsampling, []).append(i)
+        if rows is not None and bias is None and plain == levels and len(alike) == 1:
+            taps = [rows]
+        else:
+            of_level: dict[int, Any] = {i: products[i] for i in levels if self.merged[i]}
+            if rows is not None:
+                of_level |= zip(plain, rows.split([z.size(1) for z in cells], 1), strict=True)
+            if bias is not None:
+                least = min(levels, key=lambda i: cells_of(self.parts[i], sources[i]))
+                of_level[least] = _product(of_level[least]) + _at_the_middle(bias.to(self.dtype), kernel)
+            taps = [_concatenated([of_level[i] for i in group]) for group in alike.values()]
+        if output is None:
+            output, is_sum = self._new(sources, weight), False
+        else:
+            is_sum = True
+        for number, (upsampling, group) in enumerate(alike.items()):
+            is_last = number == len(alike) - 1
             output = ops.pyramid_context_(
                 output,
-                parts[0] if len(parts) == 1 else torch.cat(parts, 1),
-                [_size(self.parts[i], sources[i]) for i in kind],
+                taps[number],
+                [_size(self.parts[i], sources[i]) for i in group],
                 kernel,
                 dilation=self.dilation,
-                align_corners=bool(self.parts[kind[0]].corners),
-                norm=norm if last else None,
-                relu=relu and last,
+                mode=upsampling.mode,
+                align_corners=bool(upsampling.align_corners),
+                norm=norm if is_last else None,
+                relu=relu and is_last,
+                accumulate=is_sum or number > 0,
             )
         return output
 
-    def _zeros(self, sources: list[list[Tensor]], weight: Tensor) -> Tensor:
-        """Channels-last where a convolution of the concatenation would be."""
+    def _new(self, sources: list[list[Tensor]], weight: Tensor) -> Tensor:
+        """Memory for the result: channels-last where a convolution of the concatenation would be."""
         is_last = all(_is_channels_last(part, s) for part, s in zip(self.parts, sources, strict=True))
+        shape = (sources[0][0].size(0), weight.size(0), *self.size)
         layout = torch.channels_last if is_last else torch.contiguous_format
-        return torch.zeros(
-            sources[0][0].size(0), weight.size(0), *self.size, dtype=self.dtype, device=weight.device
-        ).contiguous(memory_format=layout)
+        return torch.empty(shape, dtype=self.dtype, device=weight.device, memory_format=layout)
 
 
 def _size(part: Part, sources: Sequence[Tensor]) -> tuple[int, int]:
@@ -190,9 +182,43 @@ def _map(part: Part, sources: Sequence[Tensor], size: tuple[int, int] | None = N
     map = sources[0]
     if part.projection is not None:
         map = F.linear(*sources).transpose(1, 2).unflatten(2, part.projection)
-    if size is None or part.corners is None:
-        return map
-    return F.interpolate(map, size, mode="bilinear", align_corners=part.corners)
+    return map if size is None or part.upsampling is None else interpolate(map, size, part.upsampling)
+
+
+def interpolate(map: Tensor, size: tuple[int, int], upsampling: Upsampling) -> Tensor:
+    """F.interpolate."""
+    return F.interpolate(map, size, mode=upsampling.mode, align_corners=upsampling.align_corners)
+
+
+def _product(taps: Any) -> Tensor:
+    """Taps (N, cells, kh * kw, O), which may be two factors (N, cells, D) and (D, O) still."""
+    return (taps[0] @ taps[1]).unsqueeze(2) if isinstance(taps, tuple) else taps
+
+
+def _concatenated(parts: list[Any]) -> Tensor:
+    """The taps of several levels as one; products write their place where autograd need not know of it."""
+    factors = [part for part in parts if isinstance(part, tuple)]
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for pair in factors for t in pair)
+    if len(parts) == 1 or recorded or not factors:
+        products = [_product(part) for part in parts]
+        return products[0] if len(parts) == 1 else torch.cat(products, 1)
+    tokens, matrix = factors[0]
+    counts = [(part[0] if isinstance(part, tuple) else part).size(1) for part in parts]
+    taps = tokens.new_empty(tokens.size(0), sum(counts), 1, matrix.size(1))  # of a 1x1 kernel, where there are factors
+    for part, place in zip(parts, taps.split(counts, 1), strict=True):
+        if isinstance(part, tuple):
+            for image, to in zip(part[0], place.flatten(2), strict=True):
+                torch.mm(image, part[1], out=to)
+        else:
+            place.copy_(part)
+    return taps
+
+
+def _at_the_middle(bias: Tensor, kernel: tuple[int, int]) -> Tensor:
+    """(O,) -> (kh * kw, O), a bias as what the tap in the middle sees: interpolation leaves a constant as it is."""
+    middle = bias.new_zeros(kernel[0] * kernel[1], 1)
+    middle[middle.size(0) // 2] = 1
+    return middle * bias
 
 
 def _merged(

@@ -1,8 +1,9 @@
 """Maps that are not computed before something but a convolution wants them: upsampled ones and their concatenation."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,6 +118,24 @@ class Lazy(Tensor):
         return function(*values(args, raw), **values(kwargs or {}, raw))
 
 
+class Upsampling(NamedTuple):
+    """How F.interpolate upsamples, by its arguments mode and align_corners, which "nearest" has not."""
+
+    mode: Literal["bilinear", "nearest"] = "bilinear"
+    align_corners: bool | None = None
+
+    def exact(self, source: Sequence[int], size: Sequence[int]) -> bool:
+        """Whether no rounding decides what a pixel gets.
+
+        The nearest cell is found by a scale in floating point, which differs between torch's kernels and dtypes: where
+        the scale is a fraction by a power of two, all of them find the same cells.
+        """
+        if self.mode != "nearest":
+            return True
+        parts = [to // math.gcd(s, to) for s, to in zip(source, size, strict=True)]
+        return all(part & (part - 1) == 0 for part in parts)
+
+
 class Part(NamedTuple):
     """One map of a concatenation.
 
@@ -125,13 +144,13 @@ class Part(NamedTuple):
         takes: how many sources.
         projection: (h, w) where these are tokens (N, h * w, C), weight and, if there are three, bias of F.linear, whose
             result is brought into the form of a map; None where the source is the map itself.
-        corners: align_corners of the bilinear upsampling that follows; None for none.
+        upsampling: that follows; None for none.
     """
 
     channels: int
     takes: int = 1
     projection: tuple[int, int] | None = None
-    corners: bool | None = None
+    upsampling: Upsampling | None = None
 
 
 class Concat(Lazy):

@@ -73,7 +73,7 @@ def _in_scope(fused: Any, stock: type[nn.Module]) -> Callable[..., Any]:
         own = super(fused, self).forward
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active():
             return own(*args, **kwargs)
-        with Scope():
+        with Scope(self):
             return values(own(*args, **kwargs))
 
     return forward

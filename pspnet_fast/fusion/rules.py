@@ -15,8 +15,8 @@ from ..head import conv_dtype
 from ..ops._library import transforms_active
 from ..ops.checks import DTYPES, MAX_BINS, MAX_DILATION
 from ..split_weight import why_not_split
-from .convolution import Convolution
-from .lazy import Concat, Convolved, Lazy, Part, Projected
+from .convolution import Convolution, interpolate
+from .lazy import Concat, Convolved, Lazy, Part, Projected, Upsampling
 
 
 def rewrite(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -44,22 +44,24 @@ def _upsample(
     recompute_scale_factor: bool | None = None,
     antialias: bool = False,
 ) -> Any:
-    projected = isinstance(input, Concat) and input.replaceable() and [p.corners for p in input.parts] == [None]
-    if mode != "bilinear" or antialias:
+    projected = isinstance(input, Concat) and input.replaceable() and [p.upsampling for p in input.parts] == [None]
+    if mode not in ("bilinear", "nearest") or antialias or (mode == "nearest" and align_corners is not None):
         return NotImplemented
     if isinstance(input, Lazy) and not projected:
         input = input.value()
-    if not (projected or _is_map(input)):
+    if not (projected or is_map(input)):
         return NotImplemented
     n, c, h, w = input.shape
     pair = _target((h, w), size, scale_factor)
     copied = projected and (h, w) == pair
     if pair is None or max(h, w) > MAX_BINS or (h * w >= pair[0] * pair[1] and not copied):
         return NotImplemented
-    corners = bool(align_corners)
+    upsampling = Upsampling("bilinear", bool(align_corners)) if mode == "bilinear" else Upsampling("nearest")
+    if not upsampling.exact((h, w), pair):
+        return NotImplemented
     dtype = input.dtype
     if torch.is_autocast_enabled(input.device.type):  # which may have a dtype of its own for this function
-        dtype = _interpolate(torch.empty(1, 1, 1, 1, dtype=dtype, device=input.device), (1, 1), corners).dtype
+        dtype = interpolate(torch.empty(1, 1, 1, 1, dtype=dtype, device=input.device), (1, 1), upsampling).dtype
     sources, compute, part = (input,), _itself, Part(c)
     if projected:
         sources, compute, part = input.sources(), input._compute, input.parts[0]
@@ -68,11 +70,11 @@ def _upsample(
     if copied:
         return Concat.make(compute, sources, input.shape, dtype, parts=(part,))
     return Concat.make(
-        lambda *sources: _interpolate(compute(*sources), pair, corners),
+        lambda *sources: interpolate(compute(*sources), pair, upsampling),
         sources,
         (n, c, *pair),
         dtype,
-        parts=(part._replace(corners=corners),),
+        parts=(part._replace(upsampling=upsampling),),
     )
 
 
@@ -106,12 +108,12 @@ def _concatenate(tensors: Any, dim: Any = 0) -> Any:
             sources += given
         else:
             map = tensor.value() if isinstance(tensor, Lazy) else tensor
-            if not _is_map(map):
+            if not is_map(map):
                 return NotImplemented
             sources.append(map)
             parts.append(Part(map.size(1)))
             computes.append((_itself, 1))
-    if all(part.projection is None and part.corners is None for part in parts):
+    if all(part.projection is None and part.upsampling is None for part in parts):
         return NotImplemented
     n, _, *size = tensors[0].shape
     if any(t.dim() != 4 or [t.size(0), *t.shape[2:]] != [n, *size] or t.device != tensors[0].device for t in tensors):
@@ -137,10 +139,6 @@ def _pad(input: Any, pad: Any, mode: str = "constant", value: float | None = Non
 
 def _itself(source: Tensor) -> Tensor:
     return source
-
-
-def _interpolate(source: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
-    return F.interpolate(source, tuple(size), mode="bilinear", align_corners=align_corners)
 
 
 # ---- tokens on their way to a map ----------------------------------------------------------------------------------
@@ -263,7 +261,7 @@ def _relu(input: Any, inplace: bool = False) -> Any:
 _DENSE = (Tensor, nn.Parameter)
 
 
-def _is_map(tensor: Any) -> bool:
+def is_map(tensor: Any) -> bool:
     """Whether a tensor is a map (N, C, H, W) of a kind that the operators take."""
     return (
         type(tensor) in _DENSE

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .lazy import Lazy, saved_tensor_hooks
+from .pools import Pools
 from .rules import rewrite
 
 # these write to none of their maps
@@ -23,7 +24,7 @@ _READING = {
     torch.conv2d,
     Tensor.size,
 }
-_BEGINNING = {F.interpolate, F.linear}  # what may give a lazy map of computed ones
+_BEGINNING = {F.interpolate, F.linear, F.adaptive_avg_pool2d}  # what runs otherwise on computed maps
 
 
 class Scope(TorchFunctionMode):
@@ -33,8 +34,9 @@ class Scope(TorchFunctionMode):
     the map computed. At the end nothing lazy is left, whoever holds it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
+        self._pools = Pools(module)
         self._hooks = saved_tensor_hooks()
         self._lazy: list[weakref.ref[Lazy]] = []
 
@@ -42,7 +44,10 @@ class Scope(TorchFunctionMode):
         kwargs = kwargs or {}
         result = NotImplemented
         if function in _BEGINNING and saved_tensor_hooks() == self._hooks:
-            result = rewrite(function, args, kwargs)
+            if function is not F.adaptive_avg_pool2d:
+                result = rewrite(function, args, kwargs)
+            elif len(args) == 2 and not kwargs:
+                result = self._pools.pool(*args)
         if result is NotImplemented:
             if self._lazy:
                 self._before(function, args, kwargs)

@@ -69,24 +69,33 @@ def candidates(model: nn.Module) -> dict[str, str]:
     return {n: o for n, o in found.items() if not any(o != p and (not p or o.startswith(p + ".")) for p in owners)}
 
 
-_UPSAMPLING = {"interpolate", "upsample", "resize"}  # resize: mmsegmentation's
+_UPSAMPLING = {"interpolate", "upsample", "resize"}  # resize: mmsegmentation's function
+_OTHERWISE = {"bicubic", "trilinear", "linear"}  # modes of position embeddings, for example
 _CONCATENATING = {"cat", "concat"}
 
 
 def _called(cls: type) -> set[str]:
-    """The global names and attributes in the code of a class's methods, torch's own layers left out."""
+    """The global names and attributes in the code of a class's methods, torch's own layers left out.
+
+    Not those of upsampling where it is of another kind, nor a layer that is called resize.
+    """
     names: set[str] = set()
     codes = [
-        function.__code__
+        (function.__code__, function.__globals__)
         for base in cls.__mro__
         if not base.__module__.startswith("torch.")
         for function in vars(base).values()
         if isinstance(function, types.FunctionType)
     ]
     while codes:
-        code = codes.pop()
-        names.update(code.co_names)
-        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+        code, known = codes.pop()
+        called = set(code.co_names)
+        if "resize" not in known:
+            called.discard("resize")
+        if not _OTHERWISE.isdisjoint(c for c in code.co_consts if isinstance(c, str)):
+            called -= _UPSAMPLING
+        names |= called
+        codes += [(constant, known) for constant in code.co_consts if isinstance(constant, types.CodeType)]
     return names
 
 
@@ -131,7 +140,7 @@ class _Trial(Scope):
     """A scope that notes where maps are upsampled and where they are convolved."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__(model)
         self.names = {module: name for name, module in model.named_modules()}
         self.stack: list[str] = []
         self.found: list[LowResolution] = []
@@ -165,7 +174,7 @@ class _Trial(Scope):
         return result
 
     def _note(self, lazy: Concat, output: Tensor) -> None:
-        low = [(part, sources) for part, sources in lazy.by_part() if part.corners is not None]
+        low = [(part, sources) for part, sources in lazy.by_part() if part.upsampling is not None]
         channels, pixels = sum(part.channels for part, _ in low), lazy.size(2) * lazy.size(3)
         cells = sum(part.channels * cells_of(part, sources) for part, sources in low)
         saved = (channels * pixels - cells) / (lazy.size(1) * pixels)

@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SUFFIXES = {".bmp", ".dib", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff"}
-SUFFIXES |= {".webp"}
-"""Files of a folder that count as images."""
+from pspnet_fast.data.images import SUFFIXES
 
 
 @dataclass(frozen=True)

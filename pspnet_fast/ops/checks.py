@@ -8,6 +8,8 @@ from torch import Tensor
 
 Bins = Sequence[int | tuple[int, int]]
 Norm = tuple[Tensor, Tensor, Tensor, Tensor, float]  # weight, bias, running_mean, running_var, eps
+Mode = Literal["bilinear", "nearest"]
+NEAREST = 2  # as the operators number it; bilinear: whether corners are aligned
 Reduction = Literal["none", "mean", "sum"]
 REDUCTIONS: tuple[Reduction, ...] = ("none", "mean", "sum")  # by their numbers in csrc/kernels.h
 
@@ -140,6 +142,14 @@ def check_number(name: str, value: float) -> float:
 def check_flag(name: str, value: bool) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, but is {value!r}")
+
+
+def as_interpolation(mode: str, align_corners: bool) -> int:
+    """The number of F.interpolate's mode and align_corners, as csrc/pyramid_math.h has them."""
+    if mode not in ("bilinear", "nearest"):
+        raise ValueError(f"mode must be 'bilinear' or 'nearest', but is {mode!r}")
+    check_flag("align_corners", align_corners)
+    return NEAREST if mode == "nearest" else int(align_corners)
 
 
 def as_norm(norm: Norm | None) -> tuple[list[Tensor], float]:

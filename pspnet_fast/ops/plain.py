@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from .checks import REDUCTIONS, count_cells, is_channels_last, unflatten
+from .checks import NEAREST, REDUCTIONS, count_cells, is_channels_last, unflatten
 
 _pool_backward = torch.ops.aten._adaptive_avg_pool2d_backward.default
 _upsample_backward = torch.ops.aten.upsample_bilinear2d_backward.default
+_nearest_backward = torch.ops.aten.upsample_nearest2d_backward.default
 
 
 def new_concat(input: Tensor, channels: int) -> Tensor:
@@ -95,7 +96,8 @@ def pyramid_context_(
     bins: list[int],
     kernel_size: list[int],
     dilation: list[int],
-    align_corners: bool,
+    interpolation: int,
+    accumulate: bool,
 ) -> None:
     reference.pyramid_context_(
         conv,
@@ -103,14 +105,16 @@ def pyramid_context_(
         unflatten(bins),
         (kernel_size[0], kernel_size[1]),
         dilation=(dilation[0], dilation[1]),
-        align_corners=align_corners,
+        mode="nearest" if interpolation == NEAREST else "bilinear",
+        align_corners=interpolation == 1,
         norm=(norm[0], norm[1], norm[2], norm[3], eps) if norm else None,
         relu=relu,
+        accumulate=accumulate,
     )
 
 
 def pyramid_context_backward(
-    grad_conv: Tensor, bins: list[int], kernel_size: list[int], dilation: list[int], align_corners: bool
+    grad_conv: Tensor, bins: list[int], kernel_size: list[int], dilation: list[int], interpolation: int
 ) -> Tensor:
     n, o, h, w = grad_conv.shape
     (kh, kw), (dh, dw) = kernel_size, dilation
@@ -118,8 +122,12 @@ def pyramid_context_backward(
     shifts = [((kh - 1 - u) * dh, (kw - 1 - v) * dw) for u in range(kh) for v in range(kw)]  # the other way round
     seen = torch.cat([padded[:, :, top : top + h, left : left + w] for top, left in shifts], 1)
     shape = (n, kh * kw * o)
-    cells = [_upsample_backward(seen, (h, w), (*shape, *level), align_corners).flatten(2) for level in unflatten(bins)]
-    return torch.cat(cells, 2).unflatten(1, (kh * kw, o)).permute(0, 3, 1, 2)
+    sizes = [(*shape, *level) for level in unflatten(bins)]
+    if interpolation == NEAREST:
+        cells = [_nearest_backward(seen, (h, w), size) for size in sizes]
+    else:
+        cells = [_upsample_backward(seen, (h, w), size, interpolation == 1) for size in sizes]
+    return torch.cat([level.flatten(2) for level in cells], 2).unflatten(1, (kh * kw, o)).permute(0, 3, 1, 2)
 
 
 def upsample_argmax(

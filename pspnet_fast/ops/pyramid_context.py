@@ -9,7 +9,9 @@ from . import plain
 from ._library import needs_grad, register_derivatives, run_plain, transforms_active
 from .checks import (
     Bins,
+    Mode,
     Norm,
+    as_interpolation,
     as_levels,
     as_norm,
     as_window,
@@ -35,9 +37,11 @@ def pyramid_context_(
     kernel_size: int | tuple[int, int],
     *,
     dilation: int | tuple[int, int] = 1,
+    mode: Mode = "bilinear",
     align_corners: bool = True,
     norm: Norm | None = None,
     relu: bool = False,
+    accumulate: bool = True,
 ) -> Tensor:
     """Adds to a convolution of x what it gives for upsampled maps, the levels, in place, in one read and write.
 
@@ -58,9 +62,12 @@ def pyramid_context_(
         bins: as given to pyramid_pool.
         kernel_size: odd, one int or (kh, kw); at most 4096 together with the sum of the bins, multiplied.
         dilation: of the convolution, one int or (height, width), from 1 to 65536.
-        align_corners: of the upsampling, as in F.interpolate.
+        mode: of the upsampling, "bilinear" or "nearest"; the latter finds a pixel's cell in float32, as F.interpolate
+            does for all but float64.
+        align_corners: of bilinear upsampling, as in F.interpolate.
         norm: (weight, bias, running_mean, running_var, eps), tensors (O,) in float32 or the dtype of conv.
         relu: whether to clamp the result at 0.
+        accumulate: whether to add to what conv holds; else conv is only written, and has no gradient.
 
     Returns:
         conv. Sums are taken in float32 (float64 for float64). The same bits on every run, forward and backward. Its
@@ -90,11 +97,12 @@ def pyramid_context_(
         raise ValueError(
             "norm and relu are for inference: leave them out where a gradient is needed, or use torch.no_grad()"
         )
-    check_flag("align_corners", align_corners)
+    interpolation = as_interpolation(mode, align_corners)
+    check_flag("accumulate", accumulate)
     check_flag("relu", relu)
     if not tensors and torch.compiler.is_exporting():
         tensors, eps = no_norm(conv, o), 0.0
-    arguments = conv, taps, tensors, eps, relu, flatten(levels), list(size), list(step), align_corners
+    arguments = conv, taps, tensors, eps, relu, flatten(levels), list(size), list(step), interpolation, accumulate
     if transforms_active():
         run_plain(plain.pyramid_context_, *arguments)
     else:
@@ -110,7 +118,8 @@ class PyramidContextFunction(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             _forward(conv, taps, norm, eps, False, *settings)
         ctx.mark_dirty(conv)
-        ctx.norm, ctx.eps, ctx.settings = norm, eps, settings
+        *ctx.settings, ctx.accumulate = settings
+        ctx.norm, ctx.eps = norm, eps
         return conv
 
     @staticmethod
@@ -118,7 +127,7 @@ class PyramidContextFunction(torch.autograd.Function):
         if ctx.norm:
             grad_conv = grad_conv * scale_of(ctx.norm, ctx.eps).to(grad_conv.dtype)[:, None, None]
         grad_taps = _backward(grad_conv, *ctx.settings) if ctx.needs_input_grad[1] else None
-        return grad_conv, grad_taps, None, None, *(None for _ in ctx.settings)
+        return grad_conv if ctx.accumulate else None, grad_taps, None, None, *(None for _ in ctx.settings), None
 
 
 def _recorded(conv: Tensor, taps: Tensor, norm: list[Tensor], eps: float, relu: bool, *settings: Any) -> None:
@@ -141,12 +150,13 @@ def _(
     bins: list[int],
     kernel_size: list[int],
     dilation: list[int],
-    align_corners: bool,
+    interpolation: int,
+    accumulate: bool,
 ) -> None:
     return None
 
 
 @torch.library.register_fake("pspnet_fast::pyramid_context_backward")
-def _(grad_conv: Tensor, bins: list[int], kernel_size: list[int], dilation: list[int], align_corners: bool) -> Tensor:
+def _(grad_conv: Tensor, bins: list[int], kernel_size: list[int], dilation: list[int], interpolation: int) -> Tensor:
     n, o, _, _ = grad_conv.shape
     return grad_conv.new_empty(n, count_cells(unflatten(bins)), kernel_size[0] * kernel_size[1], o)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from pspnet_fast.data.conventions import CONVENTIONS, ORIENTATIONS, Remap
+from pspnet_fast.data.layouts import LAYOUTS
 from pspnet_fast.models.pspnet import Head
 from pspnet_fast.models.resnet import BACKBONES, DILATIONS, OUTPUT_STRIDES, STEMS
 
@@ -40,6 +41,7 @@ def _one_of(values: Collection[object]) -> Rule:
     return Rule(f"one of {', '.join(map(repr, values))}", lambda value: value in values)
 
 
+_LAYOUTS_OWN = "auto"
 _ABOVE_0 = Rule("above 0", lambda value: value > 0)
 
 RULES = {
@@ -52,8 +54,11 @@ RULES = {
     "model.head": _one_of(get_args(Head)),
     "model.head_channels": _at_least(1),
     "data.root": Rule("the name of a folder", bool),
-    "data.labels": _one_of(CONVENTIONS),
+    "data.layout": _one_of(LAYOUTS),
+    "data.labels": _one_of((_LAYOUTS_OWN, *CONVENTIONS)),
     "data.orientation": _one_of(ORIENTATIONS),
+    "data.unreadable": _one_of(("error", "skip")),
+    "data.cache_gb": _at_least(0),
     "train.epochs": _at_least(1),
     "train.batch_size": _at_least(1),
     "train.val_batch_size": _at_least(1),
@@ -127,20 +132,34 @@ class DataConfig:
 
     root: str = "data"
     """Folder of the data."""
+    layout: str | None = None
+    """Folders as a data set is published, or folders: images/train, labels/train; null reads the lists."""
+    train_split: str | None = None
+    """Of a layout; null takes its own, A+B takes both."""
+    val_split: str | None = None
+    """Likewise, for validation."""
+    images: str | None = None
+    """Where images lie, in place of the layout's own: images/{split}/{name}.*"""
+    label_files: str | None = None
+    """Likewise, labels: labels/{split}/{name}_mask.png"""
     train_list: str = "train.txt"
-    """A line an image: IMAGE LABEL, relative to root."""
+    """Without a layout: a line an image, IMAGE LABEL, relative to root."""
     val_list: str = "val.txt"
     """Likewise, for validation."""
     names: str = "names.txt"
-    """A class a line, by index."""
+    """A class a line, by index; without this file a published layout has its own."""
     colors: str = "colors.txt"
-    """R G B a line, by index; without this file the classes get colours that differ well."""
-    labels: str = "index"
-    """What the values of label files mean (docs/data.md)."""
+    """R G B a line, by index; without this file the layout's, or colours that differ well."""
+    labels: str = _LAYOUTS_OWN
+    """What the values of label files mean (docs/data.md); auto is what the layout has, index without one."""
     remap: dict[Any, Any] = field(default_factory=dict)
     """Class of each label value, in place of labels: {0: 0, 255: 1, other: 255}; 255 is ignored."""
     orientation: str = "auto"
     """Of photographs with EXIF: turned or stored, as their labels were drawn, or auto by the labels' size."""
+    unreadable: str = "error"
+    """What a missing or damaged image or label does: it ends the run, or is skipped, named and counted."""
+    cache_gb: float = 0.0
+    """Shared memory for decoded training images, 10^9 bytes; 4 bytes a pixel are needed."""
     crop: list[int] = field(default_factory=lambda: [473, 473])
     """Height and width of a training crop."""
     val_crop: list[int] | None = None
@@ -163,6 +182,13 @@ class DataConfig:
         for key, value in (("data.mean", self.mean), ("data.std", self.std)):
             _check(len(value) == 3, key, value, "three numbers, for images in 0..1")
         _check_rules("data", self)
+        layout = None if self.layout is None else LAYOUTS[self.layout]
+        if self.labels == _LAYOUTS_OWN:
+            self.labels = "index" if layout is None or self.remap else layout.convention
+        if layout is None:
+            for name in ("train_split", "val_split", "images", "label_files"):
+                value = getattr(self, name)
+                _check(value is None, f"data.{name}", value, f"null without a data.layout ({', '.join(LAYOUTS)})")
         try:
             Remap.parse(self.remap)
         except ValueError as error:

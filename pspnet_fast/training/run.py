@@ -239,7 +239,7 @@ class Run:
         """Say once that no pixel of a split is labelled, naming its list where it is known."""
         if not self.warned[split]:
             self.warned[split] = True
-            name = getattr(dataset, "list_file", f"{split}_set")
+            name = getattr(dataset, "source", f"{split}_set")
             warnings.warn(
                 f"{name}: no pixel has a label, all are {IGNORE_INDEX} (ignored): {consequence}", stacklevel=5
             )

@@ -107,11 +107,11 @@ def build(case: Case) -> Work:
     if case.operator == "pyramid_context_":
         conv, taps = a_map(OUTPUTS), filled(N, CELLS, 9, OUTPUTS, dtype=dtype)
         norm = [filled(OUTPUTS, dtype=dtype).abs() for _ in range(4)]
-        settings = (True, BINS, [3, 3], [1, 1], True)
+        settings = (True, BINS, [3, 3], [1, 1], 1, True)
         return moving(lambda: o.pyramid_context_(conv, taps, norm, 1e-5, *settings), 2 * nbytes(conv))
     if case.operator == "pyramid_context_backward":
         conv = a_map(OUTPUTS)
-        return moving(lambda: o.pyramid_context_backward(conv, BINS, [3, 3], [1, 1], True), nbytes(conv))
+        return moving(lambda: o.pyramid_context_backward(conv, BINS, [3, 3], [1, 1], 1), nbytes(conv))
     if case.operator == "confusion_matrix_":
         counts = torch.zeros(case.classes, case.classes, dtype=torch.int64)
         target = of_classes(N, IMAGE[H], case.classes)
