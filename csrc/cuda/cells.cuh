@@ -38,15 +38,16 @@ struct RectangleStep {
   }
 };
 
-// A block's number, with the chunk changing fastest, then the cell.
+// A block's number, with the chunk changing fastest, then the index of what blocks share out of an image: a cell, a
+// row, a part or a tap.
 struct Item {
   int64_t n;
-  int cell, chunk;
+  int index, chunk;
 };
 
-__device__ __forceinline__ Item item_of_block(int cells, int chunks) {
-  const int cell = static_cast<int>(blockIdx.x / chunks);
-  return {cell / cells, cell % cells, static_cast<int>(blockIdx.x % chunks)};
+__device__ __forceinline__ Item item_of_block(int count, int chunks) {
+  const int number = static_cast<int>(blockIdx.x / chunks);
+  return {number / count, number % count, static_cast<int>(blockIdx.x % chunks)};
 }
 
 // The thread's first channel, of V.

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     pool_cells(const __grid_constant__ PyramidPoolArgs args, const __grid_constant__ Segments rows,
                const __grid_constant__ Segments columns, int chunks) {
   const Item item = item_of_block(rows.count * columns.count, chunks);
-  const int row = item.cell / columns.count, column = item.cell % columns.count;
+  const int row = item.index / columns.count, column = item.index % columns.count;
   const int y = rows.start(row), x = columns.start(column);
   const int64_t c = first_channel<V>(item.chunk);
   acc_t<T> sum[V] = {};

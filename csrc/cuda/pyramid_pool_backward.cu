@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                         const __grid_constant__ Segments columns, int chunks) {
   PSP_SHARED(acc_t<T>, shares, kThreads * V);
   const Item item = item_of_block(rows.count * columns.count, chunks);
-  const int row = item.cell / columns.count, column = item.cell % columns.count;
+  const int row = item.index / columns.count, column = item.index % columns.count;
   const int top = rows.start(row), left = columns.start(column), width = columns.start(column + 1) - left;
   const int lanes = static_cast<int>(blockDim.x), step = static_cast<int>(blockDim.y);
   const int lane = static_cast<int>(threadIdx.x), group = static_cast<int>(threadIdx.y);

@@ -17,11 +17,11 @@ template <class T, int V>
 __global__ void __launch_bounds__(kThreads, 3)
     upsample_rows(const __grid_constant__ PyramidUpsampleConcatArgs args, int chunks) {
   const Item item = item_of_block(static_cast<int>(args.H), chunks);
-  const int64_t channel = first_channel<V>(item.chunk), y = item.cell;
+  const int64_t channel = first_channel<V>(item.chunk), y = item.index;
   const Levels& levels = args.levels;
   if (channel >= levels.count * args.R) return;
   const int level = static_cast<int>(channel / args.R), bins_w = levels.bins_w[level];
-  const auto vertical = Axis<T>(levels.bins_h[level], args.H, args.align_corners).at(item.cell);
+  const auto vertical = Axis<T>(levels.bins_h[level], args.H, args.align_corners).at(item.index);
   const Axis<T> axis(bins_w, args.W, args.align_corners);
   const int64_t cell = item.n * levels.first[levels.count] + levels.first[level];
   const T* const cells = static_cast<const T*>(args.reduced) + cell * args.R + channel % args.R;

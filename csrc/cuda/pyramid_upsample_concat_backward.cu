@@ -66,9 +66,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Levels& levels = args.levels;
   const Item item = item_of_block(intervals.first[levels.count], chunks);
   int level = 0;
-  while (item.cell >= intervals.first[level + 1]) ++level;
+  while (item.index >= intervals.first[level + 1]) ++level;
   const int parts_w = intervals.parts_w[level], row_parts = count_intervals(levels.bins_w[level]) * parts_w;
-  const int local = item.cell - intervals.first[level];
+  const int local = item.index - intervals.first[level];
   const Axis<T> rows(levels.bins_h[level], args.H, args.align_corners);
   const Axis<T> columns(levels.bins_w[level], args.W, args.align_corners);
   const Part<T> part_h(rows, local / row_parts, intervals.parts_h[level]);
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   const Item item = item_of_block(levels.first[levels.count], chunks);
   const int64_t r = first_channel<1>(item.chunk);
   if (r >= args.R) return;
-  const int level = level_of(levels, item.cell), local = item.cell - levels.first[level];
+  const int level = level_of(levels, item.index), local = item.index - levels.first[level];
   const int bins_w = levels.bins_w[level], i = local / bins_w, j = local % bins_w;
   const int parts_h = intervals.parts_h[level], parts_w = intervals.parts_w[level];
   const int intervals_h = count_intervals(levels.bins_h[level]), intervals_w = count_intervals(bins_w);
@@ -137,7 +137,8 @@ __global__ void __launch_bounds__(kThreads, 3)
       total += sums[((static_cast<int64_t>(row) * row_parts + column) * 4 + below + beside) * args.R];
     }
   }
-  static_cast<T*>(args.grad_reduced)[(item.n * levels.first[levels.count] + item.cell) * args.R + r] = narrow<T>(total);
+  static_cast<T*>(args.grad_reduced)[(item.n * levels.first[levels.count] + item.index) * args.R + r] =
+      narrow<T>(total);
 }
 
 // Planar backward, in one launch: a plane is staged in shared memory and reduced there, down columns, then along rows.
