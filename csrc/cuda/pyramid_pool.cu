@@ -147,7 +147,7 @@ __device__ __forceinline__ void add_columns(const T* rows, int height, int W, bo
 // A block takes `planes` planes, one after the other, after a table of the bins; threads over a plane's vectors, warps
 // over row segments and their lanes over columns, then threads over segment cells, over row segments x column bins, and
 // over bins.
-// Traffic: input read once, concat written once, pooled written; some 45 instructions a vector.
+// Traffic: input read once, concat written once, pooled written; 93 instructions a vector, 60 x 60 in bfloat16.
 template <class T>
 __global__ void __launch_bounds__(kPlaneThreads)
     pool_planes(const __grid_constant__ PyramidPoolArgs args, const __grid_constant__ Segments rows,
