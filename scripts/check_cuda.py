@@ -80,10 +80,11 @@ def machine_code(file: Path) -> dict[str, dict[str, int]]:
 
 def missing_wide(kernel: str, loads: int, stores: int) -> str:
     """What a kernel lacks of WIDE, in words; empty if nothing."""
-    name, width = kernel.split("<")[0], re.search(r", (\d+|true|false)>$", kernel)
+    name, width = kernel.split("<")[0], re.search(r", (\d+)(, true|, false)?>$", kernel)
+    scalar = width.group(1) == "1" if width is not None else kernel.endswith(", false>")
     if name not in WIDE:
         return "entry in WIDE of scripts/check_cuda.py"
-    expected = "" if width is not None and width.group(1) in ("1", "false") else WIDE[name]
+    expected = "" if scalar else WIDE[name]
     lacks = [
         f"16-byte {access}"
         for letter, access, count in (("L", "loads", loads), ("S", "stores", stores))

@@ -38,7 +38,7 @@ struct BackwardBlocks {
 // Traffic: weights once a block of rows, pooled once a block of output channels, grad_reduced once a block of columns
 // of either, mostly from the L2 cache; both gradients are written once.
 template <class T, bool vectors>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && vectors ? 2 : 1)
     reduce_backward(const __grid_constant__ PyramidReduceBackwardArgs args,
                     const __grid_constant__ BackwardBlocks blocks) {
   using Shape = typename BackwardShape<T>::type;
