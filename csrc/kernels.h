@@ -79,7 +79,6 @@ struct PyramidReduceArgs {
   Number eps[kMaxLevels];
   bool relu;
   void* reduced;  // [N, P, R]
-  void* workspace;
 };
 
 struct PyramidReduceBackwardArgs {
@@ -282,7 +281,6 @@ namespace cuda {
 size_t pyramid_pool_workspace(const PyramidPoolArgs&);
 int pyramid_pool(const PyramidPoolArgs&, void* stream);
 int pyramid_pool_backward(const PyramidPoolBackwardArgs&, void* stream);
-size_t pyramid_reduce_workspace(const PyramidReduceArgs&);
 int pyramid_reduce(const PyramidReduceArgs&, void* stream);
 int pyramid_reduce_backward(const PyramidReduceBackwardArgs&, void* stream);
 int pyramid_batch_norm(const PyramidBatchNormArgs&, void* stream);

@@ -54,7 +54,6 @@ Tensor pyramid_reduce(const Tensor& pooled, std::vector<Tensor> weights, std::ve
   const Tensor dense_pooled = dense(pooled);
   args.pooled = dense_pooled.data_ptr();
   args.reduced = reduced.data_ptr();
-  PSP_WORKSPACE(pyramid_reduce, pooled, args);
   PSP_LAUNCH(pyramid_reduce, pooled, args);
   return reduced;
 }

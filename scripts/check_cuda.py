@@ -35,7 +35,7 @@ WIDE = {
     "pool_bins": "L",
     "pool_cells": "LS",
     "pool_planes": "LS",
-    "reduce": "L",
+    "reduce": "LS",
     "reduce_backward": "LS",
     "softmax_pixels": "L",
     "split_weight": "",
@@ -73,7 +73,7 @@ def machine_code(file: Path) -> dict[str, dict[str, int]]:
     """kernel -> 16-byte loads and stores of device memory and double precision instructions, for ARCHITECTURE."""
     return {
         kernel.symbol: {
-            "wide_loads": sum(i.operation == "LDG" and "128" in i.modifiers for i in kernel.instructions),
+            "wide_loads": sum(i.operation in ("LDG", "LDGSTS") and "128" in i.modifiers for i in kernel.instructions),
             "wide_stores": sum(i.operation == "STG" and "128" in i.modifiers for i in kernel.instructions),
             "double": sum(i.double for i in kernel.instructions),
         }
@@ -83,10 +83,11 @@ def machine_code(file: Path) -> dict[str, dict[str, int]]:
 
 def missing_wide(kernel: str, loads: int, stores: int) -> str:
     """What a kernel lacks of WIDE, in words; empty if nothing."""
-    name, width = kernel.split("<")[0], re.search(r", (\d+)>$", kernel)
+    name, width = kernel.split("<")[0], re.search(r", (\d+)(, true|, false)?>$", kernel)
+    scalar = width.group(1) == "1" if width is not None else kernel.endswith(", false>")
     if name not in WIDE:
         return "entry in WIDE of scripts/check_cuda.py"
-    expected = "" if width is not None and int(width.group(1)) == 1 else WIDE[name]
+    expected = "" if scalar else WIDE[name]
     lacks = [
         f"16-byte {access}"
         for letter, access, count in (("L", "loads", loads), ("S", "stores", stores))

@@ -40,6 +40,7 @@ PLANTED = [
     ("divergent barrier", {"forward": "others wait at the barrier", "address": "others wait at the barrier"}),
     ("shuffle in half a warp", {"forward": "its warp waits at", "reverse": "deadlock", "thread": "its warp waits at"}),
     ("misaligned vector", {"address": "misaligned address"}),
+    ("copy not waited for", {mode: "wrong result" for mode in ("forward", "reverse", "thread")}),
 ]
 
 

@@ -35,6 +35,16 @@ def test_values_and_gradients(device, bins, channels, dtype):
     assert_accurate(*run, pooled, *weights, grad)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_rows(device, dtype):
+    """Tiles of the size for large batches, several along each axis and k, the last not whole."""
+    bins, n, c, r = (1, 8), 31, 152, 72
+    pooled, weights = make(bins, n, c, r, dtype, device)
+    grad = torch.randn(n, count(bins), r, dtype=torch.float64).to(device, dtype)
+    run = [with_gradients(lambda p, *ws, m=m: m.pyramid_reduce(p, ws, bins), 3) for m in (ops, reference)]
+    assert_accurate(*run, pooled, *weights, grad)
+
+
 @pytest.mark.parametrize("norm_dtype", [torch.float32, None])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("relu", [False, True])

@@ -183,7 +183,7 @@ def test_asynchronous_copies_and_matrix_products(small: dict[str, machine_code.K
     counts = run_warp(small["product"], a, b, d, rows).counts
     a[rows:] = 0
     torch.testing.assert_close(d, a.float() @ b.float().T + 1)
-    assert counts.requested["load"] == rows + 8
+    assert counts.requested["copy"] == rows + 8
 
 
 def test_what_lanes_exchange(small: dict[str, machine_code.Kernel]) -> None:

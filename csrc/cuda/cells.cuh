@@ -5,7 +5,7 @@
 
 namespace pspnet_fast::cuda {
 
-constexpr int kBatch = 4;  // loads that a thread has in flight
+constexpr int kLoads = 4;  // that a thread has in flight
 
 // C channels, `vector` a thread, in `count` chunks; a block is `lanes` threads x over a chunk, the others y over
 // pixels.
@@ -21,15 +21,33 @@ inline Chunks make_chunks(int64_t C, int vector) {
   return {lanes, static_cast<int>(divide_up(vectors, lanes))};
 }
 
-// A block's number, with the chunk changing fastest, then the cell.
-struct Item {
-  int64_t n;
-  int cell, chunk;
+// How a thread goes through the pixels of a rectangle, row by row, to every `size`-th.
+struct RectangleStep {
+  int size, width, y, x;
+
+  __device__ __forceinline__ RectangleStep(int size, int width)
+      : size(size), width(width), y(size / width), x(size - y * width) {}
+  // Of so many pixels, those from number `first` on that are the thread's.
+  __device__ __forceinline__ int count(int pixels, int first) const { return (pixels - first + size - 1) / size; }
+  // Moves on by x columns; true where that leads into one more row than y.
+  __device__ __forceinline__ bool advance(int& column) const {
+    column += x;
+    const bool wraps = column >= width;
+    if (wraps) column -= width;
+    return wraps;
+  }
 };
 
-__device__ __forceinline__ Item item_of_block(int cells, int chunks) {
-  const int cell = static_cast<int>(blockIdx.x / chunks);
-  return {cell / cells, cell % cells, static_cast<int>(blockIdx.x % chunks)};
+// A block's number, with the chunk changing fastest, then the index of what blocks share out of an image: a cell, a
+// row, a part or a tap.
+struct Item {
+  int64_t n;
+  int index, chunk;
+};
+
+__device__ __forceinline__ Item item_of_block(int count, int chunks) {
+  const int number = static_cast<int>(blockIdx.x / chunks);
+  return {number / count, number % count, static_cast<int>(blockIdx.x % chunks)};
 }
 
 // The thread's first channel, of V.

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <climits>
 #include <cstring>
 
@@ -147,6 +148,9 @@ inline bool fits_int(const Levels& levels, int64_t C, int64_t H, int64_t W) {
   }
   return fits;
 }
+
+// Of the levels' bins along an axis.
+inline int most_bins(const int* bins, int levels) { return levels > 0 ? *std::max_element(bins, bins + levels) : 0; }
 
 // Channels-last maps are read in 16-byte vectors of channels where every one of them starts on a 16-byte boundary.
 template <class T>

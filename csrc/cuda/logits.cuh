@@ -114,7 +114,7 @@ struct Corners {
 
 // Kernels count classes and along an axis in int.
 template <class Args>
-bool fits_int(const Args& args) {
+bool classes_fit_int(const Args& args) {
   constexpr int64_t most = INT_MAX - kThreads;
   return args.K <= most && args.h <= most && args.w <= most && args.H <= most && args.W <= most;
 }

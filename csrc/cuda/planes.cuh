@@ -73,12 +73,57 @@ __device__ __forceinline__ void for_each_vector_of_rows(const T* data, int64_t s
   }
 }
 
+template <class T, int count>
+struct alignas(count * sizeof(T)) Together {
+  T values[count];
+};
+
+// Whether 16-byte vectors begin at the same elements after both.
+__device__ __forceinline__ bool same_alignment(const void* a, const void* b) {
+  return (reinterpret_cast<uintptr_t>(a) - reinterpret_cast<uintptr_t>(b)) % 16 == 0;
+}
+
+// Reads `count` neighbours into shared memory, aligned alike, and, where `copies`, stores them to `copy`, likewise.
+template <bool copies, class T>
+__device__ __forceinline__ void stage_run(const T* from, T* copy, int count, T* tile) {
+  constexpr int V = kVector<T>, kLoads = 4;
+  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  const int lead = min((V - misalignment(from)) % V, count), end = lead + (count - lead) / V * V;
+  const int step = threads * V;
+  for (int first = lead + thread * V; first < end; first += kLoads * step) {
+    T values[kLoads][V];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (first + i * step < end) load(from + first + i * step, values[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (first + i * step >= end) break;
+      store_shared(tile + first + i * step, values[i]);
+      if (copies) store(copy + first + i * step, values[i]);
+    }
+  }
+  for (int i = thread; i < lead + count - end; i += threads) {  // before and after the vectors
+    const int at = i < lead ? i : end + i - lead;
+    tile[at] = from[at];
+    if (copies) copy[at] = from[at];
+  }
+}
+
 // Reads rows of a plane into shared memory and, where `copy` is given, stores them there too. Returns the first
 // element in shared memory, which must have room for kVector more; a barrier must follow.
 template <class T>
 __device__ __forceinline__ const T* stage_rows(const T* from, int64_t from_stride, T* copy, int64_t copy_stride,
                                                int rows, int W, bool is_dense, T* shared) {
   T* const tile = shared + misalignment(from);
+  if (is_dense && copy == nullptr) {
+    stage_run<false>(from, copy, rows * W, tile);
+    return tile;
+  }
+  if (is_dense && same_alignment(from, copy)) {
+    stage_run<true>(from, copy, rows * W, tile);
+    return tile;
+  }
   for_each_vector(from, from_stride, rows, W, is_dense, [&](int first, int count) {
     const int y = first / W, x = first - y * W;
     T values[kVector<T>];
@@ -110,11 +155,6 @@ Staging plan_staging(int64_t H, int64_t W, size_t table_bytes) {
   const size_t tile_bytes = (rows * row_bytes + 31) / 16 * 16;
   return {static_cast<int>(rows), tile_bytes, tile_bytes + table_bytes};
 }
-
-template <class A>
-struct alignas(2 * sizeof(A)) Pair {
-  A values[2];
-};
 
 // Where column x of a table row in shared memory lies, whose columns are read in pairs: neighbours a thread then meet
 // few banks twice.

@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int H = static_cast<int>(args.H), W = static_cast<int>(args.W);
   const int across = (W + stretch - 1) / stretch;
   const Item item = item_of_block(H * across, chunks);
-  const int y = item.cell / across, begin = (item.cell - y * across) * stretch, size = min(stretch, W - begin);
+  const int y = item.index / across, begin = (item.index - y * across) * stretch, size = min(stretch, W - begin);
   const int64_t channel = first_channel<V>(item.chunk);
   const int pitch = static_cast<int>(blockDim.x) * V, lane = static_cast<int>(threadIdx.x) * V;
   const int step = static_cast<int>(blockDim.y);

@@ -83,8 +83,8 @@ __global__ void __launch_bounds__(kThreads, 3)
   const Levels& levels = args.levels;
   const Window& window = args.window;
   const int W = static_cast<int>(args.W), seen_w = first_seen(levels.bins_w, levels.count, window.size_w);
-  const T* const row = pixel<const T>(args.grad_conv, item.n, channel, item.cell, 0);
-  auto* const to = static_cast<acc_t<T>*>(args.workspace) + (item.n * args.H + item.cell) * seen_w * args.O + channel;
+  const T* const row = pixel<const T>(args.grad_conv, item.n, channel, item.index, 0);
+  auto* const to = static_cast<acc_t<T>*>(args.workspace) + (item.n * args.H + item.index) * seen_w * args.O + channel;
   for (int at = static_cast<int>(threadIdx.y); at < seen_w; at += static_cast<int>(blockDim.y)) {
     const Seen seen = seen_of(levels.bins_w, window.size_w, at);
     const Axis<T> axis(levels.bins_w[seen.level], W, args.interpolation);
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   const Item item = item_of_block(static_cast<int>(count_taps(levels, window)), chunks);
   const int64_t channel = first_channel<1>(item.chunk);
   if (channel >= args.O) return;
-  const Tap tap(levels, window, item.cell);
+  const Tap tap(levels, window, item.index);
   const int H = static_cast<int>(args.H), seen_w = first_seen(levels.bins_w, levels.count, window.size_w);
   const int column = first_seen(levels.bins_w, tap.level, window.size_w) + tap.v * levels.bins_w[tap.level] + tap.j;
   const Axis<T> axis(levels.bins_h[tap.level], H, args.interpolation);
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       tap.i, args.interpolation.blends(), tap_shift(tap.u, window.size_h, window.dilation_h), 0, H,
       [&](int i) { return axis.start(i); }, [&](int p, int low) { return axis.weight_after(low, p); },
       [&](int y, acc_t<T> weight) { sum += weight * from[((item.n * H + y) * seen_w + column) * args.O]; });
-  const int64_t number = item.n * count_taps(levels, window) + item.cell;
+  const int64_t number = item.n * count_taps(levels, window) + item.index;
   static_cast<T*>(args.grad_taps)[number * args.O + channel] = narrow<T>(sum);
 }
 

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads) argmax_pixels(const __grid_constant_
 }  // namespace
 
 int upsample_argmax(const UpsampleArgmaxArgs& args, void* stream) {
-  if (!fits_int(args)) return cudaErrorInvalidValue;
+  if (!classes_fit_int(args)) return cudaErrorInvalidValue;
   return dispatch(args.dtype, [&](auto zero) {
     using T = decltype(zero);
     const bool vectors = args.logits.stride_c == 1 && vectors_of_channels<T>(args.logits, args.K);

@@ -276,7 +276,7 @@ size_t upsample_cross_entropy_workspace(const UpsampleCrossEntropyArgs& args) {
 }
 
 int upsample_cross_entropy(const UpsampleCrossEntropyArgs& args, void* stream) {
-  if (!fits_int(args)) return cudaErrorInvalidValue;
+  if (!classes_fit_int(args)) return cudaErrorInvalidValue;
   return dispatch(args.dtype, [&](auto zero) {
     using T = decltype(zero);
     const Tile tile = make_tile(args);

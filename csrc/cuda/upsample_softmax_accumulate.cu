@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads) softmax_pixels(const __grid_constant
 }  // namespace
 
 int upsample_softmax_accumulate(const UpsampleSoftmaxAccumulateArgs& args, void* stream) {
-  if (!fits_int(args)) return cudaErrorInvalidValue;
+  if (!classes_fit_int(args)) return cudaErrorInvalidValue;
   return dispatch(args.dtype, [&](auto zero) {
     using T = decltype(zero);
     const bool vectors = args.logits.stride_c == 1 && vectors_of_channels<T>(args.logits, args.K);

@@ -23,7 +23,7 @@ class Counts:
     """Of the warps of the blocks that ran: executions of each instruction, and what memory accesses took."""
 
     executed: Array
-    requested: Counter[str] = field(default_factory=Counter)  # sectors, by "load" and "store"
+    requested: Counter[str] = field(default_factory=Counter)  # sectors, by "load", "store" and "copy"
     requests: Counter[str] = field(default_factory=Counter)
     distinct: Counter[str] = field(default_factory=Counter)  # sectors that a block touches, each once
     passes: int = 0  # of shared memory

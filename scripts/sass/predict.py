@@ -126,7 +126,8 @@ def profile_kernel(operator: str, launch: Launch, most: int, lines: Counter[str]
         THREADS // (warps * 32), BLOCKS, REGISTERS // (ceil(registers / 8) * 8 * warps * 32), SHARED // (shared + 1024)
     )
     total = sum(kinds.values())
-    through_l1 = 32.0 * sum(counts.requested.values()) * scale
+    # What is copied to shared memory passes by L1, and counts as it is written there.
+    through_l1 = 32.0 * (sum(counts.requested.values()) - counts.requested["copy"]) * scale
     through_l2 = 32.0 * sum(counts.distinct.values()) * scale
     requests = sum(counts.requests.values())
     uneven = ceil(grid / PROCESSORS) * PROCESSORS / grid  # the busiest multiprocessor over the mean

@@ -72,7 +72,7 @@ def copy_step(_: "Executor", instruction: Instruction, operands: list[str]) -> S
         real = mask if chosen is None else mask & chosen(block.registers)
         words = [np.zeros(block.size, np.uint32) for _ in range(size // 4)]
         if real.any():
-            block.count("load", addresses, real)
+            block.count("copy", addresses, real)
             for word, value in zip(words, load(block.executor.device, addresses[real], size), strict=True):
                 word[real] = value
         store(block.shared, target[mask], size, [word[mask] for word in words])
@@ -206,8 +206,8 @@ def load_matrix(_: "Executor", instruction: Instruction, operands: list[str]) ->
 
     def step(block: "Block", mask: Array) -> None:
         addresses = where(block.registers)
-        rows = addresses.reshape(block.warps, WARP)
         block.count_shared(addresses, 16, mask)
+        rows = np.where(mask, addresses, 0).reshape(block.warps, WARP)  # other warps' registers hold anything
         for i in range(matrices):
             starts = rows[:, 8 * i : 8 * i + 8].reshape(-1)
             data = block.shared.data[starts[:, None] + np.arange(16)].view(np.uint16).reshape(-1, 8, 8)

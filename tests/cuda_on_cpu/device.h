@@ -26,11 +26,24 @@ void barrier(const char* site);
 void warp_barrier(unsigned mask, const char* site);
 // Every lane gives `value` of `bytes` bytes and takes that of lane `source`.
 void exchange(unsigned mask, const void* value, void* result, unsigned bytes, int source, const char* site);
+// The same of all 32 lanes' values, in words of 8 bytes.
+void gather(const void* value, void* values, unsigned bytes, const char* site);
 int lane();
 void* dynamic_shared();
 void* static_shared(const void* variable, size_t bytes, const char* site);
 void check_device_memory(const void* pointer, const char* site);
 cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
+// Asynchronous copies of the thread, in the order of their beginning.
+struct AsyncCopy {
+  void* to;
+  const void* from;
+  bool real;
+  unsigned group;
+};
+void begin_copy(const AsyncCopy& copy);
+void end_copy_group();
+// Takes one that must be done when all but the last `groups` groups are; false: there is none.
+bool take_copy(unsigned groups, AsyncCopy& copy);
 // Tells a launch to who asked for it (cuda_on_cpu_observe); true if that has taken it over.
 bool observed(const void* kernel, const cudaLaunchConfig_t& config, const void* parameters, size_t bytes);
 }  // namespace cuda_on_cpu
@@ -102,6 +115,60 @@ namespace cuda_on_cpu {
 inline float exp2(float x) {
   const float result = std::exp2(x);
   return result < 0x1p-126f ? 0.0f : std::bit_cast<float>(std::bit_cast<unsigned>(result) & ~1u);
+}
+}  // namespace cuda_on_cpu
+
+// ---- asynchronous copies, tensor cores (csrc/cuda/tensor_cores.cuh) ----------------------------------------------
+#define PSP_TENSOR_CORES ::cuda_on_cpu
+
+namespace cuda_on_cpu {
+using SharedAddress = char*;
+inline SharedAddress shared_address(void* pointer) { return static_cast<char*>(pointer); }
+
+// Done when it is waited for, the latest that is allowed; until then what was there is lost, as it may be at once.
+inline void copy_async(SharedAddress to, const void* from, bool real) {
+  *reinterpret_cast<uint4*>(to) = {~0u, ~0u, ~0u, ~0u};  // NaN
+  begin_copy({to, from, real, 0});
+}
+inline void end_of_copies() { end_copy_group(); }
+template <unsigned n>
+void wait_for_copies() {
+  for (AsyncCopy copy; take_copy(n, copy);) {
+    *static_cast<uint4*>(copy.to) = copy.real ? *static_cast<const uint4*>(copy.from) : uint4{};
+  }
+}
+
+template <bool transposed>
+void load_matrices(SharedAddress row, unsigned (&values)[4]) {
+  const unsigned short* rows[32];
+  gather(&row, rows, sizeof(row), "load_matrices");
+  for (int i = 0; i < 4; ++i) {
+    unsigned short pair[2];
+    for (int j = 0; j < 2; ++j) {
+      const int other = lane() % 4 * 2 + j, own = lane() / 4;
+      pair[j] = transposed ? rows[8 * i + other][own] : rows[8 * i + own][other];
+    }
+    std::memcpy(&values[i], pair, 4);
+  }
+}
+
+template <class T>
+void multiply_matrices(const unsigned (&left)[4], const unsigned* right, float (&sums)[4]) {
+  struct alignas(8) Factors {
+    float left[4][2], right[2][2];
+  } own, all[32];
+  T halves[6][2];
+  std::memcpy(halves, left, 16);
+  std::memcpy(halves + 4, right, 8);
+  for (int i = 0; i < 12; ++i) (i < 8 ? own.left[i / 2] : own.right[i / 2 - 4])[i % 2] = halves[i / 2][i % 2];
+  gather(&own, all, sizeof(own), "multiply_matrices");
+  for (int v = 0; v < 4; ++v) {
+    const int row = lane() / 4, column = lane() % 4 * 2 + v % 2;
+    for (int k = 0; k < 16; ++k) {
+      const int pair = k % 8 / 2;
+      sums[v] += all[row * 4 + pair].left[v / 2 + k / 8 * 2][k % 2] * all[column * 4 + pair].right[k / 8][k % 2];
+    }
+  }
 }
 }  // namespace cuda_on_cpu
 

@@ -121,6 +121,8 @@ void prepare(Thread& thread) {
 #if defined(CUDA_ON_CPU_THREAD)
   if (thread.tsan == nullptr) thread.tsan = __tsan_create_fiber(0);
 #endif
+  thread.copies.clear();
+  thread.copy_groups = 0;
   thread.state = State::kReady;
 }
 
@@ -167,6 +169,38 @@ void exchange(unsigned mask, const void* value, void* result, unsigned bytes, in
   copy(warp.slots[turn][lane()], value, bytes);
   warp_wait(mask, site, false);
   copy(result, warp.slots[turn][source], bytes);
+}
+
+void gather(const void* value, void* values, unsigned bytes, const char* site) {
+  Warp& warp = block.warps[block.current->number / kWarp];
+  const unsigned turn = warp.turn % 2;
+  copy(warp.slots[turn][lane()], &value, sizeof(value));
+  warp_wait(~0u, site, false);
+  for (unsigned i = 0; i < kWarp; ++i) {
+    const void* from = nullptr;
+    copy(&from, warp.slots[turn][i], sizeof(from));
+    for (unsigned word = 0; word < bytes / 8; ++word) {
+      static_cast<volatile uint64_t*>(values)[i * (bytes / 8) + word] =
+          static_cast<const volatile uint64_t*>(from)[word];
+    }
+  }
+  warp_wait(~0u, site, false);  // the values lie on the lanes' stacks
+}
+
+void begin_copy(const AsyncCopy& copy) {
+  Thread& thread = *block.current;
+  thread.copies.push_back(copy);
+  thread.copies.back().group = thread.copy_groups;
+}
+
+void end_copy_group() { ++block.current->copy_groups; }
+
+bool take_copy(unsigned groups, AsyncCopy& copy) {
+  Thread& thread = *block.current;
+  if (thread.copies.empty() || thread.copies.front().group + groups >= thread.copy_groups) return false;
+  copy = thread.copies.front();
+  thread.copies.pop_front();
+  return true;
 }
 
 int lane() { return static_cast<int>(block.current->number % kWarp); }

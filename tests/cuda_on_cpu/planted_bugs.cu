@@ -1,10 +1,11 @@
-// One small kernel and ten bugs, one of which the argument plants: which mode of the harness finds which is the test.
+// One small kernel and eleven bugs, one of which the argument plants: which mode of the harness finds which is the
+// test.
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
 #include <memory>
 
-#include "cuda/common.cuh"
+#include "cuda/tensor_cores.cuh"
 
 namespace {
 
@@ -20,6 +21,7 @@ enum Bug {
   kDivergentBarrier,
   kShuffleInHalfAWarp,
   kMisalignedVector,
+  kCopyNotWaitedFor,
   kBugs
 };
 
@@ -29,6 +31,7 @@ constexpr int kRow = 128, kHalf = 64;  // a block takes a row, its 64 threads tw
 __global__ void weighted_sums(const float* in, float* out, float* copy, int* ran, int rows, int bug) {
   PSP_SHARED(int, factors, kHalf);
   PSP_SHARED(float, warp_sums, 2);
+  PSP_SHARED(float, staged, kRow);
   PSP_DYNAMIC_SHARED(float, tile);
   const int thread = static_cast<int>(threadIdx.x), row = static_cast<int>(blockIdx.x), lane = thread % 32;
   factors[thread] = thread % 7;
@@ -52,7 +55,12 @@ __global__ void weighted_sums(const float* in, float* out, float* copy, int* ran
     float values[4];
     const int misplaced = bug == kMisalignedVector && thread < kRow / 4 - 1 ? 1 : 0;
     pspnet_fast::cuda::load(in + row * kRow + thread * 4 + misplaced, values);
+    pspnet_fast::cuda::copy_async(pspnet_fast::cuda::shared_address(staged + thread * 4), in + row * kRow + thread * 4,
+                                  true);
+    pspnet_fast::cuda::end_of_copies();
+    if (bug != kCopyNotWaitedFor) pspnet_fast::cuda::wait_for_copies<0>();
     if (misplaced == 0) pspnet_fast::cuda::store(copy + row * kRow + thread * 4, values);
+    if (misplaced == 0 && staged[thread * 4 + 3] != values[3]) copy[row * kRow + thread * 4] = -1;
     if (bug == kDeviceStoreToShared) pspnet_fast::cuda::store(tile + thread / 2 * 4, values);
     if (misplaced == 1) {
       for (int i = 0; i < 4; ++i) copy[row * kRow + thread * 4 + i] = in[row * kRow + thread * 4 + i];

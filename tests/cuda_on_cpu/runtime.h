@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <deque>
 #include <vector>
 
 #include "device.h"
@@ -94,6 +95,8 @@ struct Thread {
   void* stack_pointer = nullptr;
   void* tsan = nullptr;
   void* fake_stack = nullptr;
+  std::deque<AsyncCopy> copies;  // not done
+  unsigned copy_groups = 0;      // ended
 };
 
 struct Warp {
