@@ -125,6 +125,8 @@ __global__ void __launch_bounds__(kThreads)
   const T* const x = static_cast<const T*>(args.reduced);
   const A mean = inside ? static_cast<const A*>(args.statistics)[at_level] : A(0);
   const A inverse = inside ? static_cast<const A*>(args.statistics)[all + at_level] : A(0);
+  // of the batch's statistics, or none of constants; here, where a division in double has the registers that it needs
+  const A share = args.batch[level] ? A(1) / static_cast<A>(column.values) : A(0);
   const auto grad = [&](int64_t at) {  // before the ReLU
     const bool clamped = args.output != nullptr && widen(static_cast<const T*>(args.output)[at]) <= A(0);
     return clamped ? A(0) : widen(static_cast<const T*>(args.grad_output)[at]);
@@ -143,7 +145,6 @@ __global__ void __launch_bounds__(kThreads)
   }
   A scale = inverse;
   if (inside && args.weight[level] != nullptr) scale *= norm_value<T>(args.weight[level], args.norm_dtype, r);
-  const A share = args.batch[level] ? A(1) / static_cast<A>(column.values) : A(0);  // else they are constants
   const A constant = sum * share, slope = product * share * inverse;
   column.for_cells(args.R, [&](int64_t at) {
     static_cast<T*>(args.grad_reduced)[at] = narrow<T>(scale * (grad(at) - constant - (widen(x[at]) - mean) * slope));
