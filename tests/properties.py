@@ -334,3 +334,14 @@ def interpolation_steps(size: Sequence[int]) -> int:
     A place in a map of n cells is a number up to n, off by some units of n.
     """
     return 4 * (size[0] + size[1]) + 16
+
+
+def gradients(function: Callable[..., Tensor], count: int) -> Callable[..., list[Tensor]]:
+    """Of (inputs..., gradient of the result): the result, and the gradients of the first `count` inputs."""
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in inputs[:count]]
+        result = function(*leaves, *inputs[count:-1])
+        return [result.detach(), *torch.autograd.grad(result, leaves, inputs[-1].to(result.dtype))]
+
+    return run
