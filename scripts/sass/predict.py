@@ -221,7 +221,7 @@ def print_table(profiles: list[Profile]) -> None:
 def over_budget(profiles: list[Profile], budgets: dict[str, float]) -> list[str]:
     """In words, the cases that take more than their budget."""
     return [
-        f"{p.case} takes {p.instructions:.2f} instructions a {p.unit}, and may take {budgets[p.case]}"
+        f"{p.case} takes {p.instructions:.4g} instructions a {p.unit}, and may take {budgets[p.case]}"
         for p in profiles
         if p.instructions > SLACK * budgets.get(p.case, float("inf"))
     ]
@@ -262,7 +262,7 @@ def main() -> None:
         report["profiles"] = [asdict(p) for p in profiles]
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     if args.budgets and args.write:
-        budgets |= {p.case: round(p.instructions, 2) for p in profiles}
+        budgets |= {p.case: float(f"{p.instructions:.4g}") for p in profiles}
         BUDGETS.write_text(json.dumps(budgets, indent=1) + "\n")
     elif exceeding := over_budget(profiles, budgets):
         sys.exit("predict: " + "; ".join(exceeding))
