@@ -160,7 +160,8 @@ void multiply_matrices(const unsigned (&left)[4], const unsigned* right, float (
   T halves[6][2];
   std::memcpy(halves, left, 16);
   std::memcpy(halves + 4, right, 8);
-  for (int i = 0; i < 12; ++i) (i < 8 ? own.left[i / 2] : own.right[i / 2 - 4])[i % 2] = halves[i / 2][i % 2];
+  for (int i = 0; i < 8; ++i) own.left[i / 2][i % 2] = halves[i / 2][i % 2];
+  for (int i = 0; i < 4; ++i) own.right[i / 2][i % 2] = halves[4 + i / 2][i % 2];
   gather(&own, all, sizeof(own), "multiply_matrices");
   for (int v = 0; v < 4; ++v) {
     const int row = lane() / 4, column = lane() % 4 * 2 + v % 2;

@@ -2,15 +2,19 @@
 
 from pathlib import Path
 
-import packages  # noqa: F401  # makes torchvision importable
 import pytest
-import timm
 import torch
-import torchvision
-from safetensors.torch import save_file
 from torch import nn
 
 from pspnet_fast.models import PSPNet, load_backbone
+
+for name in ("segmentation_models_pytorch", "transformers", "timm", "torchvision", "safetensors"):
+    pytest.importorskip(name, reason=f"{name} not installed: make test-peers", exc_type=ImportError)
+
+import packages  # noqa: E402, F401  # makes torchvision importable
+import timm  # noqa: E402
+import torchvision  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 
 def randomise(model: nn.Module) -> nn.Module:
