@@ -211,7 +211,7 @@ def test_budget_refuses_what_is_longer() -> None:
     profile = predict.Profile("a case", "vector", 1e-6, 2e-6, "issue", 10.5, {}, 1.0, [])
     assert predict.over_budget([profile], {"a case": 10.5}) == []
     assert predict.over_budget([profile], {"a case": 10.0}) == [
-        "a case takes 10.50 instructions a vector, and may take 10.0"
+        "a case takes 10.5 instructions a vector, and may take 10.0"
     ]
 
 

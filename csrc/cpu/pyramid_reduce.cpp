@@ -216,9 +216,17 @@ struct ReduceBackwardWeight {
     using V = Vector<acc_t, kBytes>;
     constexpr int64_t kL = kLanes<acc_t, kBytes>, kTile = kColumns * kL;
     const LevelRows row(a.levels, l);
-    V sums[kR][kColumns] = {};
+    constexpr int kTerms = 256;  // of a sum: one chain of thousands would round more than a matrix product does
+    V sums[kR][kColumns] = {}, totals[kR][kColumns] = {};
+    const auto add_up = [&]() __attribute__((always_inline)) {
+      for (int i = 0; i < kR; ++i) {
+        for (int q = 0; q < kColumns; ++q) totals[i][q] += sums[i][q], sums[i][q] = V{};
+      }
+    };
+    int terms = 0;
     for (int64_t n = 0; n < a.N; ++n) {
       for (int64_t p = row.first; p < row.first + row.cells; ++p) {
+        if (terms++ == kTerms) add_up(), terms = 1;
         const acc_t* grads = grad + (n * row.P + p) * a.R + r;
         const acc_t* from = pooled + (n * row.P + p) * pooled_stride + c;
         V x[kColumns];
@@ -228,10 +236,11 @@ struct ReduceBackwardWeight {
         }
       }
     }
+    add_up();
     const int64_t columns = std::min(kTile, a.C - c);
     for (int i = 0; i < kR; ++i) {
       acc_t values[kTile];
-      __builtin_memcpy(values, sums[i], sizeof values);
+      __builtin_memcpy(values, totals[i], sizeof values);
       T* out = static_cast<T*>(a.grad_weights) + ((l * a.R + r + i) * a.C) + c;
       T narrow[kTile];
       for (int64_t k = 0; k < kTile; ++k) narrow[k] = from_acc<T>(values[k]);
