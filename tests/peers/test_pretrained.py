@@ -1,5 +1,6 @@
 """Weights of real models of timm and torchvision, random ones: the same features."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ from torch import nn
 
 from pspnet_fast.models import PSPNet, load_backbone
 
-for name in ("segmentation_models_pytorch", "transformers", "timm", "torchvision", "safetensors"):
-    pytest.importorskip(name, reason=f"{name} not installed: make test-peers", exc_type=ImportError)
+PACKAGES = ("torchvision", "segmentation_models_pytorch", "timm", "transformers", "safetensors")
+if MISSING := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+    pytest.skip(f"{', '.join(MISSING)} not installed: make test-peers", allow_module_level=True)
 
 import packages  # noqa: E402, F401  # makes torchvision importable
 import timm  # noqa: E402
