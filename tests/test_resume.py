@@ -16,7 +16,7 @@ import torch
 from killing import RUNS, assert_same_runs, kill_and_resume
 from torch import Tensor
 from toy_data import NAMES, write_toy_data
-from toy_training import CONFIG, Items, assert_equal_states, train
+from toy_training import CONFIG, Items, assert_equal_states, give_scores, train
 
 from pspnet_fast.data.list_dataset import ListDataset
 from pspnet_fast.training import Interrupted, ResumeError, evaluate
@@ -236,15 +236,7 @@ def test_nothing_to_resume(root: Path, tmp_path: Path) -> None:
 
 
 def test_the_best_epoch_is_kept(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = iter([0.25, 0.75, 0.75, math.nan, 0.5])
-
-    def scored(*_: Any, **__: Any) -> Any:
-        metrics = evaluate(*_, **__)
-        miou = next(scores)
-        monkeypatch.setattr(type(metrics), "miou", property(lambda _: miou))
-        return metrics
-
-    monkeypatch.setattr("pspnet_fast.training.run.evaluate", scored)
+    give_scores(monkeypatch, 0.25, 0.75, 0.75, math.nan, 0.5)
     (tmp_path / "best.pt").write_text("of an earlier run")
     _, result = train(root, tmp_path, replace(CONFIG, epochs=5))
     assert [record["miou"] for record in result.history] == [0.25, 0.75, 0.75, None, 0.5]

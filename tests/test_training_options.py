@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from toy_backbone import ToyBackbone
 from toy_data import write_toy_data
-from toy_training import CONFIG, Items, assert_equal_states, train
+from toy_training import CONFIG, Items, assert_equal_states, give_scores, train
 
 from pspnet_fast.models import PSPNet, resnet
 from pspnet_fast.models.recompute import recomputed
@@ -211,15 +211,7 @@ def test_iterations_validations_and_checkpoints(root: Path, tmp_path: Path) -> N
 
 
 def test_patience_ends_the_training(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = iter([0.1, 0.3, 0.2, 0.3, 0.9])
-
-    def scored(*arguments: Any, **options: Any) -> Any:
-        metrics = evaluate(*arguments, **options)
-        miou = next(scores)
-        monkeypatch.setattr(type(metrics), "miou", property(lambda _: miou))
-        return metrics
-
-    monkeypatch.setattr("pspnet_fast.training.run.evaluate", scored)
+    give_scores(monkeypatch, 0.1, 0.3, 0.2, 0.3, 0.9)
     config = replace(CONFIG, epochs=9, patience=2)
     _, result = train(root, tmp_path, config)
     assert [record["miou"] for record in result.history] == [0.1, 0.3, 0.2, 0.3]

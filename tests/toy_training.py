@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -12,7 +13,7 @@ from toy_data import NAMES
 from pspnet_fast.data.list_dataset import ListDataset
 from pspnet_fast.data.transforms import EvalTransform, TrainTransform
 from pspnet_fast.models import PSPNet
-from pspnet_fast.training import TrainConfig, TrainResult, fit
+from pspnet_fast.training import TrainConfig, TrainResult, evaluate, fit
 
 CONFIG = TrainConfig(epochs=4, batch_size=2, workers=0, device="cpu", log_every=3, lr=0.02, head_lr_factor=2.0)
 
@@ -60,3 +61,16 @@ class Items(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return torch.full((3, 16, 16), float(index)), torch.full((16, 16), self.label)
+
+
+def give_scores(monkeypatch: pytest.MonkeyPatch, *mious: float) -> None:
+    """Makes the validations of a training find these mIoU, one after the other."""
+    scores = iter(mious)
+
+    def scored(*arguments: Any, **options: Any) -> Any:
+        metrics = evaluate(*arguments, **options)
+        miou = next(scores)
+        monkeypatch.setattr(type(metrics), "miou", property(lambda _: miou))
+        return metrics
+
+    monkeypatch.setattr("pspnet_fast.training.run.evaluate", scored)
