@@ -19,7 +19,7 @@ def record(results: Results) -> dict[str, Any]:
     for comparison, times in results.times.items():
         tables.setdefault(comparison.table, []).append(_row(results, comparison, times))
     return {
-        "machine": _machine(),
+        "machine": machine(),
         "copy_bytes_per_second": results.bandwidth.best if results.times else {},
         "operations_per_second": {str(d).removeprefix("torch."): rate for d, rate in results.rates.items()},
         "tables": tables,
@@ -27,7 +27,7 @@ def record(results: Results) -> dict[str, Any]:
     }
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     gpu = DEVICE.type == "cuda"
     return {
         "date": datetime.date.today().isoformat(),

@@ -14,6 +14,12 @@ if [ ! -x "$cuda/bin/nvcc" ]; then
   exit 3
 fi
 
+# as torch's extension builder compiles
+torch_flags="--expt-relaxed-constexpr"
+for what in HALF_OPERATORS HALF_CONVERSIONS BFLOAT16_CONVERSIONS HALF2_OPERATORS; do
+  torch_flags+=" -D__CUDA_NO_${what}__"
+done
+
 out=build/check_cuda
 rm -rf "$out"
 mkdir -p "$out"
@@ -22,14 +28,15 @@ compile() {
   echo "check_cuda: $1"
   gencode=()
   for arch in 80 90 100 120; do gencode+=(-gencode "arch=compute_$arch,code=sm_$arch"); done
-  if ! "$cuda/bin/nvcc" -std=c++17 -O3 "${gencode[@]}" -lineinfo -Werror all-warnings -Xcompiler -fPIC,-Wall,-Wextra \
+  # shellcheck disable=SC2086  # several options
+  if ! "$cuda/bin/nvcc" -std=c++17 -O3 $torch_flags "${gencode[@]}" -lineinfo -Werror all-warnings -Xcompiler -fPIC,-Wall,-Wextra \
     -Xptxas -v,-warn-spills,-warn-lmem-usage -c "$1" -o "$out/$name.o" >"$out/$name.log" 2>&1; then
     grep -E "error|warning" "$out/$name.log" | c++filt >&2
     exit 1
   fi
 }
 export -f compile
-export cuda out
+export cuda out torch_flags
 printf '%s\0' csrc/cuda/*.cu | xargs -0 -P "$(nproc)" -I{} bash -c 'set -euo pipefail; compile {}'
 
 python=${PYTHON:-python3}

@@ -1,10 +1,10 @@
 """Builds, tests and measures the CUDA kernels on this machine's GPU; needs torch >= 2.11, pytest and nvcc, no network.
 
-Parts, all of them by default, each ended after 8 minutes:
+Parts, all of them by default, each ended after 8 minutes (--seconds):
   build     the kernels in place, for the GPUs that are visible
-  test      every test of operators and modules on the GPU, against the float64 reference too
+  test      every test of operators and modules on the GPU, against the float64 reference too; at once by pytest-xdist
   twice     a sample of them in which every operator is called twice and must give the same bits
-  sanitize  another sample under compute-sanitizer: memcheck, racecheck and initcheck
+  sanitize  another sample under compute-sanitizer: memcheck, racecheck and initcheck, all three at once
   bench     each operator and module against eager PyTorch, torch.compile and the floor of this GPU's own rates
 
 Without a GPU, test and twice run a sample over the CUDA sources executed on the CPU, and the last two are skipped.
@@ -12,14 +12,18 @@ OUTDIR gets summary.json, each part's log, JUnit XML of the tests, and bench.jso
 """
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
@@ -27,9 +31,10 @@ from xml.etree import ElementTree
 import torch
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 8 * 60  # of each part
-COMPILE_UNTIL = 5 * 60  # of bench: later cases go without torch.compile
-MODULES = ["modules", "head", "losses"]  # tests of what stands on the operators and needs no more than torch
+COMPILE_UNTIL = 0.6  # of the time of bench: later cases go without torch.compile
+GRACE = 15  # seconds to end in
+TOOLS = ("memcheck", "racecheck", "initcheck")
+PROCESSES = min(8, os.cpu_count() or 1)  # of the tests, where pytest-xdist is there
 GPU = torch.cuda.is_available()
 
 
@@ -46,8 +51,8 @@ class Outcome:
 class Verification:
     """The parts, and the folder that their files go to."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, seconds: float) -> None:
+        self.folder, self.seconds = folder, seconds
 
     def build(self) -> Outcome:
         cuda = "1" if GPU else "auto"
@@ -61,7 +66,8 @@ class Verification:
         )
 
     def test(self) -> Outcome:
-        return self.pytest("test", [] if GPU else ["--sample=0"])
+        at_once = ["-n", str(PROCESSES)] if importlib.util.find_spec("xdist") else []
+        return self.pytest("test", at_once if GPU else ["--sample=0"])
 
     def twice(self) -> Outcome:
         return self.pytest("twice", ["--twice", "--sample=1", *only_plain_calls()])
@@ -73,24 +79,31 @@ class Verification:
             return Outcome("skipped", "no GPU; on a CPU `make test` runs the CUDA sources under sanitizers")
         if sanitizer is None:
             return Outcome("skipped", "compute-sanitizer is neither on PATH nor in CUDA_HOME/bin")
-        outcomes = {}
-        for seed, tool in enumerate(("memcheck", "racecheck", "initcheck"), start=2):
-            command = [sanitizer, f"--tool={tool}", "--error-exitcode=9", "--kernel-regex=kns=pspnet_fast"]
-            options = [f"--sample={seed}", *only_plain_calls()]
-            # initcheck is to see what no kernel wrote, so nothing else may write it
-            options += ["--no-poison"] if tool == "initcheck" else []
-            no_cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor has an end that memcheck knows
-            outcomes[tool] = self.pytest(tool, options, command, no_cache, SECONDS / 3)
+        with ThreadPoolExecutor(len(TOOLS)) as pool:
+            outcomes = dict(zip(TOOLS, pool.map(lambda tool: self.sanitized(sanitizer, tool), TOOLS), strict=True))
         bad = [tool for tool, outcome in outcomes.items() if outcome.result != "passed"]
         why = "; ".join(f"{tool}: {outcome.why}" for tool, outcome in outcomes.items())
         failures = [failure for outcome in outcomes.values() for failure in outcome.failures]
         return Outcome("failed" if bad else "passed", why, failures=failures)
 
+    def sanitized(self, sanitizer: str, tool: str) -> Outcome:
+        """A sample under one tool of compute-sanitizer."""
+        command = [sanitizer, f"--tool={tool}", "--error-exitcode=9", "--kernel-regex=kns=pspnet_fast"]
+        options = [f"--sample={2 + TOOLS.index(tool)}", *only_plain_calls()]
+        # initcheck is to see what no kernel wrote, so nothing else may write it
+        options += ["--no-poison"] if tool == "initcheck" else []
+        no_cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor has an end that memcheck knows
+        return self.pytest(tool, options, command, no_cache)
+
     def bench(self) -> Outcome:
         if not GPU:
             return Outcome("skipped", "no GPU; `make bench` measures the CPU")
         out = self.folder / "bench.json"
-        options = [f"--json={out}", f"--markdown={out.with_suffix('.md')}", f"--compile-until={COMPILE_UNTIL}"]
+        options = [
+            f"--json={out}",
+            f"--markdown={out.with_suffix('.md')}",
+            f"--compile-until={COMPILE_UNTIL * self.seconds}",
+        ]
         code = self.run("bench", [sys.executable, "-m", "pytest", "benchmarks", "-q", *options])
         if code != 0 or not out.exists():
             return Outcome("failed", f"exit code {code}: see bench.log")
@@ -104,15 +117,13 @@ class Verification:
         options: list[str],
         before: list[str] | None = None,
         environment: dict[str, str] | None = None,
-        seconds: float = SECONDS,
     ) -> Outcome:
         """The operators' and modules' tests on the GPU, or over the CUDA sources on the CPU."""
         xml = self.folder / f"{name}.xml"
         xml.unlink(missing_ok=True)
-        names = [*(path.stem for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))), *MODULES]
-        command = [*(before or []), sys.executable, "-m", "pytest", "-q", *(f"tests/test_{name}.py" for name in names)]
+        command = [*(before or []), sys.executable, "-m", "pytest", "-q", *tests_of_kernels()]
         command += [f"--device={'cuda' if GPU else 'cuda_on_cpu'}", f"--junitxml={xml}", *options]
-        code = self.run(name, command, environment, seconds)
+        code = self.run(name, command, environment)
         where = "" if GPU else "no GPU, so a sample over the CUDA sources on the CPU: "
         if not xml.exists():
             return Outcome("failed", f"{where}exit code {code}: see {name}.log")
@@ -121,9 +132,7 @@ class Verification:
         told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
         return Outcome("passed" if passed else "failed", where + told, failures=failures)
 
-    def run(
-        self, name: str, command: list[str], environment: dict[str, str] | None = None, seconds: float = SECONDS
-    ) -> int:
+    def run(self, name: str, command: list[str], environment: dict[str, str] | None = None) -> int:
         """Runs it in the checkout, with all that it prints in NAME.log; 124 if it was ended for its time."""
         print(f"verify_gpu: {name} ...", flush=True)
         path = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -137,12 +146,22 @@ class Verification:
                 start_new_session=True,  # so that what it started can be ended with it
             )
             try:
-                return process.wait(seconds)
+                return process.wait(self.seconds)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGINT)  # pytest then tells what failed so far
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                log.write(f"\nverify_gpu: ended after {seconds:.0f} s\n")
+                log.write(f"\nverify_gpu: ended after {self.seconds:.0f} s\n")
                 return 124
+
+
+def tests_of_kernels() -> list[str]:
+    """The files of tests that take a device: of the operators, and of what stands on them and needs only torch."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [f"tests/{path.name}" for path in files if re.search(r"def test_\w+\(device\b", path.read_text("utf-8"))]
 
 
 def only_plain_calls() -> list[str]:
@@ -167,12 +186,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("outdir", type=Path, metavar="OUTDIR")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; all by default")
+    help = "of each part; what is not done then fails (%(default)s)"
+    parser.add_argument("--seconds", type=float, default=480.0, help=help)
     args = parser.parse_args()
     if unknown := [part for part in args.parts if part not in parts]:
         parser.error(f"no such part: {', '.join(unknown)} (of {', '.join(parts)})")
     args.outdir.mkdir(parents=True, exist_ok=True)
 
-    verification = Verification(args.outdir.resolve())
+    verification = Verification(args.outdir.resolve(), args.seconds)
     outcomes: dict[str, Outcome] = {}
     for part in args.parts or parts:
         start = time.monotonic()

@@ -1,6 +1,7 @@
 """Where the operators' tests run, and what they share."""
 
 import contextlib
+import os
 import random
 import signal
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import torch
 from twice import Twice
 
 DEVICES = ["cpu", "cuda_on_cpu", "cuda"]
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or deterministic mode refuses cuBLAS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,7 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--sample") is not None:
         cases.make_smaller()
-    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+    on_cpu = config.getoption("--device") in (None, "cuda_on_cpu")
+    if on_cpu and config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         from cuda_on_cpu import backend
 
         with contextlib.suppress(backend.NotAvailable):  # the tests say why
@@ -102,9 +105,10 @@ def seed() -> None:
 def poison(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fills every fresh tensor with NaN, those that the kernels write included: an element left unwritten shows.
 
-    torch does so in its deterministic mode, which the operators must work in anyway.
+    torch does so in its deterministic mode, which the operators must work in anyway. What they are compared with may
+    not be able to on a GPU (adaptive_avg_pool2d, nll_loss2d): a warning there.
     """
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     torch.utils.deterministic.fill_uninitialized_memory = not request.config.getoption("--no-poison")
     yield
     torch.use_deterministic_algorithms(False)

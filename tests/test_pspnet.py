@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from toy_backbone import ToyBackbone
 
+from pspnet_fast import UpsampleCrossEntropyLoss
 from pspnet_fast.models import PSPNet
+from pspnet_fast.models.small import SmallBackbone
 
 Shape = tuple[int, ...]
 
@@ -158,3 +160,30 @@ def test_config_of_what_is_no_plain_data() -> None:
     assert PSPNet(2, ToyBackbone()).config is None
     with torch.device("meta"):
         assert PSPNet(2, "resnet18", norm_layer=lambda channels: nn.GroupNorm(1, channels)).config is None
+
+
+def test_twenty_training_steps_give_the_same_bits(device):
+    """In deterministic mode, the loss of upsampled logits included; on a GPU with a ResNet."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (trained(device, steps=20) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["cls.4.weight"], trained(device, steps=19)["cls.4.weight"])
+
+
+def trained(device: torch.device, steps: int) -> dict[str, torch.Tensor]:
+    """What a model's state is after so many steps."""
+    torch.manual_seed(0)
+    backbone = "resnet50" if device.type == "cuda" else SmallBackbone(width=16)
+    model = PSPNet(5, backbone).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    loss = UpsampleCrossEntropyLoss()
+    for _ in range(steps):
+        images, target = torch.randn(2, 3, 65, 57, device=device), torch.randint(5, (2, 65, 57), device=device)
+        outputs = model(images)
+        optimizer.zero_grad()
+        (loss(outputs["out"], target) + 0.4 * loss(outputs["aux"], target)).backward()
+        optimizer.step()
+    return model.state_dict()

@@ -99,7 +99,7 @@ class Source {
       } else {
 #pragma unroll
         for (int v = 0; v < kVector<T>; ++v) {
-          stage[chunk + v] = inside && column + v < operand_.length ? from[v] : T(0.0f);
+          stage[chunk + v] = inside && column + v < operand_.length ? from[v] : narrow<T>(0);
         }
       }
     }

@@ -43,9 +43,9 @@ class Work:
 
 def filled(*shape: int, dtype: torch.dtype, layout: str = "planar") -> Tensor:
     """Random numbers, the same 65521 over and over: large maps take no time."""
-    pattern = torch.randn(65521, generator=torch.Generator().manual_seed(0)).to(dtype)
+    pattern = torch.randn(65521, generator=torch.Generator().manual_seed(0), device="cpu").to(dtype)
     count = torch.Size(shape).numel()
-    flat = torch.empty(count, dtype=dtype)
+    flat = torch.empty(count, dtype=dtype)  # on the default device, as all tensors of a case
     whole = count // len(pattern)
     flat[: whole * len(pattern)].view(whole, len(pattern)).copy_(pattern)
     flat[whole * len(pattern) :] = pattern[: count - whole * len(pattern)]
@@ -123,7 +123,8 @@ def build(case: Case) -> Work:
 
 def of_classes(N: int, size: int, classes: int) -> Tensor:
     """Classes in patches of 16 x 16 pixels, as those of images lie together."""
-    coarse = torch.randint(classes, (N, size // 16 + 1, size // 16 + 1), generator=torch.Generator().manual_seed(0))
+    shape, generator = (N, size // 16 + 1, size // 16 + 1), torch.Generator().manual_seed(0)
+    coarse = torch.randint(classes, shape, generator=generator, device="cpu").to(torch.get_default_device())
     return coarse.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, :size, :size].contiguous()
 
 
