@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; all by default")
     help = "of each part; what is not done then fails (%(default)s)"
     parser.add_argument("--seconds", type=float, default=480.0, help=help)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if unknown := [part for part in args.parts if part not in parts]:
         parser.error(f"no such part: {', '.join(unknown)} (of {', '.join(parts)})")
     args.outdir.mkdir(parents=True, exist_ok=True)
