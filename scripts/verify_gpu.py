@@ -166,7 +166,7 @@ def tests_of_kernels() -> list[str]:
 
 def only_plain_calls() -> list[str]:
     """Without the tests that call the kernels no differently, only through torch's machinery or more often."""
-    return ["-k", "not opcheck and not gradcheck and not compile and not same_bits and not memory"]
+    return ["-k", "not opcheck and not gradcheck and not compile and not same_bits and not memory and not inference"]
 
 
 def read_junit(path: Path) -> tuple[dict[str, int], list[str]]:
