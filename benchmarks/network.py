@@ -1,6 +1,6 @@
 """PSPNet-50 as a whole, 473x473, 150 classes: training steps and prediction, of plain torch layers and of this package.
 
-    PYTHONPATH=tests python benchmarks/network.py [--json FILE] [--batch 16] [--compile]
+    PYTHONPATH=.:tests python benchmarks/network.py [--json FILE] [--batch 16] [--compile]
 
 Both have the same layers and weights; "stock" is StockPPM, the concatenated head, interpolated logits and
 F.cross_entropy or argmax. Training is in mixed precision (autocast to bfloat16), prediction in bfloat16, all in

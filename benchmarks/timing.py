@@ -35,14 +35,20 @@ def gpu_seconds(
 ) -> list[float]:
     """The times of calls by the GPU's clock, each with an L2 cache that holds none of its memory.
 
-    The writing that empties the cache keeps the GPU busy while the host queues the call, so that launches are not
-    waited for.
+    The writing that empties the cache keeps the GPU busy until the host has queued the call, so that launches are not
+    waited for: what a CUDA graph of the call would take. The host's own time is operator_calls.py's.
     """
     flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device)
+    flushing = host_seconds(synchronized(flushed.zero_, device))
+    torch.cuda.synchronize(device)
+    queueing = min(host_seconds(function, setup) for _ in range(3))
+    torch.cuda.synchronize(device)
+    flushes = 1 + int(1.5 * queueing / min(flushing, host_seconds(synchronized(flushed.zero_, device))))
     marks = []
     for _ in range(rounds):
         setup()
-        flushed.zero_()
+        for _ in range(flushes):
+            flushed.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         function()

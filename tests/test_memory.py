@@ -36,10 +36,15 @@ def test_the_measure_sees_intermediate_maps(device):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_the_head_needs_what_its_convolution_of_x_needs(device, memory_format, training):
-    """At most 10 MB more, where the concatenated head needs the concatenation and its copies, 210 MB."""
+    """At most 10 MB more, where the concatenated head needs the concatenation and its copies, 210 MB.
+
+    And what it takes of the weight: a part while it is used, in training both until they are. On a CPU the plain
+    convolution copies that as well, into oneDNN's layout; on a GPU it does in channels_last.
+    """
     names = ("convolution", "fused head", "stock head")
     convolution, head, stock = (
         forward_memory(name, SHAPE, torch.float32, memory_format, device, training) / 1e6 for name in names
     )
-    assert head <= convolution + 10
+    parts = 512 * 2048 * 9 * 4 / 1e6 if device.type == "cuda" else 0.0  # of the weight, each of the two
+    assert head <= convolution + 10 + parts * (2 if training else 1)
     assert stock > head + 100, "the measure does not see the concatenation"

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 raw = torch.ops.pspnet_fast
 KERNELS = [(1, 1), (3, 3), (5, 7)]  # 5 x 7: more taps than a tile of the CUDA kernel has
-CHANNELS = [(1, 1, 1), (19, 3, 5), (130, 4, 65)]  # dense, levels, channels of a level
+CHANNELS = [(1, 1, 1), (19, 3, 5), (130, 4, 65), (264, 2, 40)]  # dense, levels, channels of a level; the last: vectors
 
 
 def make(shape, layout: str, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -4,7 +4,9 @@
 namespace pspnet_fast::cuda {
 namespace {
 
-constexpr int kRows = kThreads / kWarp;  // cells that a block reads at once, one a warp, 32 channels each
+constexpr int kBlock = 512;            // threads
+constexpr int kRows = kBlock / kWarp;  // cells that a block reads at once, one a warp, 32 channels each
+constexpr int kInFlight = 4;           // cells that a thread reads before it uses the first of them
 
 template <class T>
 __device__ __forceinline__ acc_t<T> norm_value(const void* values, DType dtype, int64_t r) {
@@ -21,7 +23,7 @@ __device__ __forceinline__ void set_norm_value(void* values, DType dtype, int64_
   }
 }
 
-// A thread's channel r of a level, and its cells: every eighth of the level's in all images.
+// A thread's channel r of a level, and its cells: every sixteenth of the level's in all images.
 struct Column {
   int level, warp, lane;
   int64_t r;
@@ -38,12 +40,27 @@ struct Column {
         P(static_cast<unsigned>(args.levels.first[args.levels.count])),
         values(static_cast<unsigned>(args.N) * cells) {}
 
-  // Calls f(index of a value) for each of the thread's cells.
-  template <class F>
-  __device__ __forceinline__ void for_cells(int64_t R, const F& f) const {
+  // Calls use(index of a value, load(index)) for each of the thread's cells.
+  template <class Load, class Use>
+  __device__ __forceinline__ void for_cells(int64_t R, const Load& load, const Use& use) const {
     if (r >= R) return;
-    for (unsigned m = static_cast<unsigned>(warp); m < values; m += kRows) {
-      f((int64_t{m / cells} * P + first + m % cells) * R + r);
+    const unsigned step_images = kRows / cells, step_cells = kRows % cells;
+    unsigned n = static_cast<unsigned>(warp) / cells, cell = static_cast<unsigned>(warp) % cells;
+    for (unsigned m = static_cast<unsigned>(warp); m < values; m += kRows * kInFlight) {
+      int64_t at[kInFlight];
+      decltype(load(int64_t{})) read[kInFlight] = {};
+#pragma unroll
+      for (unsigned i = 0; i < kInFlight; ++i) {
+        at[i] = m + i * kRows < values ? static_cast<int64_t>(n * P + first + cell) * R + r : -1;
+        if (at[i] >= 0) read[i] = load(at[i]);
+        n += step_images;
+        cell += step_cells;
+        if (cell >= cells) cell -= cells, ++n;
+      }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        if (at[i] >= 0) use(at[i], read[i]);
+      }
     }
   }
 };
@@ -62,22 +79,23 @@ __device__ __forceinline__ A sum_warps(A value, A* shared, const Column& column)
 
 // A block takes 32 channels of a level. Traffic: reduced three times, of which the caches serve two; output once.
 template <class T>
-__global__ void __launch_bounds__(kThreads) batch_norm_levels(const __grid_constant__ PyramidBatchNormArgs args) {
+__global__ void __launch_bounds__(kBlock) batch_norm_levels(const __grid_constant__ PyramidBatchNormArgs args) {
   using A = acc_t<T>;
-  PSP_SHARED(A, shared, kThreads);
+  PSP_SHARED(A, shared, kBlock);
   const Column column(args);
   const int level = column.level;
   const int64_t r = column.r;
   const bool inside = r < args.R;
   const T* const x = static_cast<const T*>(args.reduced);
+  const auto value_at = [&](int64_t at) { return widen(x[at]); };
   A mean = 0, variance = 0;
   if (args.batch[level]) {  // the same for the whole block
     const A count = static_cast<A>(column.values);
-    column.for_cells(args.R, [&](int64_t at) { mean += widen(x[at]); });
+    column.for_cells(args.R, value_at, [&](int64_t, A value) { mean += value; });
     mean = sum_warps(mean, shared, column) / count;
     A error = 0;  // of the mean, a sum of large values with the roundings of such: the deviations tell it
-    column.for_cells(args.R, [&](int64_t at) {
-      const A deviation = widen(x[at]) - mean;
+    column.for_cells(args.R, value_at, [&](int64_t, A value) {
+      const A deviation = value - mean;
       error += deviation;
       variance += deviation * deviation;
     });
@@ -106,18 +124,18 @@ __global__ void __launch_bounds__(kThreads) batch_norm_levels(const __grid_const
   A shift = 0;
   if (inside && args.weight[level] != nullptr) scale *= norm_value<T>(args.weight[level], args.norm_dtype, r);
   if (inside && args.bias[level] != nullptr) shift = norm_value<T>(args.bias[level], args.norm_dtype, r);
-  column.for_cells(args.R, [&](int64_t at) {
-    const A value = (widen(x[at]) - mean) * scale + shift;
-    static_cast<T*>(args.output)[at] = narrow<T>(args.relu && value < A(0) ? A(0) : value);
+  column.for_cells(args.R, value_at, [&](int64_t at, A value) {
+    const A normalised = (value - mean) * scale + shift;
+    static_cast<T*>(args.output)[at] = narrow<T>(args.relu && normalised < A(0) ? A(0) : normalised);
   });
 }
 
 // The same blocks. Traffic: grad_output, reduced and, after a ReLU, output twice, of which the caches serve one.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kBlock)
     batch_norm_levels_backward(const __grid_constant__ PyramidBatchNormBackwardArgs args) {
   using A = acc_t<T>;
-  PSP_SHARED(A, shared, kThreads);
+  PSP_SHARED(A, shared, kBlock);
   const Column column(args);
   const int level = column.level;
   const int64_t r = column.r, at_level = level * args.R + r, all = args.levels.count * args.R;
@@ -127,15 +145,18 @@ __global__ void __launch_bounds__(kThreads)
   const A inverse = inside ? static_cast<const A*>(args.statistics)[all + at_level] : A(0);
   // of the batch's statistics, or none of constants; here, where a division in double has the registers that it needs
   const A share = args.batch[level] ? A(1) / static_cast<A>(column.values) : A(0);
-  const auto grad = [&](int64_t at) {  // before the ReLU
-    const bool clamped = args.output != nullptr && widen(static_cast<const T*>(args.output)[at]) <= A(0);
-    return clamped ? A(0) : widen(static_cast<const T*>(args.grad_output)[at]);
+  struct Read {
+    A grad, deviation;
+  };
+  const auto read_at = [&](int64_t at) {  // the gradient before the ReLU
+    const A output = args.output != nullptr ? widen(static_cast<const T*>(args.output)[at]) : A(1);
+    const A grad = widen(static_cast<const T*>(args.grad_output)[at]);
+    return Read{output <= A(0) ? A(0) : grad, widen(x[at]) - mean};
   };
   A sum = 0, product = 0;
-  column.for_cells(args.R, [&](int64_t at) {
-    const A g = grad(at);
-    sum += g;
-    product += g * ((widen(x[at]) - mean) * inverse);
+  column.for_cells(args.R, read_at, [&](int64_t, const Read& read) {
+    sum += read.grad;
+    product += read.grad * (read.deviation * inverse);
   });
   sum = sum_warps(sum, shared, column);
   product = sum_warps(product, shared, column);
@@ -146,8 +167,8 @@ __global__ void __launch_bounds__(kThreads)
   A scale = inverse;
   if (inside && args.weight[level] != nullptr) scale *= norm_value<T>(args.weight[level], args.norm_dtype, r);
   const A constant = sum * share, slope = product * share * inverse;
-  column.for_cells(args.R, [&](int64_t at) {
-    static_cast<T*>(args.grad_reduced)[at] = narrow<T>(scale * (grad(at) - constant - (widen(x[at]) - mean) * slope));
+  column.for_cells(args.R, read_at, [&](int64_t at, const Read& read) {
+    static_cast<T*>(args.grad_reduced)[at] = narrow<T>(scale * (read.grad - constant - read.deviation * slope));
   });
 }
 
@@ -166,14 +187,14 @@ int64_t blocks_of(const Args& args) {
 int pyramid_batch_norm(const PyramidBatchNormArgs& args, void* stream) {
   if (!fits(args)) return cudaErrorInvalidValue;
   return dispatch(args.dtype, [&](auto zero) {
-    return launch(batch_norm_levels<decltype(zero)>, blocks_of(args), kThreads, 0, stream, args);
+    return launch(batch_norm_levels<decltype(zero)>, blocks_of(args), kBlock, 0, stream, args);
   });
 }
 
 int pyramid_batch_norm_backward(const PyramidBatchNormBackwardArgs& args, void* stream) {
   if (!fits(args)) return cudaErrorInvalidValue;
   return dispatch(args.dtype, [&](auto zero) {
-    return launch(batch_norm_levels_backward<decltype(zero)>, blocks_of(args), kThreads, 0, stream, args);
+    return launch(batch_norm_levels_backward<decltype(zero)>, blocks_of(args), kBlock, 0, stream, args);
   });
 }
 

@@ -1,29 +1,170 @@
 // A convolution's weight taken apart by its input channels, into what a convolution and pyramid_reduce take, and put
 // together again for the gradient.
+#include <type_traits>
+
 #include "common.cuh"
 
 namespace pspnet_fast::cuda {
 namespace {
 
-constexpr int kChannels = 64, kTaps = 32;  // of a tile, at most
+constexpr int kRows = 4;                   // of channels that a thread has in flight
+constexpr int kChannels = 256;             // of a tile by vectors
+constexpr int kTile = 64, kTileTaps = 32;  // channels and taps of a tile by elements, at most
 
-// A block takes a tile of one output channel and one part, by way of shared memory, so that both sides are read and
-// written as they lie. Traffic: each element once. Element by element: the convolution after it takes far longer.
+// Where channels c.. of the weight lie: in the dense part, or in that of a level.
+struct Part {
+  __device__ __forceinline__ Part(const PyramidSplitWeightArgs& args, int64_t c) {
+    const int64_t in_dense = c - args.first_dense, in_levels = c - args.first_level;
+    dense = in_dense >= 0 && in_dense < args.dense;
+    level = dense ? 0 : static_cast<int>(in_levels / args.R);
+    channel = dense ? in_dense : in_levels - level * args.R;
+  }
+
+  bool dense;
+  int level;
+  int64_t channel;
+};
+
+template <class T, class U>
+constexpr int kBoth = kVector<T> > kVector<U> ? kVector<T> : kVector<U>;  // elements that are whole vectors of both
+
+template <class T, class U, int V>
+__device__ __forceinline__ void convert(const T (&from)[V], U (&to)[V]) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) to[v] = narrow<U>(static_cast<acc_t<U>>(widen(from[v])));
+}
+
+// A channels-last weight is rows of channels, of a tap each, and so are its parts. A thread copies a vector of channels
+// of several rows. Traffic: each element once.
 template <class T, class U, bool kForward>
 __global__ void __launch_bounds__(kThreads)
-    split_weight(const __grid_constant__ PyramidSplitWeightArgs args, int dense_tiles, int level_tiles, int tap_tiles) {
-  PSP_SHARED(U, tile, kChannels * (kTaps + 1));
+    split_rows(const __grid_constant__ PyramidSplitWeightArgs args, int row_blocks) {
+  constexpr int V = kBoth<T, U>;
+  using From = std::conditional_t<kForward, T, U>;
+  using To = std::conditional_t<kForward, U, T>;
+  const int64_t C = args.dense + args.L * args.R, rows = args.O * args.taps;
+  const int64_t c = (static_cast<int64_t>(blockIdx.x / row_blocks) * kThreads + threadIdx.x) * V;
+  if (c >= C) return;
+  const Part part(args, c);
+  const int64_t row = static_cast<int64_t>(blockIdx.x % row_blocks) * kRows;
+  int64_t o = row / args.taps, t = row % args.taps;
+
+  const From* from[kRows];
+  To* to[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t whole = (row + r) * C + c;
+    const int64_t own = part.dense ? (row + r) * args.dense + part.channel
+                                   : ((part.level * args.taps + t) * args.O + o) * args.R + part.channel;
+    void* const target = part.dense ? args.dense_weight : args.matrices;
+    from[r] = static_cast<const From*>(kForward ? args.weight : target) + (kForward ? whole : own);
+    to[r] = static_cast<To*>(kForward ? target : args.weight) + (kForward ? own : whole);
+    if (++t == args.taps) t = 0, ++o;
+  }
+  From read[kRows][V];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (row + r < rows) load(from[r], read[r]);
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    if (row + r >= rows) break;
+    To values[V];
+    convert(read[r], values);
+    store(to[r], values);
+  }
+}
+
+// Otherwise the taps of a channel lie together, in the weight and in its dense part: that is copied, and the levels'
+// parts change their order in shared memory, a block one output channel of one part. Traffic: each element once.
+template <class T, class U, bool kForward>
+__global__ void __launch_bounds__(kThreads)
+    split_planes(const __grid_constant__ PyramidSplitWeightArgs args, int dense_tiles, int level_tiles) {
+  constexpr int V = kBoth<T, U>;
+  using From = std::conditional_t<kForward, T, U>;
+  using To = std::conditional_t<kForward, U, T>;
+  PSP_DYNAMIC_SHARED(U, tile);
   const int tiles = dense_tiles + static_cast<int>(args.L) * level_tiles;
-  const int t0 = static_cast<int>(blockIdx.x) % tap_tiles * kTaps;
+  const int index = static_cast<int>(blockIdx.x) % tiles;
+  const int64_t o = static_cast<int>(blockIdx.x) / tiles;
+  const bool dense = index < dense_tiles;
+  const int level = dense ? 0 : (index - dense_tiles) / level_tiles;
+  const int64_t c0 = static_cast<int64_t>(dense ? index : (index - dense_tiles) % level_tiles) * kChannels;
+  const int64_t part = dense ? args.dense : args.R, C = args.dense + args.L * args.R;
+  const int channels = static_cast<int>(min(int64_t{kChannels}, part - c0)), taps = static_cast<int>(args.taps);
+  T* const weight = static_cast<T*>(args.weight) +
+                    (o * C + (dense ? args.first_dense : args.first_level + level * args.R) + c0) * taps;
+  const int vectors = channels * taps / V;
+
+  if (dense) {
+    U* const target = static_cast<U*>(args.dense_weight) + (o * part + c0) * taps;
+    for (int i = static_cast<int>(threadIdx.x); i < vectors; i += kThreads) {
+      From read[V];
+      To values[V];
+      load(kForward ? reinterpret_cast<const From*>(weight) + i * V : reinterpret_cast<const From*>(target) + i * V,
+           read);
+      convert(read, values);
+      store(kForward ? reinterpret_cast<To*>(target) + i * V : reinterpret_cast<To*>(weight) + i * V, values);
+    }
+    return;
+  }
+  const int of_tap = channels / V;  // vectors
+  const auto matrix = [&](int i) {
+    const int t = i / of_tap;
+    return static_cast<U*>(args.matrices) + ((level * args.taps + t) * args.O + o) * part + c0 + (i - t * of_tap) * V;
+  };
+  const auto in_tile = [&](int i, int v) -> U& {
+    const int t = i / of_tap;
+    return tile[((i - t * of_tap) * V + v) * taps + t];
+  };
+  for (int i = static_cast<int>(threadIdx.x); i < vectors; i += kThreads) {
+    if constexpr (kForward) {
+      T read[V];
+      U values[V];
+      load(weight + i * V, read);
+      convert(read, values);
+      store_shared(tile + i * V, values);
+    } else {
+      U read[V];
+      load(matrix(i), read);
+#pragma unroll
+      for (int v = 0; v < V; ++v) in_tile(i, v) = read[v];
+    }
+  }
+  __syncthreads();
+  for (int i = static_cast<int>(threadIdx.x); i < vectors; i += kThreads) {
+    if constexpr (kForward) {
+      U values[V];
+#pragma unroll
+      for (int v = 0; v < V; ++v) values[v] = in_tile(i, v);
+      store(matrix(i), values);
+    } else {
+      U read[V];
+      T values[V];
+      load(tile + i * V, read);
+      convert(read, values);
+      store(weight + i * V, values);
+    }
+  }
+}
+
+// What is no multiple of a vector: a block takes a tile of one output channel and one part, by way of shared memory, so
+// that both sides are read and written as they lie.
+template <class T, class U, bool kForward>
+__global__ void __launch_bounds__(kThreads) split_elements(const __grid_constant__ PyramidSplitWeightArgs args,
+                                                           int dense_tiles, int level_tiles, int tap_tiles) {
+  PSP_SHARED(U, tile, kTile * (kTileTaps + 1));
+  const int tiles = dense_tiles + static_cast<int>(args.L) * level_tiles;
+  const int t0 = static_cast<int>(blockIdx.x) % tap_tiles * kTileTaps;
   const int index = static_cast<int>(blockIdx.x) / tap_tiles % tiles;
   const int64_t o = static_cast<int>(blockIdx.x) / tap_tiles / tiles;
   const bool dense = index < dense_tiles;
   const int level = dense ? 0 : (index - dense_tiles) / level_tiles;
-  const int c0 = (dense ? index : (index - dense_tiles) % level_tiles) * kChannels;
+  const int c0 = (dense ? index : (index - dense_tiles) % level_tiles) * kTile;
   const int64_t first = (dense ? args.first_dense : args.first_level + level * args.R) + c0;
   const int64_t part = dense ? args.dense : args.R, C = args.dense + args.L * args.R;
-  const int channels = static_cast<int>(min(int64_t{kChannels}, part - c0));
-  const int taps = static_cast<int>(min(int64_t{kTaps}, args.taps - t0));
+  const int channels = static_cast<int>(min(int64_t{kTile}, part - c0));
+  const int taps = static_cast<int>(min(int64_t{kTileTaps}, args.taps - t0));
 
   T* const weight = static_cast<T*>(args.weight);
   U* const target = static_cast<U*>(dense ? args.dense_weight : args.matrices);
@@ -49,40 +190,61 @@ __global__ void __launch_bounds__(kThreads)
 
   if constexpr (kForward) {
     for_elements(weight_by_channels, [&](int c, int t) {
-      tile[c * (kTaps + 1) + t] = narrow<U>(static_cast<acc_t<U>>(widen(of_weight(c, t))));
+      tile[c * (kTileTaps + 1) + t] = narrow<U>(static_cast<acc_t<U>>(widen(of_weight(c, t))));
     });
   } else {
-    for_elements(part_by_channels, [&](int c, int t) { tile[c * (kTaps + 1) + t] = of_part(c, t); });
+    for_elements(part_by_channels, [&](int c, int t) { tile[c * (kTileTaps + 1) + t] = of_part(c, t); });
   }
   __syncthreads();
   if constexpr (kForward) {
-    for_elements(part_by_channels, [&](int c, int t) { of_part(c, t) = tile[c * (kTaps + 1) + t]; });
+    for_elements(part_by_channels, [&](int c, int t) { of_part(c, t) = tile[c * (kTileTaps + 1) + t]; });
   } else {
     for_elements(weight_by_channels, [&](int c, int t) {
-      of_weight(c, t) = narrow<T>(static_cast<acc_t<T>>(widen(tile[c * (kTaps + 1) + t])));
+      of_weight(c, t) = narrow<T>(static_cast<acc_t<T>>(widen(tile[c * (kTileTaps + 1) + t])));
     });
   }
 }
 
-template <bool kForward>
+template <class T, class U, bool kForward>
 cudaError_t launch_split(const PyramidSplitWeightArgs& args, void* stream) {
-  const int64_t dense_tiles = divide_up(args.dense, kChannels), level_tiles = divide_up(args.R, kChannels);
-  const int64_t tap_tiles = divide_up(args.taps, kTaps);
-  const int64_t blocks = args.O * (dense_tiles + args.L * level_tiles) * tap_tiles;
-  const auto run = [&](auto weight, auto part) {
-    return launch(split_weight<decltype(weight), decltype(part), kForward>, blocks, kThreads, 0, stream, args,
-                  static_cast<int>(dense_tiles), static_cast<int>(level_tiles), static_cast<int>(tap_tiles));
+  constexpr int V = kBoth<T, U>;
+  const auto launch_tiles = [&](auto kernel, int tile, int64_t tap_tiles, size_t shared, auto... more) {
+    const int64_t dense_tiles = divide_up(args.dense, tile), level_tiles = divide_up(args.R, tile);
+    return launch(kernel, args.O * (dense_tiles + args.L * level_tiles) * tap_tiles, kThreads, shared, stream, args,
+                  static_cast<int>(dense_tiles), static_cast<int>(level_tiles), more...);
   };
-  if (args.weight_dtype == args.dtype) return dispatch(args.dtype, [&](auto zero) { return run(zero, zero); });
-  return args.dtype == DType::kBFloat16 ? run(float{}, __nv_bfloat16{}) : run(float{}, __half{});
+  const int64_t C = args.dense + args.L * args.R, shared = kChannels * args.taps * static_cast<int64_t>(sizeof(U));
+  const bool vectors = aligned(args.weight) && aligned(args.dense_weight) && aligned(args.matrices) &&
+                       args.dense % V == 0 && args.R % V == 0;
+  if (vectors && args.channels_last) {
+    const int64_t row_blocks = divide_up(args.O * args.taps, kRows);
+    if (row_blocks > INT_MAX) return cudaErrorInvalidConfiguration;
+    return launch(split_rows<T, U, kForward>, row_blocks * divide_up(C, V * kThreads), kThreads, 0, stream, args,
+                  static_cast<int>(row_blocks));
+  }
+  if (vectors && shared <= static_cast<int64_t>(kSharedBytes)) {
+    return launch_tiles(split_planes<T, U, kForward>, kChannels, 1, static_cast<size_t>(shared));
+  }
+  const int64_t tap_tiles = divide_up(args.taps, kTileTaps);
+  return launch_tiles(split_elements<T, U, kForward>, kTile, tap_tiles, 0, static_cast<int>(tap_tiles));
+}
+
+template <bool kForward>
+cudaError_t split(const PyramidSplitWeightArgs& args, void* stream) {
+  if (args.weight_dtype == args.dtype) {
+    return dispatch(args.dtype,
+                    [&](auto zero) { return launch_split<decltype(zero), decltype(zero), kForward>(args, stream); });
+  }
+  return args.dtype == DType::kBFloat16 ? launch_split<float, __nv_bfloat16, kForward>(args, stream)
+                                        : launch_split<float, __half, kForward>(args, stream);
 }
 
 }  // namespace
 
-int pyramid_split_weight(const PyramidSplitWeightArgs& args, void* stream) { return launch_split<true>(args, stream); }
+int pyramid_split_weight(const PyramidSplitWeightArgs& args, void* stream) { return split<true>(args, stream); }
 
 int pyramid_split_weight_backward(const PyramidSplitWeightArgs& args, void* stream) {
-  return launch_split<false>(args, stream);
+  return split<false>(args, stream);
 }
 
 }  // namespace pspnet_fast::cuda

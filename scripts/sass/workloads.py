@@ -96,6 +96,24 @@ def build(case: Case) -> Work:
             2 * products,
             "product",
         )
+    if case.operator.startswith("pyramid_batch_norm"):
+        cells = filled(N, CELLS, REDUCED, dtype=dtype)
+        norm = [list(filled(4, REDUCED, dtype=torch.float32).abs().unbind()) for _ in range(4)]
+        weights, biases, means, variances = (list(values) for values in zip(*norm, strict=True))
+        settings = ([1] * 4, [0.1] * 4, [1e-5] * 4, True, BINS)
+        forward = lambda: o.pyramid_batch_norm(cells, weights, biases, means, variances, *settings)  # noqa: E731
+        if case.operator == "pyramid_batch_norm":
+            return moving(forward, 2 * nbytes(cells))
+        output, statistics = forward()
+        arguments = (cells, cells, output, weights, statistics, [1] * 4, [1e-5] * 4, BINS)
+        return moving(lambda: o.pyramid_batch_norm_backward(*arguments), 4 * nbytes(cells))
+    if case.operator.startswith("pyramid_split_weight"):
+        weight = filled(OUTPUTS, 2 * CHANNELS, 3, 3, dtype=dtype, layout=case.layout)
+        if case.operator == "pyramid_split_weight":
+            return moving(lambda: o.pyramid_split_weight(weight, CHANNELS, True, 4, dtype), 2 * nbytes(weight))
+        grads = o.pyramid_split_weight(weight, CHANNELS, True, 4, dtype)
+        settings = (True, last, dtype)
+        return moving(lambda: o.pyramid_split_weight_backward(*grads, *settings), 2 * nbytes(weight))
     if case.operator == "pyramid_upsample_concat_":
         concat, cells = a_map(2 * CHANNELS), filled(N, CELLS, REDUCED, dtype=dtype)
         return moving(lambda: o.pyramid_upsample_concat_(concat, cells, CHANNELS, BINS, True), nbytes(concat) // 2)
@@ -151,6 +169,8 @@ def of_logits(case: Case, logits: Tensor) -> Work:
 OF_MAPS = ("pyramid_pool", "pyramid_pool_backward", "pyramid_upsample_concat_", "pyramid_upsample_concat_backward")
 OF_MAPS += ("pyramid_context_", "pyramid_context_backward")
 OF_CELLS = ("pyramid_reduce", "pyramid_reduce_backward")
+OF_BATCHES = ("pyramid_batch_norm", "pyramid_batch_norm_backward")
+OF_WEIGHTS = ("pyramid_split_weight", "pyramid_split_weight_backward")
 OF_LOGITS = ("upsample_cross_entropy", "upsample_cross_entropy_backward")
 OF_PREDICTION = ("upsample_argmax", "upsample_softmax_accumulate_")
 
@@ -166,5 +186,9 @@ def cases() -> Iterator[Case]:
                         names = OF_LOGITS + (OF_PREDICTION if batch == 1 or size == 60 else ())
                         yield from (Case(name, dtype, layout, batch, size, classes) for name in names)
                 if size == 60:
-                    yield from (Case(name, dtype, "planar", batch, size) for name in OF_CELLS)
+                    names = OF_CELLS + (OF_BATCHES if batch > 1 else ())
+                    yield from (Case(name, dtype, "planar", batch, size) for name in names)
+            if size == 60 and batch == 1:
+                layouts = ("planar", "channels_last")
+                yield from (Case(name, d, layout, 1, 60) for d in DTYPES for layout in layouts for name in OF_WEIGHTS)
             yield from (Case("confusion_matrix_", "int64", "planar", batch, size, classes) for classes in (150, 19))
