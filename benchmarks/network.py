@@ -3,9 +3,9 @@
     PYTHONPATH=.:tests python benchmarks/network.py [--json FILE] [--batch 16] [--compile]
 
 Both have the same layers and weights; "stock" is StockPPM, the concatenated head, interpolated logits and
-F.cross_entropy or argmax. Training is in mixed precision (autocast to bfloat16), prediction in bfloat16, all in
-channels_last. On a GPU batch 1 is predicted by replays of a CUDA graph, and the peak is the allocator's; --compile adds
-torch.compile of both. Times are medians; on a CPU a batch of 1 or 2 takes minutes.
+F.cross_entropy or argmax. All in channels_last; on a GPU training is in mixed precision (autocast to bfloat16),
+prediction in bfloat16, of batch 1 by replays of a CUDA graph, and the peak is the allocator's; on a CPU all is float32.
+--compile adds torch.compile of both. Times are medians.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from comparison import DEVICE
 from record import machine
 from stock import StockPPM
+from tables import network_report
 from timing import host_seconds, synchronized
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ from pspnet_fast import PSPNet, UpsampleCrossEntropyLoss, ops
 
 SIZE, CLASSES = 473, 150
 ROUNDS = {"cpu": 3, "cuda": 12}[DEVICE.type]
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -58,7 +60,7 @@ def training(implementation: str, batch: int, compiled: bool) -> Callable[[], ob
     image, target = images(batch, torch.float32), torch.randint(CLASSES, (batch, SIZE, SIZE), device=DEVICE)
 
     def forward(image: Tensor, target: Tensor) -> Tensor:
-        with torch.autocast(DEVICE.type, torch.bfloat16):
+        with torch.autocast(DEVICE.type, DTYPE, enabled=DTYPE != torch.float32):
             outputs = model(image)
             return loss(outputs["out"], target) + 0.4 * loss(outputs["aux"], target)
 
@@ -74,8 +76,8 @@ def training(implementation: str, batch: int, compiled: bool) -> Callable[[], ob
 
 def prediction(implementation: str, batch: int, compiled: bool) -> Callable[[], object]:
     """Classes of every pixel."""
-    model: nn.Module = make(implementation).to(torch.bfloat16).eval()
-    image = images(batch, torch.bfloat16)
+    model: nn.Module = make(implementation).to(DTYPE).eval()
+    image = images(batch, DTYPE)
 
     def classes(image: Tensor) -> Tensor:
         logits = model(image)["out"]
@@ -126,20 +128,6 @@ def measured(make_function: Callable[..., Callable[[], object]], *arguments: Any
     return {"seconds": seconds, "bytes": peak}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """In Markdown; ratios are those to stock of the same case, eager."""
-    lines = ["| case | implementation | images/s | times stock | peak GB | of stock |", "| --- | --- |" + " ---: |" * 4]
-    stock: dict[str, Any] = {}
-    for row in rows:
-        stock = row if row["implementation"] == "stock" else stock
-        peak = (f"{row['bytes'] / 1e9:.2f}", f"{row['bytes'] / stock['bytes']:.2f}") if row["bytes"] else ("", "")
-        lines.append(
-            f"| {row['case']} | {row['implementation']} | {row['batch'] / row['seconds']:.1f} | "
-            f"{stock['seconds'] / row['seconds']:.2f} | {peak[0]} | {peak[1]} |"
-        )
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything to FILE")
@@ -162,7 +150,7 @@ def main() -> None:
                 row["implementation"] = implementation + (", compiled" if compiled else "")
                 rows.append(row | measured(function, implementation, batch, compiled))
                 print(f"{row['case']}, {row['implementation']}: {rows[-1]['seconds'] * 1e3:.1f} ms", flush=True)
-    print(f"\n{table(rows)}")
+    print(f"\n{network_report(rows)}")
     if args.json:
         args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
 

@@ -1,17 +1,21 @@
-"""Renders what benchmarks measured (record.py) in Markdown.
+"""Renders what a GPU measured in Markdown: operators and modules (bench.json, by record.py), PSPNet-50 as a whole
+(network.json, by network.py), every kernel against its prediction (kernels.json, by scripts/sass/measure.py).
 
-python benchmarks/tables.py FILE.json ...   prints all tables of these files
-python benchmarks/tables.py --readme        writes those of benchmarks/results/ into README.md
+python benchmarks/tables.py FILE.json ...   prints all tables of these bench.json
+python benchmarks/tables.py --keep FOLDER   copies what is there of the three to benchmarks/results/GPU/
+python benchmarks/tables.py --readme        writes those of benchmarks/results/ into docs/gpu.md, some into README.md
 """
 
 import argparse
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "gpu.md"
 HEADER = ["case", "eager ms", "compile ms", "fused ms", "eager / fused", "floor ms", "fused / floor", "target"]
 README_PART = re.compile(r"(?<=<!-- of benchmarks/results -->\n).*(?=<!-- end -->)", re.DOTALL)
 NO_GPU = "No GPU has run the CUDA kernels yet, so there are no GPU figures.\n"
@@ -31,17 +35,79 @@ def report(record: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def readme_part(records: Sequence[dict[str, Any]]) -> str:
-    """The GPU section of the README: every table of every GPU that results are kept of."""
-    if not records:
-        return NO_GPU
-    return "\n\n".join(map(report, records)) + "\n"
+def network_report(rows: Sequence[dict[str, Any]]) -> str:
+    """Of network.json; ratios are those to stock of the same case, eager."""
+    cells, stock = [], rows[0]
+    for row in rows:
+        stock = row if row["implementation"] == "stock" else stock
+        peak = (f"{row['bytes'] / 1e9:.2f}", f"{row['bytes'] / stock['bytes']:.2f}") if row["bytes"] else ("", "")
+        speed = f"{row['batch'] / row['seconds']:.1f}", f"{stock['seconds'] / row['seconds']:.2f}"
+        cells.append([row["case"], row["implementation"], *speed, *peak])
+    return markdown(["case", "implementation", "images/s", "times stock", "peak GB", "of stock"], cells)
+
+
+def kernels_report(record: dict[str, Any]) -> str:
+    """Of kernels.json: what predict.py said is there where it was at hand."""
+    cells = []
+    for row in record["rows"]:
+        seconds, guess = row["seconds"], row["predicted"]
+        predicted = (f"{guess * 1e6:.1f}", f"{seconds / guess:.2f}") if guess else ("", "")
+        times = f"{row['floor'] * 1e6:.1f}", f"{seconds * 1e6:.1f}", f"{seconds / row['floor']:.2f}"
+        cells.append([row["case"], *times, *predicted])
+    return markdown(["case", "bytes us", "measured us", "/ bytes", "predicted us", "/ predicted"], cells)
+
+
+def readme_part(kept: Sequence[dict[str, Any]]) -> str:
+    """The GPU section of the README: of every GPU that results are kept of, bfloat16 in channels_last."""
+    parts = []
+    for records in kept:
+        parts.append(_machine(records["bench"]))
+        rows = [
+            [title.removesuffix(": forward"), *_row(row)]
+            for title, rows in records["bench"]["tables"].items()
+            for row in rows
+            if "x60x60 bfloat16 channels_last" in row["case"]
+        ]
+        parts.append(markdown(["", *HEADER], rows))
+        if "network" in records:
+            parts.append(f"PSPNet-50 as a whole\n\n{network_report(records['network']['rows'])}")
+    return "\n\n".join([*parts, "All of it, every kernel too: [docs/gpu.md](docs/gpu.md)."]) + "\n" if kept else NO_GPU
+
+
+def page(kept: Sequence[dict[str, Any]]) -> str:
+    """docs/gpu.md."""
+    parts = [
+        "# Measured on GPUs",
+        "`python benchmarks/tables.py --readme` writes this page from `benchmarks/results/`.",
+    ]
+    for records in kept:
+        parts += [f"## {records['bench']['machine']['gpu']}", report(records["bench"])]
+        if "network" in records:
+            parts += ["### PSPNet-50 as a whole", network_report(records["network"]["rows"])]
+        if "kernels" in records:
+            told = "Each operator alone, its L2 cache empty before; predictions are those of [kernels.md](kernels.md)."
+            parts += ["### Kernels", told, kernels_report(records["kernels"])]
+    return "\n\n".join(parts) + "\n"
 
 
 def kept_records() -> list[dict[str, Any]]:
+    """Of each GPU, by the name of its files."""
+    folders = sorted(path.parent for path in RESULTS.glob("*/bench.json"))
     return [
-        json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "benchmarks/results").glob("*.json"))
+        {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+        for folder in folders
     ]
+
+
+def keep(folder: Path) -> Path:
+    """Copies a run's files to the results; returns where to."""
+    gpu = json.loads((folder / "bench.json").read_text(encoding="utf-8"))["machine"]["gpu"]
+    target = RESULTS / gpu.replace(" ", "_")
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("bench.json", "network.json", "kernels.json"):
+        if (folder / name).exists():
+            shutil.copyfile(folder / name, target / name)
+    return target
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -99,13 +165,17 @@ def _milliseconds(medians: dict[str, float | None], name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE.json")
-    parser.add_argument("--readme", action="store_true", help="write the tables of benchmarks/results/ into README.md")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER")
+    parser.add_argument("--readme", action="store_true")
     args = parser.parse_args()
-    if bool(args.files) == args.readme:
-        parser.error("needs either files or --readme")
+    if not (args.files or args.keep or args.readme):
+        parser.error("needs files, --keep or --readme")
+    if args.keep:
+        print(f"kept in {keep(args.keep)}")
     for path in args.files:
         print(report(json.loads(path.read_text(encoding="utf-8"))))
     if args.readme:
+        PAGE.write_text(page(kept_records()), encoding="utf-8")
         readme = ROOT / "README.md"
         text, count = README_PART.subn(lambda _: readme_part(kept_records()), readme.read_text(encoding="utf-8"))
         if count != 1:

@@ -5,10 +5,12 @@ Parts, all of them by default, each ended after 8 minutes (--seconds):
   test      every test of operators and modules on the GPU, against the float64 reference too; at once by pytest-xdist
   twice     a sample of them in which every operator is called twice and must give the same bits
   sanitize  another sample under compute-sanitizer: memcheck, racecheck and initcheck, all three at once
+  kernels   the time of each operator on its own, against the bytes that it must move
+  network   PSPNet-50 as a whole, training and prediction, against plain torch layers, eager and compiled
   bench     each operator and module against eager PyTorch, torch.compile and the floor of this GPU's own rates
 
-Without a GPU, test and twice run a sample over the CUDA sources executed on the CPU, and the last two are skipped.
-OUTDIR gets summary.json, each part's log, JUnit XML of the tests, and bench.json and bench.md.
+Without a GPU, test and twice run a sample over the CUDA sources executed on the CPU, and what follows is skipped.
+OUTDIR gets summary.json, each part's log, JUnit XML of the tests, kernels.json, network.json, bench.json and bench.md.
 """
 
 import argparse
@@ -90,7 +92,7 @@ class Verification:
         """A sample under one tool of compute-sanitizer."""
         command = [sanitizer, f"--tool={tool}", "--error-exitcode=9"]
         options = [f"--sample={2 + TOOLS.index(tool)}", *only_plain_calls()]
-        if tool == "initcheck":  # is to see what no kernel wrote: torch's do write, but not for the sake of writing
+        if tool == "initcheck":  # has to see torch's kernels write; poison would hide what none wrote
             options.append("--no-poison")
         else:
             command.append("--kernel-regex=kns=pspnet_fast")
@@ -110,9 +112,21 @@ class Verification:
         code = self.run("bench", [sys.executable, "-m", "pytest", "benchmarks", "-q", *options])
         if code != 0 or not out.exists():
             return Outcome("failed", f"exit code {code}: see bench.log")
-        gpu = torch.cuda.get_device_name().replace(" ", "_")
-        keep = f"cp {out} benchmarks/results/{gpu}.json && python benchmarks/tables.py --readme"
-        return Outcome("passed", f"to keep the figures: {keep}")
+        return Outcome("passed", f"to keep the figures: python benchmarks/tables.py --keep {self.folder} --readme")
+
+    def network(self) -> Outcome:
+        command = ["benchmarks/network.py", f"--json={self.folder / 'network.json'}", "--compile"]
+        return self.script("network", command, "in network.json")
+
+    def kernels(self) -> Outcome:
+        command = ["scripts/sass/measure.py", f"--json={self.folder / 'kernels.json'}"]
+        return self.script("kernels", command, "in kernels.json")
+
+    def script(self, name: str, command: list[str], told: str) -> Outcome:
+        if not GPU:
+            return Outcome("skipped", "no GPU")
+        code = self.run(name, [sys.executable, *command], {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"})
+        return Outcome("failed", f"exit code {code}: see {name}.log") if code else Outcome("passed", told)
 
     def pytest(
         self,
@@ -188,7 +202,7 @@ def read_junit(path: Path) -> tuple[dict[str, int], list[str]]:
 
 
 def main() -> None:
-    parts = ["build", "test", "twice", "sanitize", "bench"]
+    parts = ["build", "test", "twice", "sanitize", "kernels", "network", "bench"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("outdir", type=Path, metavar="OUTDIR")
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; all by default")

@@ -62,7 +62,7 @@ def test_without_a_gpu_it_says_what_it_skips(tmp_path):
 def test_an_unknown_part_is_named(tmp_path):
     done = verify(str(tmp_path / "out"), "benchmark")
     assert done.returncode == 2
-    assert "no such part: benchmark (of build, test, twice, sanitize, bench)" in done.stderr
+    assert "no such part: benchmark (of build, test, twice, sanitize, kernels, network, bench)" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -90,9 +90,28 @@ def test_tables_of_a_record():
     assert cells[3] == ["large", "1.00", "", "0.0400", "25.0", "0.10", "0.4", "9x met"]
 
 
+def test_what_is_kept_becomes_a_page_and_a_part_of_the_readme(tmp_path, monkeypatch):
+    tables = load("benchmarks/tables.py")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    rows = [{"case": "prediction, batch 2", "batch": 2, "implementation": "stock", "seconds": 0.5, "bytes": 4e9}]
+    rows.append(rows[0] | {"implementation": "fused", "seconds": 0.25, "bytes": 1e9})
+    timed = {"case": "an operator", "seconds": 3e-5, "floor": 1e-5, "predicted": 2e-5}
+    files = {"bench": RECORD, "network": {"rows": rows}, "kernels": {"rows": [timed, timed | {"predicted": None}]}}
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert tables.keep(tmp_path) == tmp_path / "results" / "GPU_X"
+    kept = tables.kept_records()
+    page = " ".join(tables.page(kept).replace("|", " ").split())
+    assert "prediction, batch 2 fused 8.0 2.00 1.00 0.25" in page
+    assert "an operator 10.0 30.0 3.00 20.0 1.50 an operator 10.0 30.0 3.00" in page
+    assert "1x2x3x4 bfloat16 1.00 fails 0.20" in page
+    assert "fused 8.0 2.00" in " ".join(tables.readme_part(kept).replace("|", " ").split())
+
+
 def test_the_readme_shows_the_results_that_are_kept():
     """`python benchmarks/tables.py --readme` writes it."""
     tables = load("benchmarks/tables.py")
     part = tables.README_PART.search((ROOT / "README.md").read_text(encoding="utf-8"))
     assert part is not None
     assert part.group() == tables.readme_part(tables.kept_records())
+    assert not tables.kept_records() or tables.PAGE.read_text(encoding="utf-8") == tables.page(tables.kept_records())

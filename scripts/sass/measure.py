@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import torch
+from tables import kernels_report
 from timing import gpu_seconds, host_seconds, synchronized
 from workloads import Case, build, cases
 
@@ -75,19 +76,6 @@ def timed(case: Case, rate: float, predicted: dict[str, dict[str, Any]]) -> dict
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| case | bytes us | predicted us | measured us | / bytes | / predicted |", "| --- |" + " ---: |" * 5]
-    for row in rows:
-        us = row["seconds"] * 1e6
-        guess = f"{row['predicted'] * 1e6:.1f}" if row["predicted"] else ""
-        ratio = f"{row['seconds'] / row['predicted']:.2f}" if row["predicted"] else ""
-        lines.append(
-            f"| {row['case']} | {row['floor'] * 1e6:.1f} | {guess} | {us:.1f} | {row['seconds'] / row['floor']:.2f} "
-            f"| {ratio} |"
-        )
-    return "\n".join(lines)
-
-
 def profiled(chosen: list[Case]) -> None:
     """Each case once, between the marks that ncu waits for."""
     for case in chosen:
@@ -134,9 +122,11 @@ def main() -> None:
     rate = copy_rate()
     rows = [timed(case, rate, {profile["case"]: profile for profile in predicted}) for case in chosen]
     name = torch.cuda.get_device_name()
-    print(f"{name}, torch {torch.__version__}: copies move {rate / 1e12:.2f} TB/s, read and written\n\n{table(rows)}")
+    record = {"gpu": name, "copy": rate, "rows": rows}
+    print(f"{name}, torch {torch.__version__}: copies move {rate / 1e12:.2f} TB/s, read and written\n")
+    print(kernels_report(record))
     if args.json:
-        args.json.write_text(json.dumps({"gpu": name, "copy": rate, "rows": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
