@@ -39,23 +39,28 @@ struct FoldedNorm {
 };
 
 // Many rows: what blocks read from the L2 cache counts. Few: how many blocks there are, and a whole column of weights
-// is read by one. Multiply-adds take more time than reads: then, more blocks.
+// is read by one. So few that most multiprocessors would be idle: how much is on its way from memory at once, and how
+// often it is waited for. Multiply-adds take more time than reads: then, more blocks.
 template <class T>
 struct Shapes {
   using Large = Shape<64, 64, 128, 3, 2, 2, 2>;
   using Small = Shape<64, 32, 128, 4, 2, 1, 4>;
+  using Least = Shape<32, 16, 256, 4, 1, 1, 8>;
 };
 template <>
 struct Shapes<float> {
   using Large = Shape<64, 64, 64, 4, 1, 2, 4>;
   using Small = Shape<32, 32, 128, 4, 1, 1, 8>;
+  using Least = Small;
 };
 template <>
 struct Shapes<double> {
   using Large = Shapes<__half>::Small;
   using Small = Large;
+  using Least = Large;
 };
-constexpr int64_t kBlocksOfLarge = 64;  // from as many on: two for a multiprocessor of half of them
+constexpr int64_t kBlocksOfLarge = 64;   // from as many on: two for a multiprocessor of half of them
+constexpr int64_t kBlocksOfSmall = 100;  // likewise: most multiprocessors have one
 
 // reduced[n, p, r] = f(sum over c of pooled[n, p, c] * weight[r, c]): the weights of p's level, f its normalisation.
 // Layout: both operands in 16-byte vectors along c (`vectors`), or any alignment.
@@ -80,11 +85,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 2 : 1)
                                   });
 }
 
+template <class Shape>
+int64_t blocks_of(const PyramidReduceArgs& args) {
+  return row_blocks(args.levels, args.N, Shape::kRows) * divide_up(args.R, Shape::kColumns);
+}
+
 template <class T, class Shape, bool vectors>
 cudaError_t launch_reduce(const PyramidReduceArgs& args, void* stream) {
-  const int64_t column_blocks = divide_up(args.R, Shape::kColumns);
-  return launch(reduce<T, Shape, vectors>, row_blocks(args.levels, args.N, Shape::kRows) * column_blocks, kThreads, 0,
-                stream, args, static_cast<int>(column_blocks));
+  return launch(reduce<T, Shape, vectors>, blocks_of<Shape>(args), kThreads, 0, stream, args,
+                static_cast<int>(divide_up(args.R, Shape::kColumns)));
 }
 
 }  // namespace
@@ -95,12 +104,13 @@ int pyramid_reduce(const PyramidReduceArgs& args, void* stream) {
     using T = decltype(zero);
     using Large = typename Shapes<T>::Large;
     using Small = typename Shapes<T>::Small;
+    using Least = typename Shapes<T>::Least;
     const bool vectors = vectors_of_rows<T>(args.pooled, args.C) && vectors_of_rows<T>(args.reduced, args.R) &&
                          vectors_of_weights<T>(args.weights, args.levels, args.C);
-    const int64_t blocks = row_blocks(args.levels, args.N, Large::kRows) * divide_up(args.R, Large::kColumns);
     if (!vectors) return launch_reduce<T, Small, false>(args, stream);
-    return blocks >= kBlocksOfLarge ? launch_reduce<T, Large, true>(args, stream)
-                                    : launch_reduce<T, Small, true>(args, stream);
+    if (blocks_of<Large>(args) >= kBlocksOfLarge) return launch_reduce<T, Large, true>(args, stream);
+    return blocks_of<Small>(args) >= kBlocksOfSmall ? launch_reduce<T, Small, true>(args, stream)
+                                                    : launch_reduce<T, Least, true>(args, stream);
   });
 }
 
