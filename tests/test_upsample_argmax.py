@@ -61,6 +61,12 @@ def test_values(device, shape, size, dtype):
             assert_right(make((2, *shape), layout, dtype, device), size, align_corners)
 
 
+@pytest.mark.parametrize("height", [40, 47, 60])
+def test_columns_of_every_length(device, height):
+    """So many images that a thread of the CUDA kernels takes all pixels between two rows of logits: 5 to 8 here."""
+    assert_right(make((32, 6, 8, 2), "contiguous", torch.float32, device), (height, 5), False)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout(device, layout, dtype):

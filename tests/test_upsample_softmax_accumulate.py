@@ -41,6 +41,14 @@ def test_values(device, shape, size, dtype):
             assert_right(probabilities, logits, align_corners=align_corners, mirrored=align_corners)
 
 
+@pytest.mark.parametrize("height", [40, 47, 60])
+def test_columns_of_every_length(device, height):
+    """So many images that a thread of the CUDA kernels takes all pixels between two rows of logits: 5 to 8 here."""
+    logits = make((32, 6, 8, 2), "contiguous", torch.float32, device)
+    probabilities = make((32, 6, height, 5), "contiguous", torch.float32, device, seed=1)
+    assert_right(probabilities, logits, align_corners=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_windows_of_every_layout(device, layout, dtype):
