@@ -128,6 +128,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       const ColumnOfTaps column = starts[k];
       const T* const from = taps + column.first * args.O;
       float sums[2][4] = {};
+      __syncwarp();  // lanes whose rows are beyond the block's have left the last column early
       for (int step = column.begin; step < column.end; ++step) {
         uint2 four[4] = {};
 #pragma unroll
@@ -168,6 +169,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       target += groups * args.conv.stride_h;
       read(y + groups, target);
       float sums[4][4] = {};
+      __syncwarp();  // inactive lanes have left the last row early
       const SharedAddress of_row = address + (y - top) * 2 * seen_w * 64;
 #pragma unroll
       for (int step = 0; step < kSeenSteps; ++step) {
