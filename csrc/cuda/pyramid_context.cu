@@ -244,17 +244,18 @@ int pyramid_context(const PyramidContextArgs& args, void* stream) {
   if (!fits(args.levels, args.window, args.O, args.H, args.W)) return cudaErrorInvalidValue;
   return dispatch(args.dtype, [&](auto zero) {
     using T = decltype(zero);
+    const bool vectors = args.channels_last && aligned(args.taps) && vectors_of_channels<T>(args.conv, args.O);
+    if constexpr (sizeof(T) == 2) {
+      const bool planes = !args.channels_last && aligned(args.taps) && args.O % 4 == 0;
+      const ProductPlan plan = vectors || planes ? plan_products<T>(args) : ProductPlan{};
+      if (plan.rows > 0) return launch_products<T>(args, plan, stream);
+    }
     const size_t seen_h = seen_cells(args.levels, args.levels.bins_h, args.window.size_h);
     const size_t table =
         (seen_h * pitch_of_fours(static_cast<int>(args.W)) + count_taps(args.levels, args.window)) * sizeof(acc_t<T>) +
         args.levels.count * args.window.size_h * args.H * sizeof(Mix<acc_t<T>>);
     if (!args.channels_last && table <= kSharedBytes) {
       return launch(context_planes<T>, args.N * args.O, kThreads, table, stream, args);
-    }
-    const bool vectors = args.channels_last && aligned(args.taps) && vectors_of_channels<T>(args.conv, args.O);
-    if constexpr (sizeof(T) == 2) {
-      const ProductPlan plan = plan_products<T>(args);
-      if (vectors && plan.rows > 0) return launch_products<T>(args, plan, stream);
     }
     return vectors ? launch_rows<T, kVector<T>>(args, stream) : launch_rows<T, 1>(args, stream);
   });

@@ -1,8 +1,9 @@
-// Context of channels-last maps in half precision, on tensor cores.
+// Context in half precision, on tensor cores.
 #pragma once
 
 #include "context_epilogue.cuh"
 #include "context_products.cuh"
+#include "planes.cuh"
 
 namespace pspnet_fast::cuda {
 namespace {
@@ -13,8 +14,33 @@ constexpr int kSeenSteps = 3;              // of cells seen horizontally
 // How a block works: `rows` rows of `tiles` x 16 pixels, `chunks` x 32 channels.
 struct ProductPlan {
   int rows, stretch, tiles, steps, chunks;
+  int together;  // planar: neighbours that are read at once
   size_t bytes;
 };
+
+// Four neighbours of a row from or to memory, of which `count` are the map's, `together` at a time.
+template <class T>
+__device__ __forceinline__ void load_four(const T* from, int count, int together, T* values) {
+  if (together == 4) {
+    if (count > 0) memcpy(static_cast<void*>(values), reinterpret_cast<const Together<T, 4>*>(from), 4 * sizeof(T));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < count) values[i] = from[i];
+    }
+  }
+}
+template <class T>
+__device__ __forceinline__ void store_four(T* to, int count, int together, const Together<T, 4>& values) {
+  if (together == 4) {
+    if (count > 0) *reinterpret_cast<Together<T, 4>*>(to) = values;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < count) to[i] = values.values[i];
+    }
+  }
+}
 
 // A column of cells seen through a tap: its first tap's number, and which steps go through its cells and vertical taps.
 struct alignas(16) ColumnOfTaps {
@@ -23,10 +49,11 @@ struct alignas(16) ColumnOfTaps {
 
 // First the cells' columns for every row: what a column's taps add up to, product of taps [channels, cells and vertical
 // taps] and weights [.., rows]. Then for each row a product of weights [pixels, cells seen] and columns [.., channels].
-// Layout: channels-last in 16-byte vectors. A block takes a rectangle of pixels, a chunk of channels after the other;
-// warps share out the columns, then tiles of 16 pixels and rows. Traffic: conv read and written once; taps lie in the
-// L2 cache. A tap that is infinite or NaN makes NaN of its channel in all pixels of the rectangle.
-template <class T>
+// Layout: channels-last in 16-byte vectors, or planar, by fours where these are aligned. A block takes a rectangle of
+// pixels, a chunk of channels after the other; warps share out the columns, then tiles of 16 pixels and rows. Traffic:
+// conv read and written once; taps lie in the L2 cache. A tap that is infinite or NaN makes NaN of its channel in all
+// pixels of the rectangle.
+template <class T, bool planar>
 __global__ void __launch_bounds__(kThreads, 2)
     context_products(const __grid_constant__ PyramidContextArgs args, ProductPlan plan) {
   using Half = __nv_bfloat16;             // of columns: sums of float16 may be beyond its range
@@ -80,14 +107,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   __syncthreads();
 
-  const int tile = warp % plan.tiles, groups = kThreads / kWarp / plan.tiles, x = begin + tile * kStep + g;
+  const int tile = warp % plan.tiles, groups = kThreads / kWarp / plan.tiles;
+  const int x = begin + tile * kStep + (planar ? t * 4 : g);  // the lane's first pixel
   unsigned high[kSeenSteps][4], low[kSeenSteps][4];
 #pragma unroll
   for (int step = 0; step < kSeenSteps; ++step) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const SeenCell* const pair = cells + step * kStep + i / 2 * 8 + t * 2;
-      const int at = x + i % 2 * 8;
+      const int at = begin + tile * kStep + (planar ? g / 2 * 4 + g % 2 + i % 2 * 2 : g + i % 2 * 8);
       const Split two =
           split<Half>(pair[0].weight(at, W, args.interpolation), pair[1].weight(at, W, args.interpolation));
       high[step][i] = two.high, low[step][i] = two.low;
@@ -106,15 +134,24 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int end = min(begin + plan.stretch, W), bottom = min(top + plan.rows, H);
   const int64_t count = count_taps(levels, window);
   for (int chunk = item.chunk * plan.chunks; chunk < last_chunk; ++chunk) {
-    const int64_t channel = static_cast<int64_t>(chunk) * kChannels + t * 8;
+    const int64_t channel = static_cast<int64_t>(chunk) * kChannels + (planar ? g / 2 * 8 + g % 2 : t * 8);
     const bool active = channel < args.O;
-    T values[2][8], next[2][8] = {};
+    T values[16], next[16] = {};
     T* target = pixel<T>(args.conv, item.n, channel, top + warp / plan.tiles, x);
-    const int64_t far = 8 * args.conv.stride_w;
+    const int64_t far = planar ? 2 * args.conv.stride_c : 8 * args.conv.stride_w;  // to the lane's next vector
     const auto read = [&](int y, const T* from) {
       if (!args.accumulate || !active || y >= bottom) return;
-      if (x < end) load(from, next[0]);
-      if (x + 8 < end) load(from + far, next[1]);
+      if constexpr (planar) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (channel + i * 2 < args.O) load_four(from + i * far, end - x, plan.together, next + i * 4);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (x + i * 8 < end) load(from + i * far, *reinterpret_cast<T(*)[8]>(next + i * 8));
+        }
+      }
     };
     read(top + warp / plan.tiles, target);
     if (thread < kChannels && int64_t{chunk} * kChannels + thread < args.O) {
@@ -182,32 +219,52 @@ __global__ void __launch_bounds__(kThreads, 2)
           load_matrices<true>(from + seen_w * 64, rest);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            multiply_matrices<Half>(high[step], right + i * 2, sums[j + i]);
-            multiply_matrices<Half>(low[step], right + i * 2, sums[j + i]);
-            multiply_matrices<Half>(high[step], rest + i * 2, sums[j + i]);
+            if constexpr (planar) {  // [channels, pixels]
+              const unsigned left[4] = {right[0], right[2], right[1], right[3]};
+              const unsigned left_rest[4] = {rest[0], rest[2], rest[1], rest[3]};
+              const unsigned factor[2] = {high[step][i], high[step][2 + i]};
+              const unsigned factor_rest[2] = {low[step][i], low[step][2 + i]};
+              multiply_matrices<Half>(left, factor, sums[j + i]);
+              multiply_matrices<Half>(left, factor_rest, sums[j + i]);
+              multiply_matrices<Half>(left_rest, factor, sums[j + i]);
+            } else {  // [pixels, channels]
+              multiply_matrices<Half>(high[step], right + i * 2, sums[j + i]);
+              multiply_matrices<Half>(low[step], right + i * 2, sums[j + i]);
+              multiply_matrices<Half>(high[step], rest + i * 2, sums[j + i]);
+            }
           }
         }
       }
+      const auto finish = [&](float sum, int i, float scale, float shift) {  // the value of number i
+        const float value = (sum + (args.accumulate ? widen(values[i]) : 0.0f)) * scale + shift;
+        return args.relu && value < 0 ? 0.0f : value;
+      };
+      if constexpr (planar) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (!active || x + i * 8 >= end) continue;
-        float results[8];
+        for (int i = 0; i < 4; ++i) {
+          if (channel + i * 2 >= args.O) continue;
+          const int number = g / 2 * 8 + g % 2 + i * 2;
+          const float scale = factors[number], shift = factors[kChannels + number];
+          Together<T, 4> results;
 #pragma unroll
-        for (int v = 0; v < 8; ++v) {
-          results[v] = sums[v / 2][i * 2 + v % 2] + (args.accumulate ? widen(values[i][v]) : 0.0f);
+          for (int v = 0; v < 4; ++v) {
+            const float sum = sums[i / 2 * 2 + v / 2][i % 2 * 2 + v % 2];
+            results.values[v] = narrow<T>(finish(sum, i * 4 + v, scale, shift));
+          }
+          store_four(to + i * far, end - x, plan.together, results);
         }
-        if (args.norm[0] != nullptr) {
-          float scale[8], shift[8];
-          load(factors + t * 8, scale);
-          load(factors + kChannels + t * 8, shift);
+      } else {
+        float scale[8], shift[8];
+        load(factors + t * 8, scale);
+        load(factors + kChannels + t * 8, shift);
 #pragma unroll
-          for (int v = 0; v < 8; ++v) results[v] = results[v] * scale[v] + shift[v];
-        }
-        if (args.relu) {
+        for (int i = 0; i < 2; ++i) {
+          if (!active || x + i * 8 >= end) continue;
+          float results[8];
 #pragma unroll
-          for (int v = 0; v < 8; ++v) results[v] = results[v] < 0 ? 0.0f : results[v];
+          for (int v = 0; v < 8; ++v) results[v] = finish(sums[v / 2][i * 2 + v % 2], i * 8 + v, scale[v], shift[v]);
+          store_narrow(to + i * far, results);
         }
-        store_narrow(to + i * far, results);
       }
     }
     __syncthreads();
@@ -221,7 +278,7 @@ ProductPlan plan_products(const PyramidContextArgs& args) {
   const int seen_w = seen_cells(levels, levels.bins_w, args.window.size_w);
   if (!kProducts || seen_w > kSeenSteps * kStep || count_taps(levels, args.window) * args.O > INT_MAX) return {};
   const int64_t parts = divide_up(args.W, kThreads / kWarp * kStep);
-  ProductPlan plan = {0, static_cast<int>(divide_up(divide_up(args.W, parts), kStep)) * kStep, 1, 0, 1, 0};
+  ProductPlan plan = {0, static_cast<int>(divide_up(divide_up(args.W, parts), kStep)) * kStep, 1, 0, 1, 1, 0};
   while (plan.tiles * kStep < plan.stretch) plan.tiles *= 2;
   for (int level = 0; level < levels.count; ++level) {
     plan.steps += static_cast<int>(divide_up(levels.bins_h[level] * args.window.size_h, kStep));
@@ -234,6 +291,8 @@ ProductPlan plan_products(const PyramidContextArgs& args) {
     break;
   }
   if (plan.rows == 0) return {};
+  const int64_t strides = args.conv.stride_n | args.conv.stride_c | args.conv.stride_h | args.W;
+  if (strides % 4 == 0 && reinterpret_cast<uintptr_t>(args.conv.data) % (4 * sizeof(T)) == 0) plan.together = 4;
   const int64_t blocks =
       args.N * divide_up(args.H, plan.rows) * divide_up(args.W, plan.stretch) * divide_up(args.O, kChannels);
   plan.chunks = static_cast<int>(std::clamp<int64_t>(blocks / 1024, 1, 8));
@@ -244,7 +303,8 @@ template <class T>
 cudaError_t launch_products(const PyramidContextArgs& args, const ProductPlan& plan, void* stream) {
   const int64_t blocks = args.N * divide_up(args.H, plan.rows) * divide_up(args.W, plan.stretch) *
                          divide_up(divide_up(args.O, kChannels), plan.chunks);
-  return launch(context_products<T>, blocks, kThreads, plan.bytes, stream, args, plan);
+  return launch(args.channels_last ? context_products<T, false> : context_products<T, true>, blocks, kThreads,
+                plan.bytes, stream, args, plan);
 }
 
 }  // namespace
