@@ -73,6 +73,18 @@ def test_levels_of_many_cells(device, size, bins, channels, kernel_size, dilatio
         assert_accurate(*run, conv, taps, grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["contiguous", "slice", "channels_last"])
+@pytest.mark.parametrize(("size", "kernel_size"), [((9, 20), 3), ((5, 140), (5, 3))])
+def test_blocks_of_channels_and_pixels(device, size, kernel_size, layout, dtype):
+    """More channels, rows and columns than a block of CUDA's products takes at once."""
+    bins, channels = (1, 2, 3, 6), 40
+    conv, grad = (make((2, channels, *size), layout, dtype, device, seed) for seed in (0, 1))
+    taps = torch.randn(taps_shape(2, bins, kernel_size, channels), dtype=torch.float64).to(device, dtype)
+    run = [with_gradients(context(m, bins, kernel_size, align_corners=False), 2) for m in (ops, reference)]
+    assert_accurate(*run, conv, taps, grad)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_norm_and_relu_with_many_cells(device, layout):
     conv = make((2, 7, 18, 17), layout, torch.float32, device)
@@ -107,7 +119,7 @@ def test_is_the_convolution_of_the_upsampled_levels(device, size, kernel_size, d
 @pytest.mark.parametrize("norm_dtype", ["own", torch.float32])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize(("layout", "channels"), LAYOUTS_AND_CHANNELS)
+@pytest.mark.parametrize(("layout", "channels"), [*LAYOUTS_AND_CHANNELS, ("contiguous", 40)])
 def test_norm_and_relu(device, layout, channels, relu, dtype, norm_dtype):
     conv = make((2, channels, 13, 9), layout, dtype, device)
     taps = torch.randn(taps_shape(2, (1, 3), 3, channels), dtype=torch.float64).to(device, dtype)

@@ -2,31 +2,10 @@
 // read and write, or written alone; along one axis first, then the other.
 #include "cells.cuh"
 #include "planes.cuh"
-#include "seen.cuh"
+#include "pyramid_context_products.cuh"
 
 namespace pspnet_fast::cuda {
 namespace {
-
-// Evaluation-mode batch normalisation of a channel as one factor and one summand, and ReLU.
-template <class T>
-struct Epilogue {
-  acc_t<T> scale = 1, shift = 0;
-
-  __device__ __forceinline__ Epilogue(const PyramidContextArgs& args, int64_t channel) {
-    if (args.norm[0] == nullptr) return;
-    const auto value = [&](int i) {
-      return args.norm_dtype == DType::kFloat32
-                 ? static_cast<acc_t<T>>(static_cast<const float*>(args.norm[i])[channel])
-                 : widen(static_cast<const T*>(args.norm[i])[channel]);
-    };
-    scale = value(0) / sqrt(value(3) + static_cast<acc_t<T>>(args.eps));
-    shift = value(1) - value(2) * scale;
-  }
-  __device__ __forceinline__ acc_t<T> operator()(acc_t<T> value, bool relu) const {
-    value = value * scale + shift;
-    return relu && value < 0 ? acc_t<T>(0) : value;
-  }
-};
 
 // What a pixel takes along an axis of a level through a tap: two cells by where they lie, with their weights; outside
 // the map both are 0.
@@ -265,6 +244,12 @@ int pyramid_context(const PyramidContextArgs& args, void* stream) {
   if (!fits(args.levels, args.window, args.O, args.H, args.W)) return cudaErrorInvalidValue;
   return dispatch(args.dtype, [&](auto zero) {
     using T = decltype(zero);
+    const bool vectors = args.channels_last && aligned(args.taps) && vectors_of_channels<T>(args.conv, args.O);
+    if constexpr (sizeof(T) == 2) {
+      const bool planes = !args.channels_last && aligned(args.taps) && args.O % 4 == 0;
+      const ProductPlan plan = vectors || planes ? plan_products<T>(args) : ProductPlan{};
+      if (plan.rows > 0) return launch_products<T>(args, plan, stream);
+    }
     const size_t seen_h = seen_cells(args.levels, args.levels.bins_h, args.window.size_h);
     const size_t table =
         (seen_h * pitch_of_fours(static_cast<int>(args.W)) + count_taps(args.levels, args.window)) * sizeof(acc_t<T>) +
@@ -272,7 +257,6 @@ int pyramid_context(const PyramidContextArgs& args, void* stream) {
     if (!args.channels_last && table <= kSharedBytes) {
       return launch(context_planes<T>, args.N * args.O, kThreads, table, stream, args);
     }
-    const bool vectors = args.channels_last && aligned(args.taps) && vectors_of_channels<T>(args.conv, args.O);
     return vectors ? launch_rows<T, kVector<T>>(args, stream) : launch_rows<T, 1>(args, stream);
   });
 }

@@ -1,8 +1,8 @@
 // The backward of the context half of a convolution, which reads the gradient once, along one axis first, then the
 // other.
 #include "cells.cuh"
+#include "context_products.cuh"
 #include "planes.cuh"
-#include "seen.cuh"
 
 namespace pspnet_fast::cuda {
 namespace {
@@ -102,30 +102,170 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
 }
 
-// Channels-last backward, second part: each tap sums its cell's rows.
-// Layout: [N, H, seen_w, O] to grad_taps [N, P, size_h * size_w, O].
-// A block takes one tap of one cell; threads over channels.
-// Traffic: each sum is read by the taps of its column, mostly from the L2 cache.
+// The same on tensor cores: products of the gradient [channels, pixels of a row] and weights [.., cells seen].
+constexpr int kChannels = 32, kStep = 16, kTiles = 6;  // of a warp at once; of pixels, and of 8 cells seen
+
+struct RowProducts {
+  int steps, tiles, jobs;  // of pixels, of cells seen; how many pairs of row and chunk of channels a warp takes
+  size_t bytes;
+};
+
+// Layout: channels-last in 16-byte vectors. A warp takes chunks of channels of rows, one after the other.
+// Traffic: grad_conv read once; seen_w accumulators a row written. What is infinite or NaN makes NaN of its channel's
+// sums of the row.
 template <class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    context_backward_row_products(const __grid_constant__ PyramidContextBackwardArgs args, RowProducts plan) {
+  PSP_DYNAMIC_SHARED(uint4, weights);  // [steps, tiles, lanes]
+  const int W = static_cast<int>(args.W), lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, g = lane / 4, t = lane % 4;
+  const int seen_w = first_seen(args.levels.bins_w, args.levels.count, args.window.size_w);
+  for (int at = warp; at < plan.steps * plan.tiles; at += kThreads / kWarp) {
+    const int step = at / plan.tiles, tile = at - step * plan.tiles;
+    const SeenCell cell = seen_cell(args.levels.bins_w, seen_w, tile * 8 + g, args.window.size_w,
+                                    args.window.dilation_w, W, args.interpolation);
+    float values[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      values[i] = cell.weight(step * kStep + t * 2 + i % 2 + i / 2 * 8, W, args.interpolation);
+    }
+    const Split near = split<T>(values[0], values[1]), far = split<T>(values[2], values[3]);
+    weights[at * kWarp + lane] = {near.high, far.high, near.low, far.low};
+  }
+  __syncthreads();
+
+  const int chunks = static_cast<int>((args.O + kChannels - 1) / kChannels), H = static_cast<int>(args.H);
+  const int64_t all = args.N * args.H * chunks;
+  int64_t job = (static_cast<int64_t>(blockIdx.x) * plan.jobs * (kThreads / kWarp)) + warp;
+  for (int number = 0; number < plan.jobs && job < all; ++number, job += kThreads / kWarp) {
+    const int64_t row = job / chunks, n = row / H;
+    const int64_t channel = (job - row * chunks) * kChannels + g * 4;
+    const bool active = channel < args.O;
+    const T* const from = pixel<const T>(args.grad_conv, n, channel, row - n * H, 0);
+    uint2 next[4];
+    const auto read = [&](int step) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int x = step * kStep + t * 2 + i % 2 + i / 2 * 8;
+        next[i] = active && x < W ? *reinterpret_cast<const uint2*>(from + x * args.grad_conv.stride_w) : uint2{};
+      }
+    };
+    float sums[kTiles][2][4] = {};
+    read(0);
+    __syncwarp();  // inactive lanes have left the last job early
+    for (int step = 0; step < plan.steps; ++step) {
+      const unsigned left[2][4] = {{first_of(next[0].x, next[1].x), second_of(next[0].x, next[1].x),
+                                    first_of(next[2].x, next[3].x), second_of(next[2].x, next[3].x)},
+                                   {first_of(next[0].y, next[1].y), second_of(next[0].y, next[1].y),
+                                    first_of(next[2].y, next[3].y), second_of(next[2].y, next[3].y)}};
+      if (step + 1 < plan.steps) read(step + 1);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        if (tile >= plan.tiles) break;
+        const uint4 weight = weights[(step * plan.tiles + tile) * kWarp + lane];
+        const unsigned high[2] = {weight.x, weight.y}, low[2] = {weight.z, weight.w};
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          multiply_matrices<T>(left[m], high, sums[tile][m]);
+          multiply_matrices<T>(left[m], low, sums[tile][m]);
+        }
+      }
+    }
+    if (!active) continue;
+    float* const to = static_cast<float*>(args.workspace) + row * seen_w * args.O + channel;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int k = tile * 8 + t * 2 + i;
+        if (k >= seen_w) continue;
+        const float four[4] = {sums[tile][0][i], sums[tile][0][2 + i], sums[tile][1][i], sums[tile][1][2 + i]};
+        store(to + k * args.O, four);
+      }
+    }
+  }
+}
+
+// jobs == 0: there are too many cells or pixels.
+RowProducts plan_row_products(const PyramidContextBackwardArgs& args) {
+  const int seen_w = seen_cells(args.levels, args.levels.bins_w, args.window.size_w);
+  RowProducts plan = {static_cast<int>(divide_up(args.W, kStep)), static_cast<int>(divide_up(seen_w, 8)), 0, 0};
+  plan.bytes = size_t{16} * kWarp * plan.steps * plan.tiles;
+  if (!kProducts || plan.tiles > kTiles || plan.bytes > kSharedBytes) return plan;
+  const int64_t warps = args.N * args.H * divide_up(args.O, kChannels);
+  plan.jobs = static_cast<int>(std::clamp<int64_t>(warps / (kThreads / kWarp) / 512, 1, 8));
+  return plan;
+}
+
+template <class T>
+cudaError_t launch_row_products(const PyramidContextBackwardArgs& args, const RowProducts& plan, void* stream) {
+  const int64_t jobs = args.N * args.H * divide_up(args.O, kChannels);
+  return launch(context_backward_row_products<T>, divide_up(jobs, int64_t{plan.jobs} * (kThreads / kWarp)), kThreads,
+                plan.bytes, stream, args, plan);
+}
+
+// Channels-last backward, second part: rows summed into the cells seen vertically.
+// Layout: [N, H, seen_w, O] to grad_taps [N, P, size_h * size_w, O], both in vectors of V channels.
+// A thread takes a column of cells through one tap and goes down its rows, with the sums of two neighbouring cells.
+// Traffic: each sum is read once a vertical tap, mostly from the caches; a block takes the taps of a column together.
+template <class T, int V>
 __global__ void __launch_bounds__(kThreads, 3)
-    context_backward_taps(const __grid_constant__ PyramidContextBackwardArgs args, int chunks) {
+    context_backward_taps(const __grid_constant__ PyramidContextBackwardArgs args, int chunks, int parts) {
+  using A = acc_t<T>;
+  constexpr int kRows = 32 / static_cast<int>(sizeof(A));  // read at once
   const Levels& levels = args.levels;
   const Window& window = args.window;
-  const Item item = item_of_block(static_cast<int>(count_taps(levels, window)), chunks);
-  const int64_t channel = first_channel<1>(item.chunk);
-  if (channel >= args.O) return;
-  const Tap tap(levels, window, item.index);
   const int H = static_cast<int>(args.H), seen_w = first_seen(levels.bins_w, levels.count, window.size_w);
-  const int column = first_seen(levels.bins_w, tap.level, window.size_w) + tap.v * levels.bins_w[tap.level] + tap.j;
-  const Axis<T> axis(levels.bins_h[tap.level], H, args.interpolation);
-  const auto* const from = static_cast<const acc_t<T>*>(args.workspace) + channel;
-  acc_t<T> sum = 0;
-  for_part_of<acc_t<T>>(
-      tap.i, args.interpolation.blends(), tap_shift(tap.u, window.size_h, window.dilation_h), 0, H,
-      [&](int i) { return axis.start(i); }, [&](int p, int low) { return axis.weight_after(low, p); },
-      [&](int y, acc_t<T> weight) { sum += weight * from[((item.n * H + y) * seen_w + column) * args.O]; });
-  const int64_t number = item.n * count_taps(levels, window) + item.index;
-  static_cast<T*>(args.grad_taps)[number * args.O + channel] = narrow<T>(sum);
+  const Item item = item_of_block(parts, chunks);
+  const int64_t channel = first_channel<V>(item.chunk);
+  const int number = item.index * static_cast<int>(blockDim.y) + static_cast<int>(threadIdx.y);
+  if (channel >= args.O || number >= seen_w * window.size_h) return;
+  const int column = number / window.size_h, u = number - column * window.size_h;
+  const Seen seen = seen_of(levels.bins_w, window.size_w, column);
+  const Axis<T> axis(levels.bins_h[seen.level], H, args.interpolation);
+  const int shift = tap_shift(u, window.size_h, window.dilation_h), bottom = min(H, H + shift);
+  const int64_t step = seen_w * args.O, cells = count_taps(levels, window);
+  const A* const from = static_cast<const A*>(args.workspace) + (item.n * H * seen_w + column) * args.O + channel;
+  T* to = static_cast<T*>(args.grad_taps) +
+          (item.n * cells + tap_of(levels, window, seen.level, 0, seen.cell, u, seen.tap)) * args.O + channel;
+  const int64_t to_step = int64_t{levels.bins_w[seen.level]} * window.size_h * window.size_w * args.O;
+
+  A own[V] = {}, next[V] = {};
+  int cell = 0;
+  const auto finish = [&] {  // the cell's sum
+    Together<T, V> result;
+#pragma unroll
+    for (int i = 0; i < V; ++i) result.values[i] = narrow<T>(own[i]), own[i] = next[i], next[i] = 0;
+    *reinterpret_cast<Together<T, V>*>(to) = result;
+    to += to_step;
+    ++cell;
+  };
+  for (int first = max(0, shift); first < bottom; first += kRows) {
+    A rows[kRows][V];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (first + i < bottom) load(from + (first + i - shift) * step, rows[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (first + i >= bottom) break;
+      const auto source = axis.at(first + i);
+      const A weight = source.high > source.low ? source.lambda : A(0);
+      while (cell < source.low) finish();
+#pragma unroll
+      for (int v = 0; v < V; ++v) own[v] += (1 - weight) * rows[i][v], next[v] += weight * rows[i][v];
+    }
+  }
+  while (cell < axis.bins) finish();
+}
+
+template <class T, int V>
+cudaError_t launch_taps(const PyramidContextBackwardArgs& args, void* stream) {
+  const Chunks chunks = make_chunks(args.O, V);
+  const int64_t columns = seen_cells(args.levels, args.levels.bins_w, args.window.size_w);
+  const int parts = static_cast<int>(divide_up(columns * args.window.size_h, chunks.threads().y));
+  return launch(context_backward_taps<T, V>, args.N * parts * chunks.count, chunks.threads(), 0, stream, args,
+                chunks.count, parts);
 }
 
 // Tables and tile of context_backward_planes.
@@ -162,12 +302,21 @@ int pyramid_context_backward(const PyramidContextBackwardArgs& args, void* strea
     }
     const bool vectors = args.channels_last && vectors_of_channels<T>(args.grad_conv, args.O);
     const Chunks chunks = make_chunks(args.O, vectors ? kVector<T> : 1);
-    const cudaError_t error = launch(vectors ? context_backward_rows<T, kVector<T>> : context_backward_rows<T, 1>,
-                                     args.N * args.H * chunks.count, chunks.threads(), 0, stream, args, chunks.count);
+    cudaError_t error = cudaSuccess;
+    bool done = false;
+    if constexpr (sizeof(T) == 2) {
+      const RowProducts plan = plan_row_products(args);
+      done = vectors && plan.jobs > 0;
+      if (done) error = launch_row_products<T>(args, plan, stream);
+    }
+    if (!done) {
+      error = launch(vectors ? context_backward_rows<T, kVector<T>> : context_backward_rows<T, 1>,
+                     args.N * args.H * chunks.count, chunks.threads(), 0, stream, args, chunks.count);
+    }
     if (error != cudaSuccess) return error;
-    const int tap_chunks = static_cast<int>(divide_up(args.O, kThreads));
-    return launch(context_backward_taps<T>, args.N * count_taps(args.levels, args.window) * tap_chunks, kThreads, 0,
-                  stream, args, tap_chunks);
+    constexpr int V = kVector<acc_t<T>>;
+    return args.O % V == 0 && aligned(args.workspace) && aligned(args.grad_taps) ? launch_taps<T, V>(args, stream)
+                                                                                 : launch_taps<T, 1>(args, stream);
   });
 }
 
