@@ -17,7 +17,7 @@ ARCHITECTURE = 90  # of the machine code that is read
 
 # Which kernels load ("L") and store ("S") device memory in 16-byte vectors by design: those for planes in every
 # instance, the others in the instances whose vectors hold more than one element. Planes in units of a row have no such
-# vectors in 16 bits: a row may be no whole number of them.
+# vectors in 16 bits: a row may be no whole number of them. Nor have the parts: four channels a thread are more threads.
 WIDE = {
     "batch_norm_levels": "",
     "batch_norm_levels_backward": "",
@@ -35,13 +35,13 @@ WIDE = {
     "pool_backward_planes": "",
     "pool_bins": "L",
     "pool_cells": "LS",
-    "pool_planes": "LS",
+    "pool_planes": "",
     "reduce": "LS",
     "reduce_backward": "LS",
     "softmax_pixels": "L",
     "split_weight": "",
     "upsample_backward_cells": "",
-    "upsample_backward_parts": "L",
+    "upsample_backward_parts": "",
     "upsample_backward_planes": "",
     "upsample_planes": "",
     "upsample_rows": "LS",

@@ -9,7 +9,6 @@
 namespace pspnet_fast::cuda {
 namespace {
 
-constexpr int kRows = 4;      // of a plane that a thread has in flight
 constexpr int kLongest = 16;  // pixels of an axis that a block of the backward takes
 
 // Channels-last backward, first part. Between two rows and two columns of cells lies an interval, whose pixels share
@@ -57,11 +56,11 @@ struct Part {
 };
 
 // Sums of each part [N, parts, 4, R]: its gradient weighted for (low, low), (low, next), (next, low), (next, next).
-// Layout: channels-last in 16-byte vectors (V > 1), or any strides (V == 1).
+// Layout: channels-last in units of V channels, at most 16 bytes, or any strides (V == 1).
 // A block takes one part and a chunk of channels: threads x over channels, y over the part's rows.
 // Traffic: grad_context read once, four accumulators a part and channel written.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 3)
     upsample_backward_parts(const __grid_constant__ PyramidUpsampleConcatBackwardArgs args,
                             const __grid_constant__ Intervals intervals, int chunks) {
   const Levels& levels = args.levels;
@@ -75,24 +74,36 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Part<T> part_h(rows, local / row_parts, intervals.parts_h[level]);
   const Part<T> part_w(columns, local % row_parts, parts_w);
 
+  using A = acc_t<T>;
+  PSP_SHARED(A, partial, 4 * kThreads * V);                                    // [4, threads y, channels]
+  constexpr int kColumns = std::min(5, 64 / static_cast<int>(V * sizeof(T)));  // of a row that a thread has in flight
   const int64_t r = first_channel<V>(item.chunk);
-  acc_t<T> sums[4][V] = {};
+  const int steps = static_cast<int>(blockDim.y), step = static_cast<int>(threadIdx.y);
+  A sums[4][V] = {};
   if (r < args.R) {
-    for (int y = part_h.begin + static_cast<int>(threadIdx.y); y < part_h.end; y += static_cast<int>(blockDim.y)) {
-      const T* const from = pixel<const T>(args.grad_context, item.n, level * args.R + r, y, 0);
-      acc_t<T> left[V] = {}, right[V] = {};
-#pragma unroll 4
-      for (int x = part_w.begin; x < part_w.end; ++x) {
-        const acc_t<T> next = part_w.weight_of_second(x);
-        acc_t<T> grad[V];
-        load_wide(from + x * args.grad_context.stride_w, grad);
+    const int64_t stride = args.grad_context.stride_w;
+    for (int y = part_h.begin + step; y < part_h.end; y += steps) {
+      const T* from = pixel<const T>(args.grad_context, item.n, level * args.R + r, y, part_w.begin);
+      A left[V] = {}, right[V] = {};
+      for (int x = part_w.begin; x < part_w.end; x += kColumns) {
+        Unit<T, V> grads[kColumns];
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
-          left[v] += (1 - next) * grad[v];
-          right[v] += next * grad[v];
+        for (int i = 0; i < kColumns; ++i, from += stride) {
+          if (x + i < part_w.end) grads[i] = load_unit<T, V>(from);
+        }
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+          if (x + i >= part_w.end) break;
+          const A next = part_w.weight_of_second(x + i);
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            const A grad = widen(grads[i].values[v]);
+            left[v] += (1 - next) * grad;
+            right[v] += next * grad;
+          }
         }
       }
-      const acc_t<T> next = part_h.weight_of_second(y);
+      const A next = part_h.weight_of_second(y);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         sums[0][v] += (1 - next) * left[v];
@@ -102,11 +113,21 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
   }
-  auto* const part = static_cast<acc_t<T>*>(args.workspace) + blockIdx.x / chunks * 4 * args.R;
+  const int channels = static_cast<int>(blockDim.x) * V;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    write_total(sums[i], item.chunk, args.R,
-                [&](int64_t channel, acc_t<T> total) { part[i * args.R + channel] = total; });
+    store_shared(partial + (i * steps + step) * channels + static_cast<int>(threadIdx.x) * V, sums[i]);
+  }
+  __syncthreads();
+  auto* const part = static_cast<A*>(args.workspace) + blockIdx.x / chunks * 4 * args.R;
+  for (int at = step * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x); at < 4 * channels;
+       at += kThreads) {
+    const int i = at / channels, local = at - i * channels;
+    const int64_t channel = static_cast<int64_t>(item.chunk) * channels + local;
+    if (channel >= args.R) continue;
+    A total = 0;
+    for (int other = 0; other < steps; ++other) total += partial[(i * steps + other) * channels + local];
+    part[i * args.R + channel] = total;
   }
 }
 
@@ -115,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // A block takes one cell; threads over channels.
 // Traffic: each sum is read once; they are few and lie in the L2 cache.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, 5)
     upsample_backward_cells(const __grid_constant__ PyramidUpsampleConcatBackwardArgs args,
                             const __grid_constant__ Intervals intervals, int chunks) {
   const Levels& levels = args.levels;
@@ -154,8 +175,7 @@ __device__ __forceinline__ CellShare<A> share_of(const SourceIndex<A>& source) {
   return {source.low, source.high > source.low ? source.lambda : A(0)};
 }
 
-// Shared memory of upsample_backward_planes. Rows are summed in `strips`, every so many-th in one; how many does not
-// depend on the threads, so that results do not either.
+// Shared memory of upsample_backward_planes.
 template <class A>
 struct UpsampleBackwardTables {
   int H, W, bins_h, bins_w;  // the most bins of a level
@@ -227,15 +247,15 @@ __global__ void __launch_bounds__(kThreads, 4)
           next_sum = {};
         }
       };
-      for (int y = strip; y < H; y += kRows * strips) {
-        Unit<T, unit> values[kRows];
+      for (int y = strip; y < H; y += kUnits * strips) {
+        Unit<T, unit> values[kUnits];
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
+        for (int i = 0; i < kUnits; ++i) {
           if (y + i * strips < H) values[i] = load_unit<T, unit>(map + from);
           from += strips * stride;
         }
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) {
+        for (int i = 0; i < kUnits; ++i) {
           if (y + i * strips >= H) break;
           const CellShare<A> share = rows[y + i * strips];
           move_to(share.cell);
@@ -288,8 +308,7 @@ struct UpsampleBackwardPlan {
     if (!args.channels_last) unit = unit_of<T>(args.H, args.W, {args.grad_context});
     if (unit == 0) return;
     const int H = static_cast<int>(args.H), W = static_cast<int>(args.W);
-    tables = {H, W, most_bins(levels.bins_h, levels.count), most_bins(levels.bins_w, levels.count),
-              std::clamp(kWarp / (W / unit), 1, H)};
+    tables = {H, W, most_bins(levels.bins_h, levels.count), most_bins(levels.bins_w, levels.count), strips_of(H, W)};
     teams = make_teams(args.N * levels.count * args.R, tables.team_bytes(),
                        [&](int planes) { return tables.block_bytes(BlockLevels::most(planes, args.R, levels.count)); });
   }
@@ -323,8 +342,9 @@ int pyramid_upsample_concat_backward(const PyramidUpsampleConcatBackwardArgs& ar
     const Intervals intervals = make_intervals(args);
     const bool vectors = args.channels_last && args.R % kVector<T> == 0 &&
                          vectors_of_channels<T>(args.grad_context, args.levels.count * args.R);
-    const Chunks chunks = make_chunks(args.R, vectors ? kVector<T> : 1);
-    const cudaError_t error = launch(vectors ? upsample_backward_parts<T, kVector<T>> : upsample_backward_parts<T, 1>,
+    constexpr int kChannels = std::min(kVector<T>, 4);
+    const Chunks chunks = make_chunks(args.R, vectors ? kChannels : 1);
+    const cudaError_t error = launch(vectors ? upsample_backward_parts<T, kChannels> : upsample_backward_parts<T, 1>,
                                      args.N * intervals.first[args.levels.count] * chunks.count, chunks.threads(), 0,
                                      stream, args, intervals, chunks.count);
     if (error != cudaSuccess) return error;

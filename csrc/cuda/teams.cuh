@@ -8,7 +8,7 @@
 
 namespace pspnet_fast::cuda {
 
-constexpr int kUnits = 4;  // that a thread has in flight
+constexpr int kUnits = 4;  // of a plane that a thread has in flight
 
 // Neighbours read, written and computed at once.
 template <class T, int count>
@@ -55,6 +55,10 @@ int unit_of(int64_t H, int64_t W, std::initializer_list<Image> images) {
   }
   return count;
 }
+
+// Rows are summed in strips, every so many-th in one: as many as a warp takes at once. How many depends on the map
+// alone, so that results do not depend on the threads.
+inline int strips_of(int64_t H, int64_t W) { return static_cast<int>(std::clamp<int64_t>(kWarp * 4 / W, 1, H)); }
 
 // Calls f with the elements of a unit as a constant.
 template <class T, class F>
