@@ -75,8 +75,8 @@ __global__ void __launch_bounds__(kThreads, 3)
   const Part<T> part_w(columns, local % row_parts, parts_w);
 
   using A = acc_t<T>;
-  PSP_SHARED(A, partial, 4 * kThreads * V);                                    // [4, threads y, channels]
-  constexpr int kColumns = std::min(5, 64 / static_cast<int>(V * sizeof(T)));  // of a row that a thread has in flight
+  PSP_SHARED(A, partial, 4 * kThreads * V);              // [4, threads y, channels]
+  constexpr int kColumns = V * sizeof(T) == 16 ? 4 : 5;  // of a row that a thread has in flight
   const int64_t r = first_channel<V>(item.chunk);
   const int steps = static_cast<int>(blockDim.y), step = static_cast<int>(threadIdx.y);
   A sums[4][V] = {};

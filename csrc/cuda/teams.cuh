@@ -39,14 +39,19 @@ __device__ __forceinline__ void store_unit(T* to, const Unit<T, count>& unit) {
   }
 }
 
+// Rows are summed in strips, every so many-th in one: as many as a warp takes at once. How many depends on the map
+// alone, so that results do not depend on the threads.
+inline int strips_of(int64_t H, int64_t W) { return static_cast<int>(std::clamp<int64_t>(kWarp * 4 / W, 1, H)); }
+
 // The elements of a unit: 4, 2 or 1, at most 16 bytes, that begin on a boundary of their size in every row of the
 // images; 0 if a plane's elements cannot be counted in int.
 template <class T>
 int unit_of(int64_t H, int64_t W, std::initializer_list<Image> images) {
+  const int64_t ahead = int64_t{kUnits} * strips_of(H, W);  // rows that a thread may count beyond the last
   int count = std::min(kVector<T>, 4);
   for (const Image& image : images) {
     if (image.data == nullptr) continue;
-    if (image.stride_h < 0 || (H - 1) * image.stride_h + W > INT_MAX - kThreads * 4 * kUnits) return 0;
+    if (image.stride_h < 0 || (H + ahead) * image.stride_h + W > INT_MAX) return 0;
     const auto fits = [&](int64_t stride) { return stride % count == 0; };
     while (count > 1 && !(fits(W) && fits(image.stride_n) && fits(image.stride_c) && (fits(image.stride_h) || H == 1) &&
                           reinterpret_cast<uintptr_t>(image.data) % (count * sizeof(T)) == 0)) {
@@ -55,10 +60,6 @@ int unit_of(int64_t H, int64_t W, std::initializer_list<Image> images) {
   }
   return count;
 }
-
-// Rows are summed in strips, every so many-th in one: as many as a warp takes at once. How many depends on the map
-// alone, so that results do not depend on the threads.
-inline int strips_of(int64_t H, int64_t W) { return static_cast<int>(std::clamp<int64_t>(kWarp * 4 / W, 1, H)); }
 
 // Calls f with the elements of a unit as a constant.
 template <class T, class F>
