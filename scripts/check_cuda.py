@@ -16,7 +16,8 @@ from sass.machine_code import demangle, disassemble, extract_cubin, find, kernel
 ARCHITECTURE = 90  # of the machine code that is read
 
 # Which kernels load ("L") and store ("S") device memory in 16-byte vectors by design: those for planes in every
-# instance, the others in the instances whose vectors hold more than one element.
+# instance, the others in the instances whose vectors hold more than one element. Planes in units of a row have no such
+# vectors in 16 bits: a row may be no whole number of them. Nor have the parts: four channels a thread are more threads.
 WIDE = {
     "batch_norm_levels": "",
     "batch_norm_levels_backward": "",
@@ -31,18 +32,18 @@ WIDE = {
     "cross_entropy_pixels": "",
     "cross_entropy_total": "",
     "pool_backward_cells": "LS",
-    "pool_backward_planes": "LS",
+    "pool_backward_planes": "",
     "pool_bins": "L",
     "pool_cells": "LS",
-    "pool_planes": "LS",
+    "pool_planes": "",
     "reduce": "LS",
     "reduce_backward": "LS",
     "softmax_pixels": "L",
     "split_weight": "",
     "upsample_backward_cells": "",
-    "upsample_backward_parts": "L",
-    "upsample_backward_planes": "L",
-    "upsample_planes": "S",
+    "upsample_backward_parts": "",
+    "upsample_backward_planes": "",
+    "upsample_planes": "",
     "upsample_rows": "LS",
 }
 

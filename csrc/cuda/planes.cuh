@@ -36,9 +36,6 @@ __device__ __forceinline__ int misalignment(const T* pointer) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) % 16 / sizeof(T));
 }
 
-// Whether H x W elements, and the vectors of a block beyond them, can be counted in int.
-PSP_HOST_DEVICE bool countable(int64_t H, int64_t W) { return H * W <= INT_MAX - kThreads * 16; }
-
 // Rows without gaps are one run of elements.
 PSP_HOST_DEVICE bool dense(const Image& image, int64_t H, int64_t W) { return image.stride_h == W || H == 1; }
 
@@ -72,11 +69,6 @@ __device__ __forceinline__ void for_each_vector_of_rows(const T* data, int64_t s
     if (begin < end) visit(y, begin, end - begin);
   }
 }
-
-template <class T, int count>
-struct alignas(count * sizeof(T)) Together {
-  T values[count];
-};
 
 // Whether 16-byte vectors begin at the same elements after both.
 __device__ __forceinline__ bool same_alignment(const void* a, const void* b) {
@@ -156,25 +148,8 @@ Staging plan_staging(int64_t H, int64_t W, size_t table_bytes) {
   return {static_cast<int>(rows), tile_bytes, tile_bytes + table_bytes};
 }
 
-// Where column x of a table row in shared memory lies, whose columns are read in pairs: neighbours a thread then meet
+// Where column x of a table row in shared memory lies, whose columns are read in fours: neighbours a thread then meet
 // few banks twice.
-PSP_HOST_DEVICE int padded_by_two(unsigned x) { return static_cast<int>(x + x / kWarp * 2); }
-PSP_HOST_DEVICE int row_pitch(int W) { return padded_by_two(W + W % 2); }
-
-// Calls visit(i, y, x) for the elements i and i + 1 of a vector that begins with number `first` = y * W + x. Rows of an
-// even number of columns hold such pairs whole, of a vector that begins with an even number.
-template <class T, class F>
-__device__ __forceinline__ void for_each_pair(int first, int W, F visit) {
-  int y = first / W, x = first - y * W;
-#pragma unroll
-  for (int i = 0; i < kVector<T>; i += 2) {
-    visit(i, y, x);
-    x += 2;
-    if (x == W) x = 0, ++y;
-  }
-}
-
-// The same where four columns are read at once.
 PSP_HOST_DEVICE int padded_by_four(unsigned x) { return static_cast<int>(x + x / kWarp * 4); }
 
 }  // namespace pspnet_fast::cuda

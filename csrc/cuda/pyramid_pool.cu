@@ -1,8 +1,8 @@
 // Pyramid pooling: the mean of every bin of every level from one read of the input, which is copied into the
 // concatenation on the way.
 #include "cells.cuh"
-#include "planes.cuh"
 #include "segments.cuh"
+#include "teams.cuh"
 
 namespace pspnet_fast::cuda {
 namespace {
@@ -112,9 +112,6 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
 }
 
-constexpr int kPlaneThreads = 128;
-constexpr int64_t kPlaneBlocks = 1024;  // at least, before a block takes several planes
-
 // A bin in the sums of row segments: those from `row` to `end` of its column, over its area.
 template <class A>
 struct PlaneBin {
@@ -122,47 +119,44 @@ struct PlaneBin {
   A area;
 };
 
-// Adds the rows of a tile that lie in a row segment, column by column in pairs (or alone), to sums of `W` columns that
-// begin where `fresh`: the lanes of a warp over the columns.
-template <int together, class T>
-__device__ __forceinline__ void add_columns(const T* rows, int height, int W, bool fresh, acc_t<T>* sums) {
-  for (int x = static_cast<int>(threadIdx.x) % kWarp * together; x < W; x += kWarp * together) {
-    acc_t<T> sum[together];
-#pragma unroll
-    for (int i = 0; i < together; ++i) sum[i] = fresh ? acc_t<T>(0) : sums[x + i];
-    const T* from = rows + x;
-#pragma unroll 4
-    for (int y = 0; y < height; ++y, from += W) {
-      const auto values = *reinterpret_cast<const Together<T, together>*>(from);
-#pragma unroll
-      for (int i = 0; i < together; ++i) sum[i] += widen(values.values[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < together; ++i) sums[x + i] = sum[i];
-  }
-}
+// Shared memory of pool_planes: `rows` x `columns` segments.
+template <class A>
+struct PoolTables {
+  int P, H, W, rows, columns;
+  int bins_w;  // of all levels
+  int strips;
 
-// Planar pooling, in one launch: a plane is staged in shared memory, copied, and summed there.
-// Layout: planar, any alignment and row stride, in 16-byte vectors where these allow it.
-// A block takes `planes` planes, one after the other, after a table of the bins; threads over a plane's vectors, warps
-// over row segments and their lanes over columns, then threads over segment cells, over row segments x column bins, and
-// over bins.
-// Traffic: input read once, concat written once, pooled written; 93 instructions a vector, 60 x 60 in bfloat16.
-template <class T>
-__global__ void __launch_bounds__(kPlaneThreads)
+  PSP_HOST_DEVICE int pitch() const { return static_cast<int>(in_fours(W)); }
+  // [P] bins, [bins_w, 2] the segments of each column of bins, [H] the segment of each row
+  PSP_HOST_DEVICE size_t block_bytes() const {
+    return (P * sizeof(PlaneBin<A>) + (2 * int64_t{bins_w} + H) * sizeof(int) + 15) / 16 * 16;
+  }
+  // [strips, rows, pitch] sums of columns, [rows, columns] cells, [bins_w, rows] columns of bins
+  PSP_HOST_DEVICE size_t team_bytes() const {
+    return in_fours(int64_t{rows} * (int64_t{strips} * pitch() + columns + bins_w)) * sizeof(A);
+  }
+};
+
+// Planar pooling, in one launch: a plane is copied, and its row segments summed in registers on the way.
+// Layout: planar, any row stride, in units of 4, 2 or 1.
+// A team takes a plane; its threads over strips of rows x units of a row, then over segment cells, over row segments x
+// columns of bins, and over bins.
+// Traffic: input read once, concat written once, pooled written.
+template <class T, int unit>
+__global__ void __launch_bounds__(kThreads, 4)
     pool_planes(const __grid_constant__ PyramidPoolArgs args, const __grid_constant__ Segments rows,
-                const __grid_constant__ Segments columns, Staging staging, int bins_w, int planes) {
+                const __grid_constant__ Segments columns, const __grid_constant__ PoolTables<acc_t<T>> tables,
+                int planes) {
   using A = acc_t<T>;
   PSP_DYNAMIC_SHARED(unsigned char, shared);
   const Levels& levels = args.levels;
-  const int H = static_cast<int>(args.H), W = static_cast<int>(args.W), P = levels.first[levels.count];
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp;
-  auto* const column_sums = reinterpret_cast<A*>(shared + staging.tile_bytes);  // [rows, W]
-  A* const cells = column_sums + rows.count * W;                                // [rows, columns]
-  A* const bin_sums = cells + rows.count * columns.count;                       // [bins_w, rows]: column bins
-  auto* const bins = reinterpret_cast<PlaneBin<A>*>(bin_sums + bins_w * rows.count);
-  auto* const ends = reinterpret_cast<int*>(bins + P);  // [bins_w, 2]: the segments of each
-  for (int bin = thread; bin < P; bin += kPlaneThreads) {
+  const int H = tables.H, W = tables.W, P = tables.P, pitch = tables.pitch(), strips = tables.strips;
+  const int bands = rows.count, units = W / unit;
+  const Member member;
+  auto* const bins = reinterpret_cast<PlaneBin<A>*>(shared);
+  auto* const ends = reinterpret_cast<int*>(bins + P);
+  int* const band_of = ends + 2 * tables.bins_w;
+  for (int bin = member.block_rank(); bin < P; bin += member.block_threads()) {
     int level = 0, column = 0;
     for (; bin >= levels.first[level + 1]; ++level) column += levels.bins_w[level];
     const int local = bin - levels.first[level], level_h = levels.bins_h[level], level_w = levels.bins_w[level];
@@ -174,79 +168,107 @@ __global__ void __launch_bounds__(kPlaneThreads)
     if (i > 0) continue;
     ends[2 * (column + j)] = columns.containing(left), ends[2 * (column + j) + 1] = columns.containing(right);
   }
+  for (int y = member.block_rank(); y < H; y += member.block_threads()) band_of[y] = rows.containing(y);
+  __syncthreads();
 
-  const int64_t first = blockIdx.x * static_cast<int64_t>(planes), last = min(first + planes, args.N * args.C);
+  A* const sums = reinterpret_cast<A*>(shared + tables.block_bytes() + member.team * tables.team_bytes());
+  A* const cells = sums + strips * bands * pitch;
+  A* const bin_sums = cells + bands * columns.count;
   const bool copies = args.concat.data != nullptr;
-  const bool is_dense = dense(args.input, H, W) && (!copies || dense(args.concat, H, W));
-  int64_t n = first / args.C, c = first - n * args.C;
-  for (int64_t plane = first; plane < last; ++plane) {
-    for (int top = 0; top < H; top += staging.rows) {
-      const int bottom = min(top + staging.rows, H);
-      const T* const tile = stage_rows(pixel<const T>(args.input, n, c, top, 0), args.input.stride_h,
-                                       copies ? pixel<T>(args.concat, n, c, top, 0) : nullptr, args.concat.stride_h,
-                                       bottom - top, W, is_dense, reinterpret_cast<T*>(shared));
-      __syncthreads();
-      const bool pairs = W % 2 == 0 && misalignment(tile) % 2 == 0;
-      for (int row = warp; row < rows.count; row += kPlaneThreads / kWarp) {
-        const int start = rows.start(row), begin = max(start, top), end = min(rows.start(row + 1), bottom);
-        if (begin >= end) continue;
-        const T* const from = tile + (begin - top) * W;
-        if (pairs) {
-          add_columns<2>(from, end - begin, W, begin == start, column_sums + row * W);
-        } else {
-          add_columns<1>(from, end - begin, W, begin == start, column_sums + row * W);
+  const int from_step = strips * static_cast<int>(args.input.stride_h);
+  const int to_step = strips * static_cast<int>(args.concat.stride_h);
+  for (int turn = 0; turn < planes; ++turn) {
+    const int64_t plane = member.plane(turn, planes);
+    if (plane >= args.N * args.C) return;
+    const int64_t n = plane / args.C, c = plane - n * args.C;
+    const T* const input = pixel<const T>(args.input, n, c, 0, 0);
+    T* const concat = copies ? pixel<T>(args.concat, n, c, 0, 0) : nullptr;
+
+    for (int at = member.rank; at < strips * units; at += member.threads) {
+      const int strip = at / units, x = (at - strip * units) * unit;
+      int from = strip * static_cast<int>(args.input.stride_h) + x;
+      int to = strip * static_cast<int>(args.concat.stride_h) + x;
+      A* target = sums + strip * bands * pitch + x;
+      Unit<A, unit> sum = {};
+      int band = 0;
+      const auto move_to = [&](int next) {
+        for (; band < next; ++band, target += pitch) {
+          store_unit<Memory::kShared>(target, sum);
+          sum = {};
+        }
+      };
+      for (int y = strip; y < H; y += kUnits * strips) {
+        Unit<T, unit> values[kUnits];
+#pragma unroll
+        for (int i = 0; i < kUnits; ++i, from += from_step) {
+          if (y + i * strips < H) values[i] = load_unit<T, unit>(input + from);
+        }
+#pragma unroll
+        for (int i = 0; i < kUnits; ++i, to += to_step) {
+          if (y + i * strips >= H) break;
+          if (copies) store_unit(concat + to, values[i]);
+          move_to(band_of[y + i * strips]);
+#pragma unroll
+          for (int v = 0; v < unit; ++v) sum.values[v] += widen(values[i].values[v]);
         }
       }
-      __syncthreads();
+      move_to(bands);
     }
-    for (int at = thread; at < rows.count * columns.count; at += kPlaneThreads) {
+    member.sync();
+    for (int at = member.rank; at < bands * columns.count; at += member.threads) {
       const int row = at / columns.count, column = at - row * columns.count, end = columns.start(column + 1);
-      const A* const sums = column_sums + row * W;
       A sum = 0;
-      for (int x = columns.start(column); x < end; ++x) sum += sums[x];
+      for (int strip = 0; strip < strips; ++strip) {
+        const A* const of_row = sums + (strip * bands + row) * pitch;
+        for (int x = columns.start(column); x < end; ++x) sum += of_row[x];
+      }
       cells[at] = sum;
     }
-    __syncthreads();
-    for (int at = thread; at < rows.count * bins_w; at += kPlaneThreads) {
-      const int bin = at / rows.count, end = ends[2 * bin + 1];
-      const A* const sums = cells + (at - bin * rows.count) * columns.count;
+    member.sync();
+    for (int at = member.rank; at < bands * tables.bins_w; at += member.threads) {
+      const int bin = at / bands, end = ends[2 * bin + 1];
+      const A* const of_row = cells + (at - bin * bands) * columns.count;
       A sum = 0;
-      for (int column = ends[2 * bin]; column < end; ++column) sum += sums[column];
+      for (int column = ends[2 * bin]; column < end; ++column) sum += of_row[column];
       bin_sums[at] = sum;
     }
-    __syncthreads();
+    member.sync();
     T* const pooled = static_cast<T*>(args.pooled) + n * P * args.C + c;
-    for (int number = thread; number < P; number += kPlaneThreads) {
+    for (int number = member.rank; number < P; number += member.threads) {
       const PlaneBin<A> bin = bins[number];
-      const A* const sums = bin_sums + bin.column * rows.count;
+      const A* const of_column = bin_sums + bin.column * bands;
       A sum = 0;
-      for (int row = bin.row; row < bin.end; ++row) sum += sums[row];
+      for (int row = bin.row; row < bin.end; ++row) sum += of_column[row];
       pooled[number * args.C] = narrow<T>(sum / bin.area);
     }
-    if (++c == args.C) c = 0, ++n;
   }
 }
 
-// Which kernels take a call: planes staged in shared memory where the map is planar and its tables fit, else cells.
+// Which kernels take a call: planes where the map is planar and their tables fit, else cells.
 template <class T>
 struct PoolPlan {
   Segments rows, columns;
-  int bins_w = 0;  // of all levels
-  Staging staging = {0, 0, 0};
+  int unit = 0;
+  PoolTables<acc_t<T>> tables = {};
+  Teams teams = {};
 
   explicit PoolPlan(const PyramidPoolArgs& args)
       : rows(make_segments(args.levels.count, args.levels.bins_h, static_cast<int>(args.H))),
         columns(make_segments(args.levels.count, args.levels.bins_w, static_cast<int>(args.W))) {
+    if (!args.channels_last) unit = unit_of<T>(args.H, args.W, {args.input, args.concat});
+    if (unit == 0) return;
+    int bins_w = 0;
     for (int level = 0; level < args.levels.count; ++level) bins_w += args.levels.bins_w[level];
-    if (!args.channels_last) {
-      using A = acc_t<T>;
-      staging =
-          plan_staging<T>(args.H, args.W,
-                          static_cast<size_t>(rows.count) * (args.W + columns.count + bins_w) * sizeof(A) +
-                              args.levels.first[args.levels.count] * sizeof(PlaneBin<A>) + bins_w * 2 * sizeof(int));
-    }
+    tables = {args.levels.first[args.levels.count],
+              static_cast<int>(args.H),
+              static_cast<int>(args.W),
+              rows.count,
+              columns.count,
+              bins_w,
+              strips_of(args.H, args.W)};
+    teams = make_teams(args.N * args.C, tables.team_bytes(), [&](int64_t) { return tables.block_bytes(); });
   }
-  bool planes() const { return staging.rows > 0; }
+  bool planes() const { return teams.bytes > 0; }
   int64_t cells() const { return static_cast<int64_t>(rows.count) * columns.count; }
 };
 
@@ -290,9 +312,10 @@ int pyramid_pool(const PyramidPoolArgs& args, void* stream) {
     using T = decltype(zero);
     const PoolPlan<T> plan(args);
     if (plan.planes()) {
-      const int64_t count = args.N * args.C, planes = min(max(count / kPlaneBlocks, int64_t{1}), int64_t{16});
-      return launch(pool_planes<T>, divide_up(count, planes), kPlaneThreads, plan.staging.bytes, stream, args,
-                    plan.rows, plan.columns, plan.staging, plan.bins_w, static_cast<int>(planes));
+      return dispatch_unit<T>(plan.unit, [&](auto unit) {
+        return launch(pool_planes<T, decltype(unit)::value>, plan.teams.blocks(args.N * args.C), plan.teams.block(),
+                      plan.teams.bytes, stream, args, plan.rows, plan.columns, plan.tables, plan.teams.planes);
+      });
     }
     const bool vectors = args.channels_last && aligned(args.workspace) && vectors_of_channels<T>(args.input, args.C) &&
                          vectors_of_channels<T>(args.concat, args.C);

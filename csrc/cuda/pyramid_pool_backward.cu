@@ -1,7 +1,7 @@
 // The backward of pyramid pooling: the gradient of the copied channels and that of the bins, in one pass.
 #include "cells.cuh"
-#include "planes.cuh"
 #include "segments.cuh"
+#include "teams.cuh"
 
 namespace pspnet_fast::cuda {
 namespace {
@@ -93,64 +93,134 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
+// The bins of a level that a segment of an axis lies in.
+struct BinRange {
+  int first, last;
+};
+
+// Shared memory of pool_backward_planes: a block's tables, then each team's.
+template <class A>
+struct PoolBackwardTables {
+  int P, H, W, rows, columns, levels;
+
+  PSP_HOST_DEVICE int pitch() const { return static_cast<int>(in_fours(W)); }
+  PSP_HOST_DEVICE int64_t cells() const { return int64_t{rows} * columns; }
+  PSP_HOST_DEVICE size_t ranges() const { return (int64_t{rows} + columns) * levels * sizeof(BinRange); }
+  // [P] shares of a bin's pixels, [H + W] places, [levels, rows + columns] ranges of bins
+  PSP_HOST_DEVICE size_t block_bytes() const {
+    return in_fours(P) * sizeof(A) + in_fours(int64_t{H} + W) * sizeof(int) + (ranges() + 15) / 16 * 16;
+  }
+  // [P] gradients, [rows, columns] cells, [rows, pitch] the cells spread to columns
+  PSP_HOST_DEVICE size_t team_bytes() const {
+    return (in_fours(P) + in_fours(cells()) + int64_t{rows} * pitch()) * sizeof(A);
+  }
+};
+
 // Planar backward: the bins' gradient of each segment cell, spread to columns in shared memory, then one pass.
-// Layout: planar, any alignment and row stride, in 16-byte vectors where these allow it.
-// A block takes one plane; threads over cells, then row segments x columns, then vectors of the plane.
-// Traffic: grad_concat read once, grad_input written once, grad_pooled a few times from the L2 cache.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 3)
+// Layout: planar, any row stride, in units of 4, 2 or 1.
+// A team takes a plane; its threads over bins, cells, columns, then units of the plane.
+// Traffic: grad_concat read once, grad_input written once, grad_pooled from the caches.
+template <class T, int unit>
+__global__ void __launch_bounds__(kThreads, 4)
     pool_backward_planes(const __grid_constant__ PyramidPoolBackwardArgs args, const __grid_constant__ Segments rows,
-                         const __grid_constant__ Segments columns) {
-  const int H = static_cast<int>(args.H), W = static_cast<int>(args.W), pitch = row_pitch(W);
-  PSP_DYNAMIC_SHARED(acc_t<T>, table);                                             // [rows, pitch]
-  acc_t<T>* const cells = table + rows.count * pitch;                              // [rows, columns]
-  int* const row_of = reinterpret_cast<int*>(cells + rows.count * columns.count);  // [H]: where a row's begins in table
-  const int thread = static_cast<int>(threadIdx.x);
-  const int64_t n = blockIdx.x / args.C, c = blockIdx.x % args.C;
+                         const __grid_constant__ Segments columns, int planes) {
+  using A = acc_t<T>;
+  PSP_DYNAMIC_SHARED(unsigned char, shared);
+  const Levels& levels = args.levels;
+  const int H = static_cast<int>(args.H), W = static_cast<int>(args.W), P = levels.first[levels.count];
+  const int bands = rows.count, strips = columns.count;
+  const PoolBackwardTables<A> tables = {P, H, W, bands, strips, levels.count};
+  const int pitch = tables.pitch();
+  const Member member;
 
-  for (int cell = thread; cell < rows.count * columns.count; cell += kThreads) {
-    const int row = cell / columns.count, column = cell - row * columns.count;
-    acc_t<T> sum[1] = {};
-    for (int level = 0; level < args.levels.count; ++level) {
-      add_level<T>(args, level, n, rows.start(row), columns.start(column), c, sum);
-    }
-    cells[cell] = sum[0];
+  A* const bin_shares = reinterpret_cast<A*>(shared);
+  int* const row_of = reinterpret_cast<int*>(bin_shares + in_fours(P));  // [H]: where a row's begins in the table
+  int* const column_of = row_of + H;                                     // [W]: its segment
+  BinRange* const row_bins = reinterpret_cast<BinRange*>(row_of + in_fours(int64_t{H} + W));
+  BinRange* const column_bins = row_bins + levels.count * bands;
+  for (int bin = member.block_rank(); bin < P; bin += member.block_threads()) {
+    const int level = level_of(levels, bin), bins_h = levels.bins_h[level], bins_w = levels.bins_w[level];
+    const int i = (bin - levels.first[level]) / bins_w, j = bin - levels.first[level] - i * bins_w;
+    const auto height = static_cast<A>(end_index<int>(i, bins_h, H) - start_index<int>(i, bins_h, H));
+    const auto width = static_cast<A>(end_index<int>(j, bins_w, W) - start_index<int>(j, bins_w, W));
+    bin_shares[bin] = 1 / (height * width);
+  }
+  for (int y = member.block_rank(); y < H; y += member.block_threads()) row_of[y] = rows.containing(y) * pitch;
+  for (int x = member.block_rank(); x < W; x += member.block_threads()) column_of[x] = columns.containing(x);
+  for (int at = member.block_rank(); at < levels.count * (bands + strips); at += member.block_threads()) {
+    const bool of_row = at < levels.count * bands;
+    const int number = of_row ? at : at - levels.count * bands, count = of_row ? bands : strips;
+    const int level = number / count, segment = number - level * count;
+    const int bins = of_row ? levels.bins_h[level] : levels.bins_w[level], size = of_row ? H : W;
+    const int start = of_row ? rows.start(segment) : columns.start(segment);
+    row_bins[at] = {first_bin<int>(start, bins, size), last_bin<int>(start, bins, size)};
   }
   __syncthreads();
-  for (int at = thread; at < rows.count * W; at += kThreads) {
-    const int row = at / W, x = at - row * W;
-    table[row * pitch + padded_by_two(x)] = cells[row * columns.count + columns.containing(x)];
-  }
-  for (int y = thread; y < H; y += kThreads) row_of[y] = rows.containing(y) * pitch;
-  __syncthreads();
 
+  A* const grads = reinterpret_cast<A*>(shared + tables.block_bytes() + member.team * tables.team_bytes());
+  A* const cells = grads + in_fours(P);
+  A* const table = cells + in_fours(tables.cells());
   const bool adds = args.grad_concat.data != nullptr;
-  const bool is_dense = dense(args.grad_input, H, W) && (!adds || dense(args.grad_concat, H, W));
-  T* const to = pixel<T>(args.grad_input, n, c, 0, 0);
-  const T* const from = adds ? pixel<const T>(args.grad_concat, n, c, 0, 0) : nullptr;
-  for_each_vector(to, args.grad_input.stride_h, H, W, is_dense, [&](int first, int count) {
-    int y = first / W, x = first - y * W;
-    T* const target = to + y * args.grad_input.stride_h + x;
-    T values[kVector<T>];
-    if (adds) load_some(from + y * args.grad_concat.stride_h + x, count, values);
-    const auto add = [&](int i, acc_t<T> share) { values[i] = narrow<T>(adds ? widen(values[i]) + share : share); };
-    if (count == kVector<T> && W % 2 == 0 && first % 2 == 0) {
-      for_each_pair<T>(first, W, [&](int i, int row, int column) {
-        const acc_t<T>* const shares = table + row_of[row] + padded_by_two(column);
-        const auto pair = *reinterpret_cast<const Together<acc_t<T>, 2>*>(shares);
-        add(i, pair.values[0]);
-        add(i + 1, pair.values[1]);
-      });
-    } else {
+  const int from_stride = static_cast<int>(args.grad_concat.stride_h);
+  const int to_stride = static_cast<int>(args.grad_input.stride_h);
+  for (int turn = 0; turn < planes; ++turn) {
+    const int64_t plane = member.plane(turn, planes);
+    if (plane >= args.N * args.C) return;
+    const int64_t n = plane / args.C, c = plane - n * args.C;
+    const T* const grad_pooled = static_cast<const T*>(args.grad_pooled) + n * P * args.C + c;
+    for (int bin = member.rank; bin < P; bin += member.threads) {
+      grads[bin] = widen(grad_pooled[bin * args.C]) * bin_shares[bin];
+    }
+    member.sync();
+    for (int cell = member.rank; cell < bands * strips; cell += member.threads) {
+      const int row = cell / strips, column = cell - row * strips;
+      A sum = 0;
+      for (int level = 0; level < levels.count; ++level) {
+        const BinRange in_rows = row_bins[level * bands + row], in_columns = column_bins[level * strips + column];
+        for (int i = in_rows.first; i <= in_rows.last; ++i) {
+          const A* const bins = grads + levels.first[level] + i * levels.bins_w[level];
+          for (int j = in_columns.first; j <= in_columns.last; ++j) sum += bins[j];
+        }
+      }
+      cells[cell] = sum;
+    }
+    member.sync();
+    for (int x = member.rank; x < W; x += member.threads) {
+      const A* const column = cells + column_of[x];
+#pragma unroll 4
+      for (int row = 0; row < bands; ++row) table[row * pitch + x] = column[row * strips];
+    }
+    member.sync();
+
+    const T* const from = adds ? pixel<const T>(args.grad_concat, n, c, 0, 0) : nullptr;
+    T* const to = pixel<T>(args.grad_input, n, c, 0, 0);
+    UnitWalk walk(member, W / unit);
+    while (walk.y < H) {
+      Unit<T, unit> values[kUnits];
+      int targets[kUnits], shares[kUnits];
 #pragma unroll
-      for (int i = 0; i < kVector<T>; ++i) {
-        if (i >= count) break;
-        add(i, table[row_of[y] + padded_by_two(x)]);
-        if (++x == W) x = 0, ++y;
+      for (int i = 0; i < kUnits; ++i) {
+        targets[i] = -1;
+        if (walk.y < H) {
+          const int x = walk.x * unit;
+          if (adds) values[i] = load_unit<T, unit>(from + (walk.y * from_stride + x));
+          targets[i] = walk.y * to_stride + x;
+          shares[i] = row_of[walk.y] + x;
+        }
+        walk.advance();
+      }
+#pragma unroll
+      for (int i = 0; i < kUnits; ++i) {
+        if (targets[i] < 0) break;
+        const auto share = load_unit<A, unit>(table + shares[i]);
+#pragma unroll
+        for (int v = 0; v < unit; ++v) {
+          values[i].values[v] = narrow<T>(adds ? widen(values[i].values[v]) + share.values[v] : share.values[v]);
+        }
+        store_unit(to + targets[i], values[i]);
       }
     }
-    store_some(target, count, values);
-  });
+  }
 }
 
 }  // namespace
@@ -162,10 +232,19 @@ int pyramid_pool_backward(const PyramidPoolBackwardArgs& args, void* stream) {
   const int64_t cells = static_cast<int64_t>(rows.count) * columns.count;
   return dispatch(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t table = cells + static_cast<int64_t>(rows.count) * row_pitch(static_cast<int>(args.W));
-    const size_t bytes = table * sizeof(acc_t<T>) + args.H * sizeof(int);
-    if (!args.channels_last && bytes <= kSharedBytes && countable(args.H, args.W)) {
-      return launch(pool_backward_planes<T>, args.N * args.C, kThreads, bytes, stream, args, rows, columns);
+    const int unit = args.channels_last ? 0 : unit_of<T>(args.H, args.W, {args.grad_concat, args.grad_input});
+    const PoolBackwardTables<acc_t<T>> tables = {args.levels.first[args.levels.count],
+                                                 static_cast<int>(args.H),
+                                                 static_cast<int>(args.W),
+                                                 rows.count,
+                                                 columns.count,
+                                                 args.levels.count};
+    const Teams teams = make_teams(args.N * args.C, tables.team_bytes(), [&](int64_t) { return tables.block_bytes(); });
+    if (unit > 0 && teams.bytes > 0) {
+      return dispatch_unit<T>(unit, [&](auto count) {
+        return launch(pool_backward_planes<T, decltype(count)::value>, teams.blocks(args.N * args.C), teams.block(),
+                      teams.bytes, stream, args, rows, columns, teams.planes);
+      });
     }
     const bool vectors = args.channels_last && aligned(args.grad_pooled) &&
                          vectors_of_channels<T>(args.grad_concat, args.C) &&

@@ -4,7 +4,7 @@
 
 #include "axis.cuh"
 #include "cells.cuh"
-#include "planes.cuh"
+#include "teams.cuh"
 
 namespace pspnet_fast::cuda {
 namespace {
@@ -52,71 +52,97 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
 }
 
-// The rows of a table that a row of pixels lies between, by where they begin, with their weights.
+// The cells of an axis that a pixel lies between.
 template <class A>
-struct alignas(16) RowMix {
+struct alignas(16) Between {
   int low, high;
-  A low_weight, high_weight;
+  A lambda;
+};
+
+// Shared memory of upsample_planes.
+template <class A>
+struct UpsampleTables {
+  int H, W, bins_h, bins_w;  // the most bins of a level
+
+  PSP_HOST_DEVICE int pitch() const { return static_cast<int>(in_fours(W)); }
+  // Of each level [H] and [W] the cells between.
+  PSP_HOST_DEVICE size_t level_bytes() const { return (int64_t{H} + W) * sizeof(Between<A>); }
+  // [bins_h, bins_w] cells, [bins_h, pitch] their rows spread to columns
+  PSP_HOST_DEVICE size_t team_bytes() const {
+    return (in_fours(int64_t{bins_h} * bins_w) + int64_t{bins_h} * pitch()) * sizeof(A);
+  }
 };
 
 // Planar upsampling: each row of cells is interpolated to W columns in shared memory, then between rows.
-// Layout: planar, any alignment and row stride, in 16-byte vectors where these allow it.
-// A block takes one plane; threads over rows of cells x columns, then over vectors of the plane.
+// Layout: planar, any row stride, in units of 4, 2 or 1.
+// A team takes a plane; its threads over cells, columns, then units of the plane.
 // Traffic: context written once; reduced is small and lies in the caches.
-// Instructions a vector of 8 elements, where W is even: 20 a pair.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 3) upsample_planes(const __grid_constant__ PyramidUpsampleConcatArgs args) {
-  PSP_DYNAMIC_SHARED(acc_t<T>, table);  // [bins_h, pitch], then the rows
-  const int H = static_cast<int>(args.H), W = static_cast<int>(args.W), pitch = row_pitch(W);
+template <class T, int unit>
+__global__ void __launch_bounds__(kThreads, 4)
+    upsample_planes(const __grid_constant__ PyramidUpsampleConcatArgs args,
+                    const __grid_constant__ UpsampleTables<acc_t<T>> tables, int planes) {
+  using A = acc_t<T>;
+  PSP_DYNAMIC_SHARED(unsigned char, shared);
   const Levels& levels = args.levels;
-  const int64_t channels = levels.count * args.R, n = blockIdx.x / channels, channel = blockIdx.x % channels;
-  const int level = static_cast<int>(channel / args.R), bins_h = levels.bins_h[level], bins_w = levels.bins_w[level];
-  const int64_t cell = n * levels.first[levels.count] + levels.first[level];
-  const T* const cells = static_cast<const T*>(args.reduced) + cell * args.R + channel % args.R;
-
-  const Axis<T> columns(bins_w, W, args.align_corners), rows(bins_h, H, args.align_corners);
-  for (int at = static_cast<int>(threadIdx.x); at < bins_h * W; at += kThreads) {
-    const int i = at / W, x = at - i * W;
-    const auto source = columns.at(x);
-    const T* const row = cells + static_cast<int64_t>(i) * bins_w * args.R;
-    table[i * pitch + padded_by_two(x)] =
-        (1 - source.lambda) * widen(row[source.low * args.R]) + source.lambda * widen(row[source.high * args.R]);
-  }
-  auto* const mixes = reinterpret_cast<RowMix<acc_t<T>>*>(table + in_fours(bins_h * pitch));  // [H]
-  for (int y = static_cast<int>(threadIdx.x); y < H; y += kThreads) {
-    const auto source = rows.at(y);
-    mixes[y] = {source.low * pitch, source.high * pitch, 1 - source.lambda, source.lambda};
+  const int H = tables.H, W = tables.W, pitch = tables.pitch(), stride = static_cast<int>(args.context.stride_h);
+  const Member member;
+  const int64_t channels = levels.count * args.R;
+  const BlockLevels own(member.first_plane(planes), planes * member.teams, args.R, levels.count);
+  for (int number = 0; number < own.count; ++number) {
+    const int level = own.level(number);
+    const Axis<T> axis_h(levels.bins_h[level], H, args.align_corners);
+    const Axis<T> axis_w(levels.bins_w[level], W, args.align_corners);
+    auto* const places = reinterpret_cast<Between<A>*>(shared + number * tables.level_bytes());
+    for (int y = member.block_rank(); y < H; y += member.block_threads()) {
+      const auto source = axis_h.at(y);
+      places[y] = {source.low * pitch, source.high * pitch, source.lambda};
+    }
+    for (int x = member.block_rank(); x < W; x += member.block_threads()) {
+      const auto source = axis_w.at(x);
+      places[H + x] = {source.low, source.high, source.lambda};
+    }
   }
   __syncthreads();
 
-  T* const to = pixel<T>(args.context, n, channel, 0, 0);
-  for_each_vector(to, args.context.stride_h, H, W, dense(args.context, H, W), [&](int first, int count) {
-    int y = first / W, x = first - y * W;
-    T* const target = to + y * args.context.stride_h + x;
-    T values[kVector<T>];
-    if (count == kVector<T> && W % 2 == 0 && first % 2 == 0) {
-      for_each_pair<T>(first, W, [&](int i, int row, int column) {
-        const RowMix<acc_t<T>> mix = mixes[row];
-        const int at = padded_by_two(column);
-        const auto low = *reinterpret_cast<const Together<acc_t<T>, 2>*>(table + mix.low + at);
-        const auto high = *reinterpret_cast<const Together<acc_t<T>, 2>*>(table + mix.high + at);
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          values[i + j] = narrow<T>(mix.low_weight * low.values[j] + mix.high_weight * high.values[j]);
-        }
-      });
-    } else {
-#pragma unroll
-      for (int i = 0; i < kVector<T>; ++i) {
-        if (i >= count) break;
-        const RowMix<acc_t<T>> mix = mixes[y];
-        const int at = padded_by_two(x);
-        values[i] = narrow<T>(mix.low_weight * table[mix.low + at] + mix.high_weight * table[mix.high + at]);
-        if (++x == W) x = 0, ++y;
+  A* const cells = reinterpret_cast<A*>(shared + own.count * tables.level_bytes() + member.team * tables.team_bytes());
+  A* const table = cells + in_fours(int64_t{tables.bins_h} * tables.bins_w);
+  for (int turn = 0; turn < planes; ++turn) {
+    const int64_t plane = member.plane(turn, planes);
+    if (plane >= args.N * channels) return;
+    const int64_t n = plane / channels, channel = plane - n * channels;
+    const int level = static_cast<int>(channel / args.R), bins_h = levels.bins_h[level], bins_w = levels.bins_w[level];
+    const auto* const rows =
+        reinterpret_cast<const Between<A>*>(shared + own.number(level) * tables.level_bytes());  // [H]
+    const Between<A>* const columns = rows + H;                                                  // [W]
+
+    const int64_t first = n * levels.first[levels.count] + levels.first[level];
+    const T* const reduced = static_cast<const T*>(args.reduced) + first * args.R + (channel - level * args.R);
+    for (int cell = member.rank; cell < bins_h * bins_w; cell += member.threads) {
+      cells[cell] = widen(reduced[cell * args.R]);
+    }
+    member.sync();
+    for (int x = member.rank; x < W; x += member.threads) {
+      const Between<A> column = columns[x];
+      const A *low = cells + column.low, *high = cells + column.high;
+      for (A* to = table + x; to < table + bins_h * pitch; to += pitch, low += bins_w, high += bins_w) {
+        *to = (1 - column.lambda) * *low + column.lambda * *high;
       }
     }
-    store_some(target, count, values);
-  });
+    member.sync();
+
+    T* const map = pixel<T>(args.context, n, channel, 0, 0);
+    for (UnitWalk walk(member, W / unit); walk.y < H; walk.advance()) {
+      const int x = walk.x * unit;
+      const Between<A> row = rows[walk.y];
+      const auto low = load_unit<A, unit>(table + row.low + x), high = load_unit<A, unit>(table + row.high + x);
+      Unit<T, unit> values;
+#pragma unroll
+      for (int v = 0; v < unit; ++v) {
+        values.values[v] = narrow<T>((1 - row.lambda) * low.values[v] + row.lambda * high.values[v]);
+      }
+      store_unit(map + (walk.y * stride + x), values);
+    }
+  }
 }
 
 }  // namespace
@@ -126,11 +152,18 @@ int pyramid_upsample_concat(const PyramidUpsampleConcatArgs& args, void* stream)
   return dispatch(args.dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t channels = args.levels.count * args.R;
-    const int64_t rows = most_bins(args.levels.bins_h, args.levels.count);
-    const size_t table =
-        sizeof(acc_t<T>) * in_fours(rows * row_pitch(static_cast<int>(args.W))) + args.H * sizeof(RowMix<acc_t<T>>);
-    if (!args.channels_last && table <= kSharedBytes && countable(args.H, args.W)) {
-      return launch(upsample_planes<T>, args.N * channels, kThreads, table, stream, args);
+    const int unit = args.channels_last ? 0 : unit_of<T>(args.H, args.W, {args.context});
+    const UpsampleTables<acc_t<T>> tables = {static_cast<int>(args.H), static_cast<int>(args.W),
+                                             most_bins(args.levels.bins_h, args.levels.count),
+                                             most_bins(args.levels.bins_w, args.levels.count)};
+    const Teams teams = make_teams(args.N * channels, tables.team_bytes(), [&](int planes) {
+      return BlockLevels::most(planes, args.R, args.levels.count) * tables.level_bytes();
+    });
+    if (unit > 0 && teams.bytes > 0) {
+      return dispatch_unit<T>(unit, [&](auto count) {
+        return launch(upsample_planes<T, decltype(count)::value>, teams.blocks(args.N * channels), teams.block(),
+                      teams.bytes, stream, args, tables, teams.planes);
+      });
     }
     const bool vectors = args.channels_last && aligned(args.reduced) && args.R % kVector<T> == 0 &&
                          vectors_of_channels<T>(args.context, channels);

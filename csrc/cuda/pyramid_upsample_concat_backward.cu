@@ -4,7 +4,7 @@
 
 #include "axis.cuh"
 #include "cells.cuh"
-#include "planes.cuh"
+#include "teams.cuh"
 
 namespace pspnet_fast::cuda {
 namespace {
@@ -56,11 +56,11 @@ struct Part {
 };
 
 // Sums of each part [N, parts, 4, R]: its gradient weighted for (low, low), (low, next), (next, low), (next, next).
-// Layout: channels-last in 16-byte vectors (V > 1), or any strides (V == 1).
+// Layout: channels-last in units of V channels, at most 16 bytes, or any strides (V == 1).
 // A block takes one part and a chunk of channels: threads x over channels, y over the part's rows.
 // Traffic: grad_context read once, four accumulators a part and channel written.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 3)
     upsample_backward_parts(const __grid_constant__ PyramidUpsampleConcatBackwardArgs args,
                             const __grid_constant__ Intervals intervals, int chunks) {
   const Levels& levels = args.levels;
@@ -74,24 +74,36 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Part<T> part_h(rows, local / row_parts, intervals.parts_h[level]);
   const Part<T> part_w(columns, local % row_parts, parts_w);
 
+  using A = acc_t<T>;
+  PSP_SHARED(A, partial, 4 * kThreads * V);              // [4, threads y, channels]
+  constexpr int kColumns = V * sizeof(T) == 16 ? 4 : 5;  // of a row that a thread has in flight
   const int64_t r = first_channel<V>(item.chunk);
-  acc_t<T> sums[4][V] = {};
+  const int steps = static_cast<int>(blockDim.y), step = static_cast<int>(threadIdx.y);
+  A sums[4][V] = {};
   if (r < args.R) {
-    for (int y = part_h.begin + static_cast<int>(threadIdx.y); y < part_h.end; y += static_cast<int>(blockDim.y)) {
-      const T* const from = pixel<const T>(args.grad_context, item.n, level * args.R + r, y, 0);
-      acc_t<T> left[V] = {}, right[V] = {};
-#pragma unroll 4
-      for (int x = part_w.begin; x < part_w.end; ++x) {
-        const acc_t<T> next = part_w.weight_of_second(x);
-        acc_t<T> grad[V];
-        load_wide(from + x * args.grad_context.stride_w, grad);
+    const int64_t stride = args.grad_context.stride_w;
+    for (int y = part_h.begin + step; y < part_h.end; y += steps) {
+      const T* from = pixel<const T>(args.grad_context, item.n, level * args.R + r, y, part_w.begin);
+      A left[V] = {}, right[V] = {};
+      for (int x = part_w.begin; x < part_w.end; x += kColumns) {
+        Unit<T, V> grads[kColumns];
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
-          left[v] += (1 - next) * grad[v];
-          right[v] += next * grad[v];
+        for (int i = 0; i < kColumns; ++i, from += stride) {
+          if (x + i < part_w.end) grads[i] = load_unit<T, V>(from);
+        }
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+          if (x + i >= part_w.end) break;
+          const A next = part_w.weight_of_second(x + i);
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            const A grad = widen(grads[i].values[v]);
+            left[v] += (1 - next) * grad;
+            right[v] += next * grad;
+          }
         }
       }
-      const acc_t<T> next = part_h.weight_of_second(y);
+      const A next = part_h.weight_of_second(y);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         sums[0][v] += (1 - next) * left[v];
@@ -101,11 +113,21 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
   }
-  auto* const part = static_cast<acc_t<T>*>(args.workspace) + blockIdx.x / chunks * 4 * args.R;
+  const int channels = static_cast<int>(blockDim.x) * V;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    write_total(sums[i], item.chunk, args.R,
-                [&](int64_t channel, acc_t<T> total) { part[i * args.R + channel] = total; });
+    store_shared(partial + (i * steps + step) * channels + static_cast<int>(threadIdx.x) * V, sums[i]);
+  }
+  __syncthreads();
+  auto* const part = static_cast<A*>(args.workspace) + blockIdx.x / chunks * 4 * args.R;
+  for (int at = step * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x); at < 4 * channels;
+       at += kThreads) {
+    const int i = at / channels, local = at - i * channels;
+    const int64_t channel = static_cast<int64_t>(item.chunk) * channels + local;
+    if (channel >= args.R) continue;
+    A total = 0;
+    for (int other = 0; other < steps; ++other) total += partial[(i * steps + other) * channels + local];
+    part[i * args.R + channel] = total;
   }
 }
 
@@ -114,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // A block takes one cell; threads over channels.
 // Traffic: each sum is read once; they are few and lie in the L2 cache.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, 5)
     upsample_backward_cells(const __grid_constant__ PyramidUpsampleConcatBackwardArgs args,
                             const __grid_constant__ Intervals intervals, int chunks) {
   const Levels& levels = args.levels;
@@ -141,72 +163,156 @@ __global__ void __launch_bounds__(kThreads, 3)
       narrow<T>(total);
 }
 
-// Planar backward, in one launch: a plane is staged in shared memory and reduced there, down columns, then along rows.
-// Layout: planar, any alignment and row stride, in 16-byte vectors where these allow it.
-// A block takes one plane; threads over its vectors, then rows of cells x columns, then cells.
+// Of a pixel on an axis: the cell before it, and the weight of the next one.
+template <class A>
+struct alignas(2 * sizeof(A)) CellShare {
+  int cell;
+  A next;
+};
+
+template <class A>
+__device__ __forceinline__ CellShare<A> share_of(const SourceIndex<A>& source) {
+  return {source.low, source.high > source.low ? source.lambda : A(0)};
+}
+
+// Shared memory of upsample_backward_planes.
+template <class A>
+struct UpsampleBackwardTables {
+  int H, W, bins_h, bins_w;  // the most bins of a level
+  int strips;
+
+  PSP_HOST_DEVICE int pitch() const { return static_cast<int>(in_fours(W)); }
+  // Of each level [H] and [W] shares, [bins_w + 1] the first pixel of each cell.
+  PSP_HOST_DEVICE size_t level_bytes() const {
+    return (int64_t{H} + W) * sizeof(CellShare<A>) + in_fours(bins_w + 1) * sizeof(int);
+  }
+  PSP_HOST_DEVICE size_t block_bytes(int count) const { return (count * level_bytes() + 15) / 16 * 16; }
+  // [strips, bins_h, pitch] sums of columns
+  PSP_HOST_DEVICE size_t team_bytes() const { return int64_t{strips} * bins_h * pitch() * sizeof(A); }
+};
+
+// Planar backward, in one launch: rows are summed to rows of cells in registers, then those along their columns.
+// Layout: planar, any row stride, in units of 4, 2 or 1.
+// A team takes a plane; its threads over strips of rows x units of a row, then cells.
 // Traffic: grad_context read once, grad_reduced written.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 3)
-    upsample_backward_planes(const __grid_constant__ PyramidUpsampleConcatBackwardArgs args, Staging staging) {
+template <class T, int unit>
+__global__ void __launch_bounds__(kThreads, 4)
+    upsample_backward_planes(const __grid_constant__ PyramidUpsampleConcatBackwardArgs args,
+                             const __grid_constant__ UpsampleBackwardTables<acc_t<T>> tables, int planes) {
+  using A = acc_t<T>;
   PSP_DYNAMIC_SHARED(unsigned char, shared);
-  const int H = static_cast<int>(args.H), W = static_cast<int>(args.W), thread = static_cast<int>(threadIdx.x);
   const Levels& levels = args.levels;
-  const int64_t channels = levels.count * args.R, n = blockIdx.x / channels, channel = blockIdx.x % channels;
-  const int level = static_cast<int>(channel / args.R), bins_h = levels.bins_h[level], bins_w = levels.bins_w[level];
-  const Axis<T> rows(bins_h, H, args.align_corners), columns(bins_w, W, args.align_corners);
-
-  auto* const row_weights = reinterpret_cast<acc_t<T>*>(shared + staging.tile_bytes);  // [H]: of the next cell
-  acc_t<T>* const column_weights = row_weights + H;                                    // [W]
-  acc_t<T>* const column_sums = column_weights + W;                                    // [bins_h, W]
-  int* const row_starts = reinterpret_cast<int*>(column_sums + bins_h * W);            // [bins_h + 1]
-  int* const column_starts = row_starts + bins_h + 1;                                  // [bins_w + 1]
-  for (int y = thread; y < H; y += kThreads) row_weights[y] = rows.weight_of_next(y);
-  for (int x = thread; x < W; x += kThreads) column_weights[x] = columns.weight_of_next(x);
-  for (int i = thread; i <= bins_h; i += kThreads) row_starts[i] = rows.start(i);
-  for (int j = thread; j <= bins_w; j += kThreads) column_starts[j] = columns.start(j);
-
-  for (int top = 0; top < H; top += staging.rows) {
-    const int bottom = min(top + staging.rows, H);
-    const T* const tile = stage_rows(pixel<const T>(args.grad_context, n, channel, top, 0), args.grad_context.stride_h,
-                                     static_cast<T*>(nullptr), 0, bottom - top, W, dense(args.grad_context, H, W),
-                                     reinterpret_cast<T*>(shared));
-    __syncthreads();
-    for (int at = thread; at < bins_h * W; at += kThreads) {
-      const int i = at / W;
-      const T* const column = tile + (at - i * W);
-      acc_t<T> sum = top == 0 ? acc_t<T>(0) : column_sums[at];
-      for (int y = i > 0 ? max(row_starts[i - 1], top) : top, end = min(row_starts[i], bottom); y < end; ++y) {
-        sum += row_weights[y] * widen(column[(y - top) * W]);
-      }
-      for (int y = max(row_starts[i], top), end = min(row_starts[i + 1], bottom); y < end; ++y) {
-        sum += (1 - row_weights[y]) * widen(column[(y - top) * W]);
-      }
-      column_sums[at] = sum;
+  const int H = tables.H, W = tables.W, pitch = tables.pitch(), strips = tables.strips, units = W / unit;
+  const Member member;
+  const int64_t channels = levels.count * args.R;
+  const BlockLevels own(member.first_plane(planes), planes * member.teams, args.R, levels.count);
+  for (int number = 0; number < own.count; ++number) {
+    const int level = own.level(number), bins_w = levels.bins_w[level];
+    const Axis<T> rows(levels.bins_h[level], H, args.align_corners), columns(bins_w, W, args.align_corners);
+    auto* const shares = reinterpret_cast<CellShare<A>*>(shared + number * tables.level_bytes());
+    auto* const starts = reinterpret_cast<int*>(shares + H + W);
+    for (int y = member.block_rank(); y < H; y += member.block_threads()) {
+      shares[y] = share_of(rows.at(y));
     }
-    __syncthreads();
+    for (int x = member.block_rank(); x < W; x += member.block_threads()) {
+      shares[H + x] = share_of(columns.at(x));
+    }
+    for (int j = member.block_rank(); j <= bins_w; j += member.block_threads()) starts[j] = columns.start(j);
   }
+  __syncthreads();
 
-  const int64_t cell = n * levels.first[levels.count] + levels.first[level];
-  T* const to = static_cast<T*>(args.grad_reduced) + cell * args.R + channel % args.R;
-  for (int at = thread; at < bins_h * bins_w; at += kThreads) {
-    const int i = at / bins_w, j = at - i * bins_w;
-    const acc_t<T>* const row = column_sums + i * W;
-    acc_t<T> sum = 0;
-    for (int x = j > 0 ? column_starts[j - 1] : 0; x < column_starts[j]; ++x) sum += column_weights[x] * row[x];
-    for (int x = column_starts[j]; x < column_starts[j + 1]; ++x) sum += (1 - column_weights[x]) * row[x];
-    to[at * args.R] = narrow<T>(sum);
+  A* const sums = reinterpret_cast<A*>(shared + tables.block_bytes(own.count) + member.team * tables.team_bytes());
+  const int stride = static_cast<int>(args.grad_context.stride_h);
+  for (int turn = 0; turn < planes; ++turn) {
+    const int64_t plane = member.plane(turn, planes);
+    if (plane >= args.N * channels) return;
+    const int64_t n = plane / channels, channel = plane - n * channels;
+    const int level = static_cast<int>(channel / args.R), bins_h = levels.bins_h[level], bins_w = levels.bins_w[level];
+    const auto* const rows =
+        reinterpret_cast<const CellShare<A>*>(shared + own.number(level) * tables.level_bytes());  // [H]
+    const CellShare<A>* const columns = rows + H;                                                  // [W]
+    const int* const starts = reinterpret_cast<const int*>(columns + W);                           // [bins_w + 1]
+    const T* const map = pixel<const T>(args.grad_context, n, channel, 0, 0);
+
+    for (int at = member.rank; at < strips * units; at += member.threads) {
+      const int strip = at / units, x = (at - strip * units) * unit;
+      int from = strip * stride + x;
+      A* to = sums + strip * bins_h * pitch + x;
+      Unit<A, unit> own_sum = {}, next_sum = {};  // of the cell that the row lies after, and of the next
+      int cell = 0;
+      const auto move_to = [&](int target) {
+        for (; cell < target; ++cell, to += pitch) {
+          store_unit<Memory::kShared>(to, own_sum);
+          own_sum = next_sum;
+          next_sum = {};
+        }
+      };
+      for (int y = strip; y < H; y += kUnits * strips) {
+        Unit<T, unit> values[kUnits];
+#pragma unroll
+        for (int i = 0; i < kUnits; ++i) {
+          if (y + i * strips < H) values[i] = load_unit<T, unit>(map + from);
+          from += strips * stride;
+        }
+#pragma unroll
+        for (int i = 0; i < kUnits; ++i) {
+          if (y + i * strips >= H) break;
+          const CellShare<A> share = rows[y + i * strips];
+          move_to(share.cell);
+#pragma unroll
+          for (int v = 0; v < unit; ++v) {
+            const A grad = widen(values[i].values[v]);
+            own_sum.values[v] += (1 - share.next) * grad;
+            next_sum.values[v] += share.next * grad;
+          }
+        }
+      }
+      move_to(bins_h);
+    }
+    member.sync();
+
+    const int64_t first = n * levels.first[levels.count] + levels.first[level];
+    T* const to = static_cast<T*>(args.grad_reduced) + first * args.R + (channel - level * args.R);
+    const int cells = bins_h * bins_w;
+    int lanes = 1;  // of a warp that share a cell
+    while (lanes < kWarp && 2 * lanes * cells <= kWarp) lanes *= 2;
+    const int part = member.rank % lanes;
+    for (int cell = member.rank / lanes, base = 0; base < cells;
+         cell += member.threads / lanes, base += member.threads / lanes) {
+      A sum = 0;
+      if (cell < cells) {
+        const int i = cell / bins_w, j = cell - i * bins_w, start = starts[j], end = starts[j + 1];
+        for (int x = (j > 0 ? starts[j - 1] : 0) + part; x < end; x += lanes) {
+          A column = 0;
+          for (int strip = 0; strip < strips; ++strip) column += sums[(strip * bins_h + i) * pitch + x];
+          const A next = columns[x].next;
+          sum += (x < start ? next : 1 - next) * column;
+        }
+      }
+      for (int other = lanes / 2; other > 0; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
+      if (cell < cells && part == 0) to[cell * args.R] = narrow<T>(sum);
+    }
+    member.sync();
   }
 }
 
-// Tables and tile of upsample_backward_planes.
+// How upsample_backward_planes takes a call; no bytes: it cannot.
 template <class T>
-Staging plan_backward(const PyramidUpsampleConcatBackwardArgs& args) {
-  if (args.channels_last) return {0, 0, 0};
-  const size_t bins_h = most_bins(args.levels.bins_h, args.levels.count);
-  const size_t bins_w = most_bins(args.levels.bins_w, args.levels.count);
-  return plan_staging<T>(args.H, args.W,
-                         (args.H + args.W + bins_h * args.W) * sizeof(acc_t<T>) + (bins_h + bins_w + 2) * sizeof(int));
-}
+struct UpsampleBackwardPlan {
+  int unit = 0;
+  UpsampleBackwardTables<acc_t<T>> tables = {};
+  Teams teams = {};
+
+  explicit UpsampleBackwardPlan(const PyramidUpsampleConcatBackwardArgs& args) {
+    const Levels& levels = args.levels;
+    if (!args.channels_last) unit = unit_of<T>(args.H, args.W, {args.grad_context});
+    if (unit == 0) return;
+    const int H = static_cast<int>(args.H), W = static_cast<int>(args.W);
+    tables = {H, W, most_bins(levels.bins_h, levels.count), most_bins(levels.bins_w, levels.count), strips_of(H, W)};
+    teams = make_teams(args.N * levels.count * args.R, tables.team_bytes(),
+                       [&](int planes) { return tables.block_bytes(BlockLevels::most(planes, args.R, levels.count)); });
+  }
+};
 
 }  // namespace
 
@@ -215,7 +321,7 @@ size_t pyramid_upsample_concat_backward_workspace(const PyramidUpsampleConcatBac
   size_t bytes = 0;
   dispatch(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (plan_backward<T>(args).rows == 0) bytes = sums * sizeof(acc_t<T>);
+    if (UpsampleBackwardPlan<T>(args).teams.bytes == 0) bytes = sums * sizeof(acc_t<T>);
     return cudaSuccess;
   });
   return bytes;
@@ -225,16 +331,20 @@ int pyramid_upsample_concat_backward(const PyramidUpsampleConcatBackwardArgs& ar
   if (!fits_int(args.levels, args.levels.count * args.R, args.H, args.W)) return cudaErrorInvalidValue;
   return dispatch(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const Staging staging = plan_backward<T>(args);
-    if (staging.rows > 0) {
-      return launch(upsample_backward_planes<T>, args.N * args.levels.count * args.R, kThreads, staging.bytes, stream,
-                    args, staging);
+    const UpsampleBackwardPlan<T> plan(args);
+    if (plan.teams.bytes > 0) {
+      return dispatch_unit<T>(plan.unit, [&](auto unit) {
+        return launch(upsample_backward_planes<T, decltype(unit)::value>,
+                      plan.teams.blocks(args.N * args.levels.count * args.R), plan.teams.block(), plan.teams.bytes,
+                      stream, args, plan.tables, plan.teams.planes);
+      });
     }
     const Intervals intervals = make_intervals(args);
     const bool vectors = args.channels_last && args.R % kVector<T> == 0 &&
                          vectors_of_channels<T>(args.grad_context, args.levels.count * args.R);
-    const Chunks chunks = make_chunks(args.R, vectors ? kVector<T> : 1);
-    const cudaError_t error = launch(vectors ? upsample_backward_parts<T, kVector<T>> : upsample_backward_parts<T, 1>,
+    constexpr int kChannels = std::min(kVector<T>, 4);
+    const Chunks chunks = make_chunks(args.R, vectors ? kChannels : 1);
+    const cudaError_t error = launch(vectors ? upsample_backward_parts<T, kChannels> : upsample_backward_parts<T, 1>,
                                      args.N * intervals.first[args.levels.count] * chunks.count, chunks.threads(), 0,
                                      stream, args, intervals, chunks.count);
     if (error != cudaSuccess) return error;

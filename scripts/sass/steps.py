@@ -226,6 +226,13 @@ def branch(executor: "Executor", instruction: Instruction, operands: list[str]) 
     target = executor.kernel.target(instruction)
     if target is None:
         raise NotImplementedError(str(instruction))
+    if "DIV" in instruction.modifiers:  # where a warp's lanes are not all here
+
+        def diverged(block: "Block", mask: Array) -> None:
+            whole = mask.reshape(-1, 32).all(axis=1).repeat(32)
+            block.at[mask & ~whole] = target
+
+        return diverged
     condition = predicate(operands[0]) if len(operands) > 1 and not operands[0].startswith("`") else None
 
     def step(block: "Block", mask: Array) -> None:
