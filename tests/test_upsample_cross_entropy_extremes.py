@@ -101,8 +101,9 @@ def test_extreme_values_between_weights(device, shape, size, align_corners, dtyp
             return F.cross_entropy(values, target, reduction="none")
 
         expected = both(truth, torch.zeros_like(logits, dtype=torch.float64, device="cpu"))
+        there = target.to(device)
         ours = both(
-            lambda z, t=target.to(device): ops.upsample_cross_entropy(z, t, align_corners=align_corners, reduction="none"), logits
+            lambda z, t=there: ops.upsample_cross_entropy(z, t, align_corners=align_corners, reduction="none"), logits
         )
         ours = tuple(result.cpu() for result in ours)
         picked = values.gather(1, target[:, None])[:, 0]
