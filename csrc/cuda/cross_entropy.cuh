@@ -50,57 +50,71 @@ __device__ __forceinline__ acc_t<T> sum_of_smooth(const Args& args, acc_t<T> sha
 
 constexpr int kIgnored = -1, kUnknown = -2;  // targets that are no class
 
-// The classes of `count` pixels from `first` on, W apart.
+// The classes of pixels by their numbers; one below 0 is no pixel. All are on their way before the first is waited for.
 template <class Target, class Args, int kCount>
-__device__ __forceinline__ void read_targets(const Args& args, int64_t first, int count, int (&targets)[kCount]) {
-  const Target* const from = static_cast<const Target*>(args.target) + first;
+__device__ __forceinline__ void read_targets(const Args& args, const int64_t (&pixels)[kCount],
+                                             int (&targets)[kCount]) {
+  const Target* const from = static_cast<const Target*>(args.target);
+  Target values[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] = from[pixels[i] < 0 ? 0 : pixels[i]];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const int64_t target = i < count ? static_cast<int64_t>(from[i * args.W]) : args.ignore_index;
-    targets[i] = target == args.ignore_index      ? kIgnored
-                 : target >= 0 && target < args.K ? static_cast<int>(target)
-                                                  : kUnknown;
+    const auto target = static_cast<int64_t>(values[i]);
+    targets[i] = pixels[i] < 0 || target == args.ignore_index ? kIgnored
+                 : target >= 0 && target < args.K             ? static_cast<int>(target)
+                                                              : kUnknown;
   }
 }
 
 template <class Args, int kCount>
-__device__ __forceinline__ void targets_of(const Args& args, int64_t first, int count, int (&targets)[kCount]) {
+__device__ __forceinline__ void targets_of(const Args& args, const int64_t (&pixels)[kCount], int (&targets)[kCount]) {
   switch (args.target_type) {
     case IntType::kUInt8:
-      return read_targets<uint8_t>(args, first, count, targets);
+      return read_targets<uint8_t>(args, pixels, targets);
     case IntType::kInt16:
-      return read_targets<int16_t>(args, first, count, targets);
+      return read_targets<int16_t>(args, pixels, targets);
     case IntType::kInt32:
-      return read_targets<int32_t>(args, first, count, targets);
+      return read_targets<int32_t>(args, pixels, targets);
     default:
-      return read_targets<int64_t>(args, first, count, targets);
+      return read_targets<int64_t>(args, pixels, targets);
   }
 }
 
 template <class Args>
 __device__ __forceinline__ int target_at(const Args& args, int64_t pixel) {
   int target[1];
-  targets_of(args, pixel, 1, target);
+  targets_of(args, {pixel}, target);
   return target[0];
 }
 
+constexpr int kLoads = 8;  // on their way at once
+
+// The logits of every `step`-th class from `first` on; the last stands for those after it.
+template <class T, class Args>
+__device__ __forceinline__ void read_classes(const Args& args, const T* logits, int first, int step,
+                                             T (&values)[kLoads]) {
+  const int last = static_cast<int>(args.K) - 1;
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) values[i] = logits[min(first + i * step, last) * args.logits.stride_c];
+}
+
 // A rectangle of logits, of rows and columns that may lie outside the map: the nearest stand for those. A block's
-// threads share its positions and, where there are fewer of them, groups of threads share the classes.
+// threads share its positions, and `groups` of them the classes of each.
 struct Patch {
-  int first_row, first_column, rows, columns, thread, threads;
+  int first_row, first_column, rows, columns, thread, threads, groups;
 
   __device__ __forceinline__ int positions() const { return rows * columns; }
-  __device__ __forceinline__ int groups() const { return max(threads / max(positions(), 1), 1); }
 
   // Calls visit(position, group, slot, logits of class 0); slots are numbered group by group.
   template <class T, class Args, class F>
   __device__ __forceinline__ void for_each(const Args& args, int64_t n, F visit) const {
-    const int count = positions(), group = count > 0 ? thread / count : 0;
-    if (group > 0 && group >= groups()) return;
-    for (int p = thread - group * count; p < count; p += threads) {
+    const int count = positions();
+    for (int slot = thread; slot < count * groups; slot += threads) {
+      const int group = slot / count, p = slot - group * count;
       const int row = min(max(first_row + p / columns, 0), static_cast<int>(args.h) - 1);
       const int column = min(max(first_column + p % columns, 0), static_cast<int>(args.w) - 1);
-      visit(p, group, group * count + p, pixel<const T>(args.logits, n, 0, row, column));
+      visit(p, group, slot, pixel<const T>(args.logits, n, 0, row, column));
     }
   }
 
@@ -108,13 +122,18 @@ struct Patch {
   template <class T, class Args>
   __device__ __forceinline__ void find_greatest(const Args& args, int64_t n, acc_t<T>* partial,
                                                 acc_t<T>* greatest) const {
-    const int step = groups(), count = positions();
+    const int count = positions(), K = static_cast<int>(args.K);
     for_each<T>(args, n, [&](int, int group, int slot, const T* logits) {
       acc_t<T> most = -INFINITY;
-#pragma unroll 4
-      for (int k = group; k < args.K; k += step) {
-        const acc_t<T> value = widen(logits[k * args.logits.stride_c]);
-        most = value > most || value != value ? value : most;
+#pragma unroll 1
+      for (int first = group; first < K; first += kLoads * groups) {
+        T values[kLoads];
+        read_classes(args, logits, first, groups, values);
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+          const acc_t<T> value = widen(values[i]);
+          most = value > most || value != value ? value : most;
+        }
       }
       partial[slot] = most;
     });
@@ -122,7 +141,7 @@ struct Patch {
     for (int p = thread; p < count; p += threads) {
       acc_t<T> most = partial[p];
 #pragma unroll 1
-      for (int group = 1; group < step; ++group) {
+      for (int group = 1; group < groups; ++group) {
         const acc_t<T> value = partial[group * count + p];
         most = value > most || value != value ? value : most;
       }
@@ -146,16 +165,32 @@ __device__ __forceinline__ bool has_fast_way(const A (&greatest)[4]) {
          fabs(greatest[3]) <= kMost;
 }
 
+__device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+
+// The logits of a column's pixels, multiply_add(lambda, slope, top), as powers of 2 or as they are. Forward and
+// backward must round alike, whatever the compiler makes of sums of products: the softmaxes add up to 1 only so.
+template <class A>
+struct Line {
+  A top, slope;
+
+  __device__ __forceinline__ Line(A top_left, A top_right, A bottom_left, A bottom_right, A left, A right)
+      : top(multiply_add(right, top_right, left * top_left)),
+        slope(multiply_add(right, bottom_right, left * bottom_left) - top) {}
+  __device__ __forceinline__ A at(A lambda) const { return multiply_add(lambda, slope, top); }
+};
+
 // What forward stores the log-sum-exp of such a pixel less, so that it loses no digits: the bound of its logits.
 template <class A>
 __device__ __forceinline__ A bound_of(const A (&greatest)[4], A right, A bottom) {
-  return bilinear(greatest[0], greatest[1], greatest[2], greatest[3], right, bottom);
+  return Line<A>(greatest[0], greatest[1], greatest[2], greatest[3], 1 - right, right).at(bottom);
 }
 
-// A logit as a power of 2, relative to the greatest of its pixel.
+// A logit as a power of 2, relative to the greatest of its pixel; finite also where these are not.
 template <class A>
 __device__ __forceinline__ A power_of(A logit, A greatest) {
-  return max((logit - greatest) * kLog2E<A>, static_cast<A>(kLowestPower));
+  const A power = (logit - greatest) * kLog2E<A>;
+  return power > static_cast<A>(kLowestPower) ? power : static_cast<A>(kLowestPower);
 }
 
 // Pixels that a pixel of the source has around it, at most: those between two of its centres.

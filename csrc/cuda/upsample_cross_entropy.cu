@@ -131,29 +131,35 @@ __global__ void __launch_bounds__(kPixelThreads, sizeof(T) == 8 ? 3 : 5)
   const int at[4] = {low * tile.columns + left, low * tile.columns + right, high * tile.columns + left,
                      high * tile.columns + right};
 
-  const Patch patch = {first_row, first_column, tile.rows, tile.columns, thread, kPixelThreads};
+  const int groups = max(kPixelThreads / max(positions, 1), 1);
+  const Patch patch = {first_row, first_column, tile.rows, tile.columns, thread, kPixelThreads, groups};
   patch.find_greatest<T>(args, n, partial, greatest);
   for (int slot = thread; slot < slots; slot += kPixelThreads) smooth[slot] = 0;
 
+  int next_target = target_at(args, x < W && count > 0 ? (n * H + top) * W + x : -1);  // long before it is needed
   A lambda[kRows], sums[kRows] = {};
 #pragma unroll
   for (int i = 0; i < kRows; ++i) lambda[i] = rows.weight_of_next(min(top + i, H - 1));
-  const int groups = patch.groups();
   for (int first = 0; first < K && positions > 0; first += C) {
     const int size = min((K - first + V - 1) / V * V, C);
     __syncthreads();
     patch.for_each<T>(args, n, [&](int p, int group, int slot, const T* logits) {
       const A most = greatest[p];
       A sum = smooth[slot];
-#pragma unroll 2
-      for (int k = group; k < size; k += groups) {
-        A power = kLowestPower;
-        if (first + k < K) {
-          const A logit = widen(logits[(first + k) * args.logits.stride_c]);
-          power = power_of(logit, most);
-          if (smoothing.share > 0) sum += smoothing.share * weight_of<T>(args, first + k) * (logit - most);
+#pragma unroll 1
+      for (int k = group; k < size; k += kLoads * groups) {
+        T values[kLoads];
+        read_classes(args, logits, first + k, groups, values);
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+          const int to = k + i * groups, of_class = first + to;
+          if (to >= size) break;
+          const A logit = widen(values[i]);
+          shared[p * P + to] = of_class < K ? power_of(logit, most) : static_cast<A>(kLowestPower);
+          if (smoothing.share > 0 && of_class < K) {
+            sum += smoothing.share * weight_of<T>(args, of_class) * (logit - most);
+          }
         }
-        shared[p * P + k] = power;
       }
       smooth[slot] = sum;
     });
@@ -167,16 +173,16 @@ __global__ void __launch_bounds__(kPixelThreads, sizeof(T) == 8 ? 3 : 5)
       load(shared + at[3] * P + k, d);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        a[v] = (1 - ahead) * a[v] + ahead * b[v];
-        d[v] = (1 - ahead) * c[v] + ahead * d[v] - a[v];
+        const Line<A> line(a[v], b[v], c[v], d[v], 1 - ahead, ahead);
+        a[v] = line.top, d[v] = line.slope;
       }
 #pragma unroll
       for (int i = 0; i < kRows; i += 2) {
         if (i >= count) break;
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          sums[i] += exp2_fast(lambda[i] * d[v] + a[v]);
-          sums[i + 1] += exp2_fast(lambda[i + 1] * d[v] + a[v]);
+          sums[i] += exp2_fast(multiply_add(lambda[i], d[v], a[v]));
+          sums[i + 1] += exp2_fast(multiply_add(lambda[i + 1], d[v], a[v]));
         }
       }
     }
@@ -196,7 +202,8 @@ __global__ void __launch_bounds__(kPixelThreads, sizeof(T) == 8 ? 3 : 5)
 #pragma unroll 1
   for (int i = 0; i < (x < W ? count : 0); ++i) {
     const int64_t to = (n * H + top + i) * W + x;
-    const int target = target_at(args, to), t = max(target, 0);
+    const int target = next_target, t = max(target, 0);
+    next_target = target_at(args, i + 1 < count ? to + W : -1);
     corners.bottom = rows.weight_of_next(top + i);
     const auto mix = [&](auto value) {
       return bilinear<A>(value(0), value(1), value(2), value(3), ahead, corners.bottom);

@@ -1,6 +1,4 @@
 // Gradient of the cross entropy of bilinearly upsampled logits (cross_entropy.cuh).
-#include <type_traits>
-
 #include "cross_entropy_share.cuh"
 
 namespace pspnet_fast::cuda {
@@ -21,8 +19,8 @@ struct Whole {
 
 template <class T>
 __device__ __forceinline__ Terms<acc_t<T>> terms_of(const UpsampleCrossEntropyBackwardArgs& args, int64_t pixel,
-                                                    int target, Smoothing<acc_t<T>> smoothing, Whole<acc_t<T>> whole) {
-  const acc_t<T> lse = static_cast<const acc_t<T>*>(args.lse)[pixel];
+                                                    int target, acc_t<T> lse, Smoothing<acc_t<T>> smoothing,
+                                                    Whole<acc_t<T>> whole) {
   if (target == kIgnored) return {lse, 0, 0, 0};
   if (target == kUnknown) return {lse, 1, 0, 0};  // NaN, for so is lse
   const acc_t<T> grad =
@@ -31,58 +29,96 @@ __device__ __forceinline__ Terms<acc_t<T>> terms_of(const UpsampleCrossEntropyBa
   return {lse, focus + grad * whole.smooth_total, focus, grad * smoothing.share};
 }
 
-// The pixels of one column from `first_pixel` on, W apart, into shared memory as number `to`.
-template <class T>
-__device__ __forceinline__ void fill_column(const UpsampleCrossEntropyBackwardArgs& args, const Share& share,
-                                            const Shared<acc_t<T>>& shared, Smoothing<acc_t<T>> smoothing,
-                                            Whole<acc_t<T>> whole, const acc_t<T> (&lambda)[kRows], int count,
-                                            int64_t first_pixel, int first_class, const acc_t<T> (&greatest)[4],
-                                            Column<acc_t<T>> column, int to) {
+template <class A>
+__device__ __forceinline__ A sum_of_column(A value) {
+  for (int lanes = kRows / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(~0u, value, lanes);
+  return value;
+}
+
+// Pixels of a map between two rows of logits: `rows` rows from `top` on, `columns` columns from `left` on.
+struct Stripe {
+  int64_t n;
+  int top, rows, left, columns;
+};
+
+// The stripe's pixels into shared memory, a thread a pixel, kRows of them a column.
+// greatest_of(column of logits, corner) are those of a cell.
+template <class T, class F>
+__device__ __forceinline__ void fill_columns(const UpsampleCrossEntropyBackwardArgs& args, const Share& share,
+                                             const Shared<acc_t<T>>& shared, Smoothing<acc_t<T>> smoothing,
+                                             Whole<acc_t<T>> whole, const Stripe& stripe, const Axis<T>& rows,
+                                             const Axis<T>& columns, int first_class, F greatest_of) {
   using A = acc_t<T>;
-  int targets[kRows];
-  targets_of(args, first_pixel, count, targets);
-  A lse[kRows], scale[kRows], least = INFINITY, most = -INFINITY;
-  const bool is_relative = has_fast_way(args);
-  bool slow = args.K == 1 || !has_fast_way(greatest);
+  constexpr int kBatch = 3;  // pixels of a thread whose loads are on their way at once
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, i = thread % kRows;
+  const A lambda = rows.weight_of_next(min(stripe.top + i, rows.size - 1));
+  for (int first = thread; first - lane < stripe.columns * kRows; first += kBatch * share.threads) {
+    int64_t pixels[kBatch];
+    int targets[kBatch];
+    A lse[kBatch];
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    Terms<A> terms = {0, 0, 0, 0};
-    if (i < count) {
-      terms = terms_of<T>(args, first_pixel + i * args.W, targets[i], smoothing, whole);
-      if (!is_relative) terms.lse -= bound_of(greatest, column.right, lambda[i]);
-      slow = slow || !is_finite(terms.lse);
-      least = min(least, terms.lse);
-      most = max(most, terms.lse);
+    for (int b = 0; b < kBatch; ++b) {
+      const int number = (first + b * share.threads) / kRows;
+      const bool is_pixel = number < stripe.columns && i < stripe.rows;
+      pixels[b] = is_pixel ? (stripe.n * args.H + stripe.top + i) * args.W + stripe.left + number : -1;
+      lse[b] = static_cast<const A*>(args.lse)[is_pixel ? pixels[b] : 0];
     }
-    lse[i] = targets[i] == kIgnored ? static_cast<A>(INFINITY) : terms.lse;
-    scale[i] = terms.scale;
-    column.smooth += terms.smooth;
-    column.smooth_below += lambda[i] * terms.smooth;
-    shared.focus[to * kRows + i] = terms.focus;
-    const int target = targets[i] - first_class;
-    const bool is_mine = targets[i] >= 0 && target >= 0 && target < share.classes;
-    shared.targets[to * kRows + i] = static_cast<int16_t>(is_mine ? target : -1);
-    if (is_mine) column.targets |= 1u << target / kBucket;
-  }
-  slow = slow || !(least >= -kLeast);
-  column.reference = slow ? static_cast<A>(NAN) : most * kLog2E<A>;
+    targets_of(args, pixels, targets);
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    shared.factors[to * kRows + i] = scale[i] * exp2_fast((most - lse[i]) * kLog2E<A>);
+    for (int b = 0; b < kBatch; ++b) {
+      const int to = first + b * share.threads, number = to / kRows;
+      if (to - lane >= stripe.columns * kRows) break;
+      const int x = stripe.left + min(number, stripe.columns - 1);
+      const int cell = columns.at(x).low;
+      const A right = columns.weight_of_next(x);
+      const A around[4] = {greatest_of(cell, 0), greatest_of(cell, 1), greatest_of(cell, 2), greatest_of(cell, 3)};
+      Terms<A> terms = terms_of<T>(args, pixels[b], targets[b], lse[b], smoothing, whole);
+      if (!has_fast_way(args)) terms.lse -= bound_of(around, right, lambda);
+      A factor = terms.scale * exponential(-terms.lse);
+      const bool is_fast =
+          args.K > 1 && has_fast_way(around) && terms.lse >= -kLeast && is_finite(terms.lse) && is_finite(factor);
+      const bool is_slow = targets[b] != kIgnored && !is_fast;
+      if (!is_fast || targets[b] == kIgnored) factor = 0, terms.smooth = 0;
+      if (smoothing.share > 0) {
+        const A smooth = sum_of_column(terms.smooth), below = sum_of_column(lambda * terms.smooth);
+        if (i < 2 && number < stripe.columns) shared.smooth[2 * number + i] = i == 0 ? smooth : below;
+      }
+      if (number >= stripe.columns) continue;
+      const int target = targets[b] - first_class;
+      const bool is_mine = targets[b] >= 0 && is_fast && target >= 0 && target < share.classes;
+      A* const factors = shared.factors + 2 * kRows * number;
+      factors[i] = factor, factors[kRows + i] = lambda * factor;
+      shared.focus[to] = terms.focus;
+      shared.slow[to] = is_slow;
+      shared.columns[number].target(i) = static_cast<unsigned char>(is_mine ? target : kNoClass);
+      if (i == 0) shared.columns[number].left = 1 - right, shared.columns[number].right = right;
+      if (is_slow) atomicAdd(shared.slow_pixels, 1u);
+    }
   }
-  shared.columns[to] = column;
+}
+
+// A bit for each of the words' bytes that is `byte`.
+__device__ __forceinline__ unsigned bytes_that_are(unsigned byte, const unsigned (&words)[2]) {
+  constexpr unsigned kHighest = 0x80808080u;
+  unsigned found[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const unsigned other = words[i] ^ (byte * 0x01010101u);
+    const unsigned zeros = ~(((other & ~kHighest) + ~kHighest) | other) & kHighest;  // highest bits of bytes that are 0
+    found[i] = (zeros >> 7) * 0x10204080u >> 28;
+  }
+  return found[0] | found[1] << 4;
 }
 
 // Gradient of the logits. The pixels of a cell, what lies between two rows and two columns of logits, are computed with
-// the cell's corners in registers, and go to the gradients of the four. A column's softmaxes are taken relative to the
-// greatest log-sum-exp of its pixels, what is left of theirs is a factor.
-// Layout: logits and grad_logits of any strides.
+// the cell's corners in registers, and go to the gradients of the four. A pixel's softmaxes are exponentials of the
+// same powers as in the forward, times a factor of the pixel. Where that factor is too large, or unknown, it goes the
+// slow way: it is no part of the loop over columns, and added after it. Layout: logits and grad_logits of any strides.
 // A block takes share.rows rows of logits and the cells around them, from top to bottom.
 // Traffic: each pixel's terms and logits are read by the blocks whose cells hold it (1.2 times at N = 16).
-// Instructions a class and pixel, at 8 pixels a column: 5, or 8 in warps that have a target of the column, and 13 a
-// column.
+// Instructions a class and pixel, at 8 pixels a column: 4, and 35 a column, 25 more where a warp has its targets.
 template <class T>
-__global__ void __launch_bounds__(kMostClasses, sizeof(T) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kBound<acc_t<T>>, kResident<acc_t<T>> / kBound<acc_t<T>>)
     cross_entropy_backward(const __grid_constant__ UpsampleCrossEntropyBackwardArgs args, Share share,
                            Smoothing<acc_t<T>> smoothing) {
   using A = acc_t<T>;
@@ -114,36 +150,56 @@ __global__ void __launch_bounds__(kMostClasses, sizeof(T) == 8 ? 1 : 2)
     whole.factor = total == 0 ? A(0) : whole.factor / total;
   }
 
-  unsigned buckets = active ? 1u << own / kBucket : 0u;  // of the warp's classes
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) buckets |= __shfl_xor_sync(~0u, buckets, lanes);
-
   // Threads share a row of logits: planar ones over columns first, the others over classes.
   const int lanes = args.logits.stride_c == 1 ? 1 : stretch, lines = threads / lanes;
-  const int line = thread / lanes, lane = thread - line * lanes;
-  const auto for_each_logit = [&](int end, auto visit) {
-    for (int slot = line; line < lines && slot < share.groups * share.classes; slot += lines) {
-      const int of_group = share.groups == 1 ? 0 : slot / share.classes;
-      const int of_class = first_class + slot - of_group * share.classes;
-      if (of_class >= args.K) continue;
-      for (int j = lane; j < end; j += lanes) visit(of_class, first_column + of_group * share.across + j, slot, j);
-    }
+  const int slots = thread < lines * lanes ? share.groups * share.classes : 0;
+  struct Place {
+    int slot, j;
+  };
+  const Place first_place = {thread / lanes, thread % lanes};
+  const auto step = [&](Place& place, int end) {
+    place.j += lanes;
+    if (place.j >= end) place.j = first_place.j, place.slot += lines;
+  };
+  const auto class_of = [&](int slot) { return first_class + slot - shared.group_of[slot] * share.classes; };
+  const auto column_of = [&](const Place& place) {
+    return first_column + shared.group_of[place.slot] * share.across + place.j;
   };
   const int first_cell = max(first_row - 1, 0);
   const auto read_row = [&](int row) {
-    for_each_logit(stretch, [&](int of_class, int column, int slot, int j) {
-      const T* const logit = pixel<const T>(args.logits, n, of_class, min(row, h - 1), min(max(column - 1, 0), w - 1));
-      const A most = shared.greatest[(row - first_cell) * all + column - first_column];
-      shared.powers[(row % 2 * stretch + j) * threads + slot] = power_of(widen(*logit), most);
-    });
+    constexpr int kBatch = 4;
+    for (Place to = first_place; to.slot < slots;) {
+      T logits[kBatch];
+      Place from = to;
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const Place place = {min(from.slot, slots - 1), from.j};
+        const int of_class = min(class_of(place.slot), static_cast<int>(args.K) - 1);
+        const int column = min(max(column_of(place) - 1, 0), w - 1);
+        logits[b] = *pixel<const T>(args.logits, n, of_class, min(row, h - 1), column);
+        step(from, stretch);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b, step(to, stretch)) {
+        if (to.slot >= slots) break;
+        const A most = shared.greatest[(row - first_cell) * all + column_of(to) - first_column];
+        shared.powers[(row % 2 * stretch + to.j) * threads + to.slot] = power_of(widen(logits[b]), most);
+      }
+    }
   };
-  const Patch patch = {first_cell, first_column - 1, share.rows + 2, all, thread, threads};
+  const int positions = (share.rows + 2) * all;
+  const Patch patch = {
+      first_cell, first_column - 1, share.rows + 2, all, thread, threads, max(kColumns<A> * kRows / positions, 1)};
+  shared.group_of[thread] = static_cast<unsigned char>(group);
   patch.find_greatest<T>(args, n, shared.factors, shared.greatest);
 
-  const int left_x = columns.start(max(first_column - 1, 0));
-  const int right_x = columns.start(min(first_column + share.groups * share.across, w));
-  const int own_left = columns.start(max(own_column - 1, 0)), own_right = columns.start(last_column);
+  for (int i = thread; i < all; i += threads) shared.starts[i] = columns.start(first_column - 1 + i);
   for (int i = 0; i < 2 * share.across; ++i) shared.sums[i * threads + thread] = 0;
+  if (thread == 0) *shared.slow_pixels = 0;
   read_row(first_cell);
+  __syncthreads();
+  const int left_x = shared.starts[0], right_x = shared.starts[all - 1];
+  unsigned slow_pixels = 0;  // so far
   for (int row = first_cell; row < last_row; ++row) {
     const auto most_of = [&](int column, int corner) {
       return shared.greatest[(row - first_cell + corner / 2) * all + column - first_column + 1 + corner % 2];
@@ -158,52 +214,93 @@ __global__ void __launch_bounds__(kMostClasses, sizeof(T) == 8 ? 1 : 2)
     const int begin = rows.start(row), length = rows.start(row + 1) - begin, parts = (length + kRows - 1) / kRows;
     for (int part = 0; part < parts; ++part) {
       const int top = begin + length * part / parts, count = begin + length * (part + 1) / parts - top;
-      A lambda[kRows];
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) lambda[i] = rows.weight_of_next(min(top + i, rows.size - 1));
       for (int first = left_x; first < right_x; first += kColumns<A>) {
         const int size = min(right_x - first, kColumns<A>);
         __syncthreads();
-        for (int i = thread; i < size; i += threads) {
-          const int x = first + i;
-          const int of = columns.at(x).low;
-          const A greatest[4] = {most_of(of, 0), most_of(of, 1), most_of(of, 2), most_of(of, 3)};
-          fill_column<T>(args, share, shared, smoothing, whole, lambda, count, (n * args.H + top) * args.W + x,
-                         first_class, greatest, {columns.weight_of_next(x), 0, 0, 0, columns.at(x).low, 0u}, i);
-        }
+        fill_columns<T>(args, share, shared, smoothing, whole, {n, top, count, first, size}, rows, columns, first_class,
+                        most_of);
         __syncthreads();
         if (!active) continue;
 
-        int cell = -1;
-        A top_left = 0, top_right = 0, bottom_left = 0, bottom_right = 0, sums[4] = {};
-        const auto leave = [&] {
-          const int j = cell - own_column;
-          const bool has_right = j + 1 < share.across && w != args.W;  // NaN times 0 is none
-          if (j >= 0) upper_sums[j * threads] += sums[0];
-          if (has_right) upper_sums[(j + 1) * threads] += sums[1];
-          if (j >= 0 && !bottom_row) lower_sums[j * threads] += sums[2];
-          if (has_right && !bottom_row) lower_sums[(j + 1) * threads] += sums[3];
-          sums[0] = sums[1] = sums[2] = sums[3] = 0;
-        };
-        const int end = min(own_right - first, size);
-        for (int number = max(own_left - first, 0); number < end; ++number) {
-          const Column<A> column = shared.columns[number];
-          if (column.cell != cell) {
-            if (cell >= 0) leave();
-            cell = column.cell;
-            const int at = (cell - own_column + 1) * threads;
-            top_left = upper[at], top_right = upper[at + threads];
-            bottom_left = lower[at], bottom_right = lower[at + threads];
+        A lambda[kRows];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) lambda[i] = rows.weight_of_next(min(top + i, rows.size - 1));
+        // visit(cell, first and end of its columns, sums for its four logits)
+        const auto for_each_cell = [&](auto visit) {
+#pragma unroll 1
+          for (int cell = max(own_column - 1, 0); cell < last_column; ++cell) {
+            const int* const starts = shared.starts + cell - first_column + 1;
+            const int from = max(starts[0] - first, 0), to = min(starts[1] - first, size), j = cell - own_column;
+            if (from >= to) continue;
+            A sums[4] = {};
+            visit(cell, from, to, sums);
+            const bool has_right = j + 1 < share.across && w != args.W;  // NaN times 0 is none
+            if (j >= 0) upper_sums[j * threads] += sums[0];
+            if (has_right) upper_sums[(j + 1) * threads] += sums[1];
+            if (j >= 0 && !bottom_row) lower_sums[j * threads] += sums[2];
+            if (has_right && !bottom_row) lower_sums[(j + 1) * threads] += sums[3];
           }
-          A total = 0, lower_total = 0;  // of gradients, and of these times lambda
-          if (!is_finite(column.reference)) {
+        };
+        const auto add = [](const Column<A>& column, A total, A lower_total, A(&sums)[4]) {
+          const A upper_total = total - lower_total;
+          sums[0] += column.left * upper_total;
+          sums[1] += column.right * upper_total;
+          sums[2] += column.left * lower_total;
+          sums[3] += column.right * lower_total;
+        };
+        for_each_cell([&](int cell, int from, int to, A(&sums)[4]) {
+          const int at = (cell - own_column + 1) * threads;
+          const A top_left = upper[at], top_right = upper[at + threads];
+          const A bottom_left = lower[at], bottom_right = lower[at + threads];
+#pragma unroll 1
+          for (int number = from; number < to; ++number) {
+            const Column<A> column = shared.columns[number];
+            const Line<A> line(top_left, top_right, bottom_left, bottom_right, column.left, column.right);
+            A total = 0, lower_total = 0;  // of gradients, and of these times lambda
+            A factors[kRows], lower_factors[kRows];
+            load(shared.factors + number * 2 * kRows, factors);
+            load(shared.factors + (number * 2 + 1) * kRows, lower_factors);
+#pragma unroll
+            for (int half = 0; half < kRows; half += kRows / 2) {
+              if (half >= count) break;
+#pragma unroll
+              for (int i = half; i < half + kRows / 2; ++i) {
+                const A power = exp2_fast(line.at(lambda[i]));
+                total += power * factors[i];
+                lower_total += power * lower_factors[i];
+              }
+            }
+            if (smoothing.share > 0) {
+              total -= weight * shared.smooth[2 * number];
+              lower_total -= weight * shared.smooth[2 * number + 1];
+            }
+            const unsigned mine = bytes_that_are(own, column.targets);
+            if (mine != 0) {
+              A focus[kRows];
+              load(shared.focus + number * kRows, focus);
+#pragma unroll
+              for (int i = 0; i < kRows; ++i) {
+                if ((mine >> i & 1) == 0) continue;
+                total -= focus[i];
+                lower_total -= lambda[i] * focus[i];
+              }
+            }
+            add(column, total, lower_total, sums);
+          }
+        });
+        if (*shared.slow_pixels == slow_pixels) continue;
+        slow_pixels = *shared.slow_pixels;
+        for_each_cell([&](int cell, int from, int to, A(&sums)[4]) {
+#pragma unroll 1
+          for (int number = from; number < to; ++number) {
 #pragma unroll 1
             for (int i = 0; i < count; ++i) {
+              if (!shared.slow[number * kRows + i]) continue;
+              const Column<A> column = shared.columns[number];
               const int64_t pixel = (n * args.H + top + i) * args.W + first + number;
               const int target = target_at(args, pixel);
-              if (target == kIgnored) continue;
-              const Terms<A> terms = terms_of<T>(args, pixel, target, smoothing, whole);
-              const A bottom = rows.weight_of_next(top + i);
+              const A lse = static_cast<const A*>(args.lse)[pixel], bottom = rows.weight_of_next(top + i);
+              const Terms<A> terms = terms_of<T>(args, pixel, target, lse, smoothing, whole);
               const A around[4] = {most_of(cell, 0), most_of(cell, 1), most_of(cell, 2), most_of(cell, 3)};
               const bool is_relative = has_fast_way(args) && has_fast_way(around);
               const A base = is_relative ? bound_of(around, column.right, bottom) : A(0);
@@ -211,56 +308,22 @@ __global__ void __launch_bounds__(kMostClasses, sizeof(T) == 8 ? 1 : 2)
               Corners<T>(args, n, first + number, top + i).template at<1>(k, logit, true);
               A grad = exponential(logit[0] - (base + terms.lse)) * terms.scale - terms.smooth * weight;
               if (target == k) grad -= terms.focus;
-              total += grad;
-              lower_total += bottom * grad;
-            }
-          } else {
-            const A upper_power = (1 - column.right) * top_left + column.right * top_right;
-            const A slope = (1 - column.right) * bottom_left + column.right * bottom_right - upper_power;
-            const A start = upper_power - column.reference;
-            total = -weight * column.smooth;
-            lower_total = -weight * column.smooth_below;
-            A factors[kRows];
-            load(shared.factors + number * kRows, factors);
-            const auto add = [&](auto choice) {
-              constexpr bool minds_targets = decltype(choice)::value;
-              [[maybe_unused]] int16_t targets[kRows];
-              if constexpr (minds_targets) load(shared.targets + number * kRows, targets);
-#pragma unroll
-              for (int i = 0; i < kRows; i += kRows / 2) {
-                if (i >= count) break;
-#pragma unroll
-                for (int j = i; j < i + kRows / 2; ++j) {
-                  A grad = exp2_fast(lambda[j] * slope + start) * factors[j];
-                  if constexpr (minds_targets) {
-                    if (targets[j] == own) grad -= shared.focus[number * kRows + j];
-                  }
-                  total += grad;
-                  lower_total += lambda[j] * grad;
-                }
-              }
-            };
-            if (column.targets & buckets) {
-              add(std::true_type{});
-            } else {
-              add(std::false_type{});
+              add(column, grad, bottom * grad, sums);
             }
           }
-          const A upper_total = total - lower_total;
-          sums[0] += (1 - column.right) * upper_total;
-          sums[1] += column.right * upper_total;
-          sums[2] += (1 - column.right) * lower_total;
-          sums[3] += column.right * lower_total;
-        }
-        if (cell >= 0) leave();
+        });
       }
     }
     __syncthreads();
-    for_each_logit(share.across, [&](int of_class, int column, int slot, int j) {
-      A& sum = shared.sums[(row % 2 * share.across + j) * threads + slot];
-      if (row >= first_row && column < w) *pixel<T>(args.grad_logits, n, of_class, row, column) = narrow<T>(sum);
+    for (Place place = first_place; place.slot < slots; step(place, share.across)) {
+      if (place.j >= share.across) continue;
+      A& sum = shared.sums[(row % 2 * share.across + place.j) * threads + place.slot];
+      const int of_class = class_of(place.slot), column = column_of(place);
+      if (row >= first_row && column < w && of_class < args.K) {
+        *pixel<T>(args.grad_logits, n, of_class, row, column) = narrow<T>(sum);
+      }
       sum = 0;
-    });
+    }
   }
 }
 

@@ -28,12 +28,16 @@ SANITIZERS = {
 }
 NAMESPACE = "pspnet_fast_cuda_on_cpu"
 # No strict aliasing: 16-byte accesses read elements as uint4, as nvcc allows. -Wno-unknown-pragmas: #pragma unroll.
+# Sums of products become fused multiply-adds, as nvcc makes them; g++ does so with its expensive optimizations only.
 FLAGS = [
     "-std=c++20",
     "-O1",
     "-g1",
     "-fPIC",
     "-fno-strict-aliasing",
+    "-mfma",
+    "-ffp-contract=fast",
+    "-fexpensive-optimizations",
     "-Wall",
     "-Wextra",
     "-Werror",
