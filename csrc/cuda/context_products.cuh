@@ -7,6 +7,12 @@
 
 namespace pspnet_fast::cuda {
 
+// Values that one access writes.
+template <class T, int count>
+struct alignas(count * sizeof(T)) Together {
+  T values[count];
+};
+
 // Whether every architecture that is compiled for has tensor cores; the host must know.
 #if defined(__CUDA_ARCH_LIST__)
 constexpr bool kProducts = [] {
