@@ -60,7 +60,7 @@ def training(implementation: str, batch: int, compiled: bool) -> Callable[[], ob
     image, target = images(batch, torch.float32), torch.randint(CLASSES, (batch, SIZE, SIZE), device=DEVICE)
 
     def forward(image: Tensor, target: Tensor) -> Tensor:
-        with torch.autocast(DEVICE.type, DTYPE, enabled=DTYPE != torch.float32):
+        with torch.autocast(DEVICE.type, DTYPE, enabled=DEVICE.type == "cuda"):
             outputs = model(image)
             return loss(outputs["out"], target) + 0.4 * loss(outputs["aux"], target)
 

@@ -38,7 +38,7 @@ def test_values_and_gradients(device, bins, channels, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "r"), [(31, 72), (25, 104)])
 def test_many_rows(device, n, r, dtype):
-    """Tiles of the sizes for large batches and for less large ones, several along each axis and k, the last not whole."""
+    """Tiles of both sizes for large batches, several along each axis and k, the last not whole."""
     bins, c = (1, 8), 152
     pooled, weights = make(bins, n, c, r, dtype, device)
     grad = torch.randn(n, count(bins), r, dtype=torch.float64).to(device, dtype)
