@@ -18,7 +18,7 @@ def test_pyramid_context(
     measure: Callable[..., None], device: torch.device, case: Case, direction: str, implementation: str
 ) -> None:
     op = (ops if implementation == "fused" else reference).pyramid_context_
-    conv, taps = case.random_map(device), torch.randn(1, 50, 9, 512, dtype=case.dtype, device=device)
+    conv, taps = case.random_map(device), torch.randn(case.shape[0], 50, 9, 512, dtype=case.dtype, device=device)
     if direction == "forward":
         against = Comparison("pyramid_context_", f"{case} forward", floor_bytes=2 * nbytes(conv))
         norm = (*torch.rand(4, 512, dtype=case.dtype, device=device), 1e-5)
