@@ -39,28 +39,10 @@ __device__ __forceinline__ int misalignment(const T* pointer) {
 // Rows without gaps are one run of elements.
 PSP_HOST_DEVICE bool dense(const Image& image, int64_t H, int64_t W) { return image.stride_h == W || H == 1; }
 
-// Shares `rows` rows of W elements among the block's threads, cut at the 16-byte boundaries of `data`: calls
-// visit(first, count) with count <= kVector elements from number `first` = y * W + x on. A piece leaves its row only
-// where `is_dense`.
+// Shares `rows` rows of W elements among the block's threads, cut at the 16-byte boundaries of memory: calls
+// visit(y, x, count) with count <= kVector elements of row y from x on.
 template <class T, class F>
-__device__ __forceinline__ void for_each_vector(const T* data, int64_t stride_h, int rows, int W, bool is_dense,
-                                                F visit) {
-  constexpr int V = kVector<T>;
-  const int length = is_dense ? rows * W : W, runs = is_dense ? 1 : rows;
-  const int threads = static_cast<int>(blockDim.x), lanes = is_dense ? threads : kWarp;
-  const int thread = static_cast<int>(threadIdx.x);
-  for (int run = thread / lanes; run < runs; run += threads / lanes) {
-    const int lead = misalignment(data + run * stride_h);
-    for (int at = thread % lanes * V - lead; at < length; at += lanes * V) {
-      const int begin = max(at, 0), end = min(at + V, length);
-      if (begin < end) visit(run * W + begin, end - begin);
-    }
-  }
-}
-
-// As above, but a piece never leaves its row: calls visit(y, x, count).
-template <class T, class F>
-__device__ __forceinline__ void for_each_vector_of_rows(const T* data, int64_t stride_h, int rows, int W, F visit) {
+__device__ __forceinline__ void for_each_vector(const T* data, int64_t stride_h, int rows, int W, F visit) {
   constexpr int V = kVector<T>;
   const int pieces = W / V + 2;
   for (int at = static_cast<int>(threadIdx.x); at < rows * pieces; at += static_cast<int>(blockDim.x)) {
@@ -70,14 +52,9 @@ __device__ __forceinline__ void for_each_vector_of_rows(const T* data, int64_t s
   }
 }
 
-// Whether 16-byte vectors begin at the same elements after both.
-__device__ __forceinline__ bool same_alignment(const void* a, const void* b) {
-  return (reinterpret_cast<uintptr_t>(a) - reinterpret_cast<uintptr_t>(b)) % 16 == 0;
-}
-
-// Reads `count` neighbours into shared memory, aligned alike, and, where `copies`, stores them to `copy`, likewise.
-template <bool copies, class T>
-__device__ __forceinline__ void stage_run(const T* from, T* copy, int count, T* tile) {
+// Reads `count` neighbours into shared memory, aligned alike.
+template <class T>
+__device__ __forceinline__ void stage_run(const T* from, int count, T* tile) {
   constexpr int V = kVector<T>, kLoads = 4;
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int lead = min((V - misalignment(from)) % V, count), end = lead + (count - lead) / V * V;
@@ -90,43 +67,35 @@ __device__ __forceinline__ void stage_run(const T* from, T* copy, int count, T* 
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      if (first + i * step >= end) break;
-      store_shared(tile + first + i * step, values[i]);
-      if (copies) store(copy + first + i * step, values[i]);
+      if (first + i * step < end) store_shared(tile + first + i * step, values[i]);
     }
   }
   for (int i = thread; i < lead + count - end; i += threads) {  // before and after the vectors
     const int at = i < lead ? i : end + i - lead;
     tile[at] = from[at];
-    if (copies) copy[at] = from[at];
   }
 }
 
-// Reads rows of a plane into shared memory and, where `copy` is given, stores them there too. Returns the first
-// element in shared memory, which must have room for kVector more; a barrier must follow.
+// Reads rows of a plane into shared memory. Returns the first element there, which must have room for kVector more; a
+// barrier must follow.
 template <class T>
-__device__ __forceinline__ const T* stage_rows(const T* from, int64_t from_stride, T* copy, int64_t copy_stride,
-                                               int rows, int W, bool is_dense, T* shared) {
+__device__ __forceinline__ const T* stage_rows(const T* from, int64_t stride, int rows, int W, bool is_dense,
+                                               T* shared) {
   T* const tile = shared + misalignment(from);
-  if (is_dense && copy == nullptr) {
-    stage_run<false>(from, copy, rows * W, tile);
+  if (is_dense) {
+    stage_run(from, rows * W, tile);
     return tile;
   }
-  if (is_dense && same_alignment(from, copy)) {
-    stage_run<true>(from, copy, rows * W, tile);
-    return tile;
-  }
-  for_each_vector(from, from_stride, rows, W, is_dense, [&](int first, int count) {
-    const int y = first / W, x = first - y * W;
+  for_each_vector(from, stride, rows, W, [&](int y, int x, int count) {
     T values[kVector<T>];
-    load_some(from + y * from_stride + x, count, values);
-    if (copy != nullptr) store_some(copy + y * copy_stride + x, count, values);
-    if (count == kVector<T> && aligned(tile + first)) {
-      store_shared(tile + first, values);
+    load_some(from + y * stride + x, count, values);
+    T* const to = tile + y * W + x;
+    if (count == kVector<T> && aligned(to)) {
+      store_shared(to, values);
     } else {
 #pragma unroll
       for (int i = 0; i < kVector<T>; ++i) {
-        if (i < count) tile[first + i] = values[i];
+        if (i < count) to[i] = values[i];
       }
     }
   });

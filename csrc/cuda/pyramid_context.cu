@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
 
   const Epilogue<T> epilogue(args, channel);
   T* const map = pixel<T>(args.conv, n, channel, 0, 0);
-  for_each_vector_of_rows(map, args.conv.stride_h, H, W, [&](int y, int x, int length) {
+  for_each_vector(map, args.conv.stride_h, H, W, [&](int y, int x, int length) {
     T* const target = map + y * args.conv.stride_h + x;
     T values[kVector<T>];
     if (args.accumulate) load_some(target, length, values);

@@ -39,8 +39,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   for (int top = 0; top < H; top += staging.rows) {
     const int bottom = min(top + staging.rows, H);
     const T* const tile = stage_rows(pixel<const T>(args.grad_conv, n, channel, top, 0), args.grad_conv.stride_h,
-                                     static_cast<T*>(nullptr), 0, bottom - top, W, dense(args.grad_conv, H, W),
-                                     reinterpret_cast<T*>(shared));
+                                     bottom - top, W, dense(args.grad_conv, H, W), reinterpret_cast<T*>(shared));
     __syncthreads();
     for (int at = thread; at < seen_h * W; at += kThreads) {
       const Seen seen = seen_of(levels.bins_h, window.size_h, at / W);
