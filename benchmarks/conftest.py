@@ -14,7 +14,7 @@ from tables import report
 from timing import gpu_seconds, host_seconds, synchronized
 from torch._inductor.exc import InductorError
 
-SECONDS = {"cpu": 1.0, "cuda": 0.3}[DEVICE.type]  # of measuring one implementation
+SECONDS = {"cpu": 1.0, "cuda": 0.15}[DEVICE.type]  # of measuring one implementation
 ROUNDS = (9, 100)  # at least and at most
 
 _RESULTS = pytest.StashKey[Results]()

@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 COMPILE_UNTIL = 0.6  # of the time of bench: later cases go without torch.compile
 GRACE = 15  # seconds to end in
 TOOLS = ("memcheck", "racecheck", "initcheck")
-PROCESSES = min(8, os.cpu_count() or 1)  # of the tests, where pytest-xdist is there
+PROCESSES = min(12, os.cpu_count() or 1)  # of the tests, where pytest-xdist is there
 GPU = torch.cuda.is_available()
 
 

@@ -66,6 +66,15 @@ def test_an_unknown_part_is_named(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_it_finds_the_tests_of_every_operator():
+    tests_of_kernels = load("scripts/verify_gpu.py").tests_of_kernels
+    operators = {f"tests/test_{path.stem}.py" for path in (ROOT / "csrc").glob("*.cpp")}
+    operators -= {"tests/test_ops.py", "tests/test_kept_memory.py"}  # the schemas, and memory of the CPU
+    assert set(tests_of_kernels(operators=True)) == operators
+    assert operators | {"tests/test_head.py", "tests/test_modules.py"} <= set(tests_of_kernels(operators=False))
+    assert all((ROOT / name).exists() for name in operators)
+
+
 def test_failures_are_read_from_junit(tmp_path):
     path = tmp_path / "test.xml"
     path.write_text(

@@ -25,6 +25,14 @@ constexpr int kThreads = 256;               // threads of a block, unless its ke
 constexpr size_t kSharedBytes = 48 * 1024;  // what every GPU gives a block without asking
 constexpr int kWarp = 32;
 
+// ptxas 13.0 takes more registers for the same code from sm_100 on: the kernels that have none to spare ask for fewer
+// blocks a multiprocessor there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kNewer = true;
+#else
+constexpr bool kNewer = false;
+#endif
+
 // Arithmetic is in float, in double for double.
 template <class T>
 struct Accumulator {

@@ -60,8 +60,8 @@ __device__ __forceinline__ A bilinear(A top_left, A top_right, A bottom_left, A 
 
 template <class A>
 __device__ __forceinline__ A mix_infinite(A low, A high, A lambda) {
-  const bool nothing_seen = high == -INFINITY && (lambda == 0 || low == high);
-  return nothing_seen ? low : (1 - lambda) * low + lambda * high;
+  if (high == -INFINITY && (lambda == 0 || low == high)) return low;
+  return (1 - lambda) * low + lambda * high;
 }
 
 // The four pixels of the logits around one of the map, with their weights.

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
 }
 
-// Channels-last backward, first part: rows of the gradient summed into the cells seen horizontally: [N, H, seen_w, O].
+// Two-part backward, the first: rows of the gradient summed into the cells seen horizontally: [N, H, seen_w, O].
 // Layout: channels-last in 16-byte vectors (V > 1), or any strides (V == 1).
 // A block takes one row and a chunk of channels: threads x over channels, y over seen cells.
 // Traffic: grad_conv read once from device memory, then from the L1 cache; seen_w accumulators a row written.
@@ -106,13 +106,25 @@ constexpr int kChannels = 32, kStep = 16, kTiles = 6;  // of a warp at once; of 
 
 struct RowProducts {
   int steps, tiles, jobs;  // of pixels, of cells seen; how many pairs of row and chunk of channels a warp takes
+  bool pairs;              // planar: two neighbours are read at once
   size_t bytes;
 };
 
-// Layout: channels-last in 16-byte vectors. A warp takes chunks of channels of rows, one after the other.
+// Two neighbours of a row of W.
+template <class T>
+__device__ __forceinline__ unsigned load_pair(const T* row, int x, int W, bool together) {
+  if (together) return *reinterpret_cast<const unsigned*>(row + x);
+  const T two[2] = {row[x], x + 1 < W ? row[x + 1] : narrow<T>(0)};
+  unsigned bits;
+  memcpy(&bits, two, 4);
+  return bits;
+}
+
+// Layout: channels-last in 16-byte vectors, or planar. A warp takes chunks of channels of rows, one after the other;
+// planar, the warps of a block take neighbouring rows.
 // Traffic: grad_conv read once; seen_w accumulators a row written. What is infinite or NaN makes NaN of its channel's
 // sums of the row.
-template <class T>
+template <class T, bool planar>
 __global__ void __launch_bounds__(kThreads, 2)
     context_backward_row_products(const __grid_constant__ PyramidContextBackwardArgs args, RowProducts plan) {
   PSP_DYNAMIC_SHARED(uint4, weights);  // [steps, tiles, lanes]
@@ -137,26 +149,39 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t all = args.N * args.H * chunks;
   int64_t job = (static_cast<int64_t>(blockIdx.x) * plan.jobs * (kThreads / kWarp)) + warp;
   for (int number = 0; number < plan.jobs && job < all; ++number, job += kThreads / kWarp) {
-    const int64_t row = job / chunks, n = row / H;
-    const int64_t channel = (job - row * chunks) * kChannels + g * 4;
+    const int64_t row = planar ? job % (args.N * H) : job / chunks, n = row / H;
+    const int64_t channel = (planar ? job / (args.N * H) : job - row * chunks) * kChannels + g * 4;
     const bool active = channel < args.O;
     const T* const from = pixel<const T>(args.grad_conv, n, channel, row - n * H, 0);
-    uint2 next[4];
+    uint2 next[4];  // channels-last: a pixel's four channels; planar: pairs of pixels of the first two, of the others
     const auto read = [&](int step) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int x = step * kStep + t * 2 + i % 2 + i / 2 * 8;
-        next[i] = active && x < W ? *reinterpret_cast<const uint2*>(from + x * args.grad_conv.stride_w) : uint2{};
+        const int x = step * kStep + t * 2 + (planar ? i / 2 * 8 : i % 2 + i / 2 * 8);
+        next[i] = uint2{};
+        if (!active || x >= W) continue;
+        if constexpr (planar) {
+          const T* const first = from + i % 2 * 2 * args.grad_conv.stride_c;
+          next[i].x = load_pair(first, x, W, plan.pairs);
+          next[i].y = load_pair(first + args.grad_conv.stride_c, x, W, plan.pairs);
+        } else {
+          next[i] = *reinterpret_cast<const uint2*>(from + x * args.grad_conv.stride_w);
+        }
       }
     };
     float sums[kTiles][2][4] = {};
     read(0);
     __syncwarp();  // inactive lanes have left the last job early
     for (int step = 0; step < plan.steps; ++step) {
-      const unsigned left[2][4] = {{first_of(next[0].x, next[1].x), second_of(next[0].x, next[1].x),
-                                    first_of(next[2].x, next[3].x), second_of(next[2].x, next[3].x)},
-                                   {first_of(next[0].y, next[1].y), second_of(next[0].y, next[1].y),
-                                    first_of(next[2].y, next[3].y), second_of(next[2].y, next[3].y)}};
+      unsigned left[2][4];
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const uint2 &one = next[i], &two = next[i + 1];
+        left[0][i] = planar ? one.x : first_of(one.x, two.x);
+        left[0][i + 1] = planar ? one.y : second_of(one.x, two.x);
+        left[1][i] = planar ? two.x : first_of(one.y, two.y);
+        left[1][i + 1] = planar ? two.y : second_of(one.y, two.y);
+      }
       if (step + 1 < plan.steps) read(step + 1);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
@@ -185,30 +210,36 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// jobs == 0: there are too many cells or pixels.
+// jobs == 0: there are too many cells or pixels, or channels that fill no vector.
+template <class T>
 RowProducts plan_row_products(const PyramidContextBackwardArgs& args) {
+  if (sizeof(T) != 2 || !kProducts) return {};
+  const Image& grad = args.grad_conv;
+  if (args.channels_last ? !vectors_of_channels<T>(grad, args.O) : args.O % 4 != 0) return {};
   const int seen_w = seen_cells(args.levels, args.levels.bins_w, args.window.size_w);
-  RowProducts plan = {static_cast<int>(divide_up(args.W, kStep)), static_cast<int>(divide_up(seen_w, 8)), 0, 0};
+  RowProducts plan = {static_cast<int>(divide_up(args.W, kStep)), static_cast<int>(divide_up(seen_w, 8)), 0, false, 0};
   plan.bytes = size_t{16} * kWarp * plan.steps * plan.tiles;
-  if (!kProducts || plan.tiles > kTiles || plan.bytes > kSharedBytes) return plan;
+  if (plan.tiles > kTiles || plan.bytes > kSharedBytes) return plan;
   const int64_t warps = args.N * args.H * divide_up(args.O, kChannels);
   plan.jobs = static_cast<int>(std::clamp<int64_t>(warps / (kThreads / kWarp) / 512, 1, 8));
+  const int64_t strides = grad.stride_n | grad.stride_c | grad.stride_h | args.W;
+  plan.pairs = strides % 2 == 0 && reinterpret_cast<uintptr_t>(grad.data) % 4 == 0;
   return plan;
 }
 
 template <class T>
 cudaError_t launch_row_products(const PyramidContextBackwardArgs& args, const RowProducts& plan, void* stream) {
   const int64_t jobs = args.N * args.H * divide_up(args.O, kChannels);
-  return launch(context_backward_row_products<T>, divide_up(jobs, int64_t{plan.jobs} * (kThreads / kWarp)), kThreads,
-                plan.bytes, stream, args, plan);
+  return launch(args.channels_last ? context_backward_row_products<T, false> : context_backward_row_products<T, true>,
+                divide_up(jobs, int64_t{plan.jobs} * (kThreads / kWarp)), kThreads, plan.bytes, stream, args, plan);
 }
 
-// Channels-last backward, second part: rows summed into the cells seen vertically.
+// Second part: rows summed into the cells seen vertically.
 // Layout: [N, H, seen_w, O] to grad_taps [N, P, size_h * size_w, O], both in vectors of V channels.
 // A thread takes a column of cells through one tap and goes down its rows, with the sums of two neighbouring cells.
 // Traffic: each sum is read once a vertical tap, mostly from the caches; a block takes the taps of a column together.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, kNewer ? 2 : 3)
     context_backward_taps(const __grid_constant__ PyramidContextBackwardArgs args, int chunks, int parts) {
   using A = acc_t<T>;
   constexpr int kRows = 32 / static_cast<int>(sizeof(A));  // read at once
@@ -270,7 +301,7 @@ cudaError_t launch_taps(const PyramidContextBackwardArgs& args, void* stream) {
 // Tables and tile of context_backward_planes.
 template <class T>
 Staging plan_backward(const PyramidContextBackwardArgs& args) {
-  if (args.channels_last) return {0, 0, 0};
+  if (args.channels_last || plan_row_products<T>(args).jobs > 0) return {0, 0, 0};
   const Levels& levels = args.levels;
   const size_t seen_h = seen_cells(levels, levels.bins_h, args.window.size_h);
   const size_t starts = seen_cells(levels, levels.bins_h, 1) + seen_cells(levels, levels.bins_w, 1) + 2 * levels.count;
@@ -304,8 +335,8 @@ int pyramid_context_backward(const PyramidContextBackwardArgs& args, void* strea
     cudaError_t error = cudaSuccess;
     bool done = false;
     if constexpr (sizeof(T) == 2) {
-      const RowProducts plan = plan_row_products(args);
-      done = vectors && plan.jobs > 0;
+      const RowProducts plan = plan_row_products<T>(args);
+      done = plan.jobs > 0;
       if (done) error = launch_row_products<T>(args, plan, stream);
     }
     if (!done) {

@@ -39,7 +39,7 @@ __device__ __forceinline__ void argmax_pixel(const UpsampleArgmaxArgs& args, int
 
 // Any size and dtype. A block takes a tile of pixels, a thread one pixel.
 template <class T, class Class>
-__global__ void __launch_bounds__(kThreads) argmax_pixels(const __grid_constant__ UpsampleArgmaxArgs args) {
+__global__ void __launch_bounds__(kThreads, 2) argmax_pixels(const __grid_constant__ UpsampleArgmaxArgs args) {
   const Pixel at = pixel_of_thread(static_cast<int>(args.H), static_cast<int>(args.W));
   if (at.x < args.W && at.y < args.H) argmax_pixel<T, Class>(args, at.n, at.y, at.x);
 }
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads) argmax_pixels(const __grid_constant_
 // Traffic: classes and confidence written once; a block reads the logits around it once.
 // Instructions a class and pixel, at 8 pixels a column: 5, and 5 a class to interpolate.
 template <class T, class Class>
-__global__ void __launch_bounds__(kColumnThreads)
+__global__ void __launch_bounds__(kColumnThreads, kNewer ? 5 : 7)
     argmax_columns(const __grid_constant__ UpsampleArgmaxArgs args, ColumnShare share) {
   PixelColumn<T> column(args, share, false);
   if (column.count == 0) return;

@@ -118,7 +118,7 @@ __device__ __forceinline__ unsigned bytes_that_are(unsigned byte, const unsigned
 // Traffic: each pixel's terms and logits are read by the blocks whose cells hold it (1.2 times at N = 16).
 // Instructions a class and pixel, at 8 pixels a column: 4, and 35 a column, 25 more where a warp has its targets.
 template <class T>
-__global__ void __launch_bounds__(kBound<acc_t<T>>, kResident<acc_t<T>> / kBound<acc_t<T>>)
+__global__ void __launch_bounds__(kBound<acc_t<T>>, kNewer ? 1 : kResident<acc_t<T>> / kBound<acc_t<T>>)
     cross_entropy_backward(const __grid_constant__ UpsampleCrossEntropyBackwardArgs args, Share share,
                            Smoothing<acc_t<T>> smoothing) {
   using A = acc_t<T>;

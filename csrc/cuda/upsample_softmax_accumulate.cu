@@ -30,19 +30,19 @@ __device__ __forceinline__ void softmax_pixel(const UpsampleSoftmaxAccumulateArg
     acc_t<T> value[1];
     corners.template at<1>(0, value, careful);
     acc_t<T> greatest = value[0], sum = 0;
-#pragma unroll 2
+#pragma unroll 1
     for (int k = 0; k < K; ++k) {
       corners.template at<1>(k, value, careful);
       greatest = value[0] > greatest ? value[0] : greatest;
     }
-#pragma unroll 2
+#pragma unroll 1
     for (int k = 0; k < K; ++k) {
       corners.template at<1>(k, value, careful);
       sum += exponential(value[0] - greatest);
     }
     if (!careful && sum != sum) return false;
     const acc_t<T> scale = static_cast<acc_t<T>>(args.weight) / sum;
-#pragma unroll 2
+#pragma unroll 1
     for (int k = 0; k < K; ++k) {
       corners.template at<1>(k, value, careful);
       *pixel<acc_t<T>>(args.probabilities, n, k, y, x) += scale * exponential(value[0] - greatest);
@@ -54,7 +54,8 @@ __device__ __forceinline__ void softmax_pixel(const UpsampleSoftmaxAccumulateArg
 
 // Any size and dtype. A block takes a tile of pixels, a thread one pixel.
 template <class T>
-__global__ void __launch_bounds__(kThreads) softmax_pixels(const __grid_constant__ UpsampleSoftmaxAccumulateArgs args) {
+__global__ void __launch_bounds__(kThreads, 2)
+    softmax_pixels(const __grid_constant__ UpsampleSoftmaxAccumulateArgs args) {
   const Pixel at = pixel_of_thread(static_cast<int>(args.H), static_cast<int>(args.W));
   if (at.x < args.W && at.y < args.H) softmax_pixel<T>(args, at.n, at.y, at.x);
 }
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) softmax_pixels(const __grid_constant
 // Layout: logits and probabilities of any strides.
 // Traffic: probabilities read and written once, which takes the time; a block reads the logits around it once.
 template <class T>
-__global__ void __launch_bounds__(kColumnThreads, 5)
+__global__ void __launch_bounds__(kColumnThreads, kNewer ? 4 : 5)
     softmax_columns(const __grid_constant__ UpsampleSoftmaxAccumulateArgs args, ColumnShare share) {
   PixelColumn<T> column(args, share, args.mirrored);
   if (column.count == 0) return;
