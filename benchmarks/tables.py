@@ -58,19 +58,21 @@ def kernels_report(record: dict[str, Any]) -> str:
 
 
 def readme_part(kept: Sequence[dict[str, Any]]) -> str:
-    """The GPU section of the README: of every GPU that results are kept of, bfloat16 in channels_last."""
+    """The GPU section of the README, of every GPU that results are kept of: modules in bfloat16, channels_last, batch 16."""
     parts = []
     for records in kept:
+        if "network" in records:
+            network, machine = records["network"], records["network"]["machine"]
+            told = f"{machine['gpu']}, CUDA {machine['cuda']}, torch {machine['torch']}, {machine['date']}"
+            parts += [f"PSPNet-50 as a whole, 473x473, 150 classes; {told}", network_report(network["rows"])]
         parts.append(_machine(records["bench"]))
         rows = [
             [title.removesuffix(": forward"), *_row(row)]
             for title, rows in records["bench"]["tables"].items()
             for row in rows
-            if "x60x60 bfloat16 channels_last" in row["case"]
+            if row["case"].startswith("16x") and "x60x60 bfloat16 channels_last" in row["case"]
         ]
         parts.append(markdown(["", *HEADER], rows))
-        if "network" in records:
-            parts.append(f"PSPNet-50 as a whole\n\n{network_report(records['network']['rows'])}")
     return "\n\n".join([*parts, "All of it, every kernel too: [docs/gpu.md](docs/gpu.md)."]) + "\n" if kept else NO_GPU
 
 
@@ -131,6 +133,8 @@ def _machine(record: dict[str, Any]) -> str:
             f"glibc's memory settings: {m['glibc']}."
         )
     copies = ", ".join(f"{best / 1e9:.1f} GB/s in {kind}" for kind, best in record["copy_bytes_per_second"].items())
+    if m.get("note"):
+        first += f" {m['note']}"
     text = f"{first}\ncopy_, read + written, best of this run: {copies}; floors use the greatest."
     if rates := record["operations_per_second"]:
         products = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in rates.items())

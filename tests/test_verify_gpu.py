@@ -105,7 +105,11 @@ def test_what_is_kept_becomes_a_page_and_a_part_of_the_readme(tmp_path, monkeypa
     rows = [{"case": "prediction, batch 2", "batch": 2, "implementation": "stock", "seconds": 0.5, "bytes": 4e9}]
     rows.append(rows[0] | {"implementation": "fused", "seconds": 0.25, "bytes": 1e9})
     timed = {"case": "an operator", "seconds": 3e-5, "floor": 1e-5, "predicted": 2e-5}
-    files = {"bench": RECORD, "network": {"rows": rows}, "kernels": {"rows": [timed, timed | {"predicted": None}]}}
+    files = {
+        "bench": RECORD,
+        "network": {"machine": RECORD["machine"], "rows": rows},
+        "kernels": {"rows": [timed, timed | {"predicted": None}]},
+    }
     for name, content in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     assert tables.keep(tmp_path) == tmp_path / "results" / "GPU_X"

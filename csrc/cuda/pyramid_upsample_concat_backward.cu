@@ -196,7 +196,7 @@ struct UpsampleBackwardTables {
 // A team takes a plane; its threads over strips of rows x units of a row, then cells.
 // Traffic: grad_context read once, grad_reduced written.
 template <class T, int unit>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kNewer && sizeof(T) == 8 ? 3 : 4)
     upsample_backward_planes(const __grid_constant__ PyramidUpsampleConcatBackwardArgs args,
                              const __grid_constant__ UpsampleBackwardTables<acc_t<T>> tables, int planes) {
   using A = acc_t<T>;
