@@ -58,7 +58,7 @@ def kernels_report(record: dict[str, Any]) -> str:
 
 
 def readme_part(kept: Sequence[dict[str, Any]]) -> str:
-    """The GPU section of the README, of every GPU that results are kept of: modules in bfloat16, channels_last, batch 16."""
+    """The GPU section of the README: of modules, bfloat16 in channels_last at batch 16."""
     parts = []
     for records in kept:
         if "network" in records:
