@@ -23,19 +23,14 @@ from stock import StockPPM
 from tables import network_report
 from timing import host_seconds, synchronized
 from torch import Tensor, nn
+from training_memory import CLASSES, SIZE
+from training_memory import stock as stock_loss
 
 from pspnet_fast import PSPNet, UpsampleCrossEntropyLoss, ops
 
-SIZE, CLASSES = 473, 150
 ROUNDS = {"cpu": 3, "cuda": 12}[DEVICE.type]
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-def stock_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Of full-resolution logits."""
-    upsampled = F.interpolate(logits, target.shape[1:], mode="bilinear", align_corners=True)
-    return F.cross_entropy(upsampled, target, ignore_index=255)
 
 
 def make(implementation: str) -> PSPNet:
