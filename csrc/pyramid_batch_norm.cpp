@@ -41,27 +41,24 @@ DType norm_dtype_of(const Tensor& norm, const Tensor& reduced) {
 
 // The running statistics of levels in training are written to in place, each by one level.
 void check_running(const std::vector<Tensor>& means, const std::vector<Tensor>& variances, const bool* batch,
-                   const Tensor& reduced) {
-  struct Range {
-    uintptr_t first, last;
-    bool written;
-  };
-  std::vector<Range> ranges;
-  const auto add = [&](const Tensor& tensor, bool written) {
-    const auto first = reinterpret_cast<uintptr_t>(tensor.data_ptr());
-    ranges.push_back(
-        {first, first + static_cast<uintptr_t>(tensor.numel() * element_size(tensor.scalar_type())), written});
-    PSP_CHECK(!written || tensor.is_contiguous(), "running statistics must be contiguous: they are written to");
-  };
-  add(reduced, false);
-  for (size_t l = 0; l < means.size(); ++l) add(means[l], batch[l]), add(variances[l], batch[l]);
-  for (size_t i = 0; i < ranges.size(); ++i) {
-    for (size_t j = i + 1; j < ranges.size(); ++j) {
-      const Range &a = ranges[i], &b = ranges[j];
-      PSP_CHECK(!(a.written || b.written) || a.last <= b.first || b.last <= a.first,
-                "unsupported operation: running statistics, which are written to, share memory with another argument: "
-                "clone() one of them first");
+                   const Tensor& reduced, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) {
+  std::vector<Region> written, others{region_of(reduced)};
+  for (const auto* tensors : {&weights, &biases}) {
+    for (const Tensor& tensor : *tensors) others.push_back(region_of(tensor));
+  }
+  for (const auto* tensors : {&means, &variances}) {
+    for (size_t l = 0; l < tensors->size(); ++l) {
+      const Tensor& tensor = (*tensors)[l];
+      PSP_CHECK(!batch[l] || tensor.is_contiguous(), "running statistics must be contiguous: they are written to");
+      (batch[l] ? written : others).push_back(region_of(tensor));
     }
+  }
+  for (size_t i = 0; i < written.size(); ++i) {
+    const auto touches = [&](const Region& other) { return overlap(other, written[i]); };
+    PSP_CHECK(std::none_of(others.begin(), others.end(), touches) &&
+                  std::none_of(written.begin(), written.begin() + static_cast<ptrdiff_t>(i), touches),
+              "unsupported operation: running statistics, which are written to, share memory with another argument: "
+              "clone() one of them first");
   }
 }
 
@@ -84,7 +81,7 @@ std::tuple<Tensor, Tensor> pyramid_batch_norm(const Tensor& reduced, std::vector
   const LevelTensors bias("biases", biases, levels, R, like, reduced);
   const LevelTensors mean("running_means", running_means, levels, R, like, reduced);
   const LevelTensors variance("running_vars", running_vars, levels, R, like, reduced);
-  check_running(running_means, running_vars, args.batch, reduced);
+  check_running(running_means, running_vars, args.batch, reduced, weights, biases);
   for (int l = 0; l < levels.count; ++l) {
     PSP_CHECK(args.batch[l] || mean[l] != nullptr, "a level has neither statistics of its batch nor running ones");
     PSP_CHECK(!args.batch[l] || N * (levels.first[l + 1] - levels.first[l]) != 1,

@@ -219,6 +219,8 @@ def test_empty_batch(device):
 REDUCED, R = torch.zeros(2, 5, 3), torch.ones(3)
 NORM, FREE = (R, R, R.clone(), R.clone(), 0.1), (R, R, None, None, 0.1)
 OTHER = (R, R, R.clone(), R.clone(), 0.1)
+LINE = torch.zeros(60)
+EVERY_OTHER = LINE.view(2, 5, 6)[:, :, ::2]
 
 
 @pytest.mark.parametrize(
@@ -240,6 +242,8 @@ OTHER = (R, R, R.clone(), R.clone(), 0.1)
         ((REDUCED, [NORM, OTHER]), {"momentum": [0.1, None]}, TypeError, "momentum must be a number, but is None"),
         ((REDUCED, [NORM, OTHER]), {"relu": 1}, TypeError, "relu must be True or False, but is 1"),
         ((REDUCED, [NORM, NORM]), {}, RuntimeError, "running statistics, which are written to, share memory"),
+        ((EVERY_OTHER, [(*NORM[:2], LINE[56:59], NORM[3], 0.1), OTHER]), {}, RuntimeError, "written to, share memory"),
+        ((REDUCED, [(LINE[:3], R, LINE[2:5], NORM[3], 0.1), OTHER]), {}, RuntimeError, "written to, share memory"),
         (
             (REDUCED, [NORM, (R, R, torch.ones(6)[::2], OTHER[3], 0.1)]),
             {},
@@ -252,6 +256,17 @@ def test_bad_input(arguments, options, error, message):
     reduced, norm = arguments
     with pytest.raises(error, match=message):
         ops.pyramid_batch_norm(reduced, (1, 2), norm, **({"training": [True, True], "momentum": [0.1, 0.1]} | options))
+
+
+def test_running_statistics_beside_an_expanded_map_are_no_part_of_it():
+    line = torch.randn(9)
+    reduced, apart = line[:3].expand(2, 5, 3), torch.randn(2, 5, 3).copy_(line[:3])
+    options = {"training": [True, True], "momentum": [0.1, 0.1]}
+    for x, mean in ((apart, line[3:6].clone()), (reduced, line[3:6])):
+        y = ops.pyramid_batch_norm(x, (1, 2), [(R, R, mean, NORM[3].clone(), 1e-5), OTHER], **options)
+        found = y, mean.clone()
+        expected = found if x is apart else expected
+    assert all(map(torch.equal, found, expected))
 
 
 def test_the_raw_operator_checks_too():
