@@ -18,7 +18,7 @@ from torch import Tensor
 
 import pspnet_fast.ops  # noqa: F401  (loads the operators)
 
-MOST_MEMORY = 3 << 29  # of outputs, beyond what the process has: what asks for more is refused, not computed
+MOST_MEMORY = 1 << 28  # of outputs, beyond what the process has: what asks for more is refused, not computed
 BORDER = 256
 SIZES = [2**22, 2**40]  # of maps expanded from one element
 

@@ -46,6 +46,8 @@ def context(module, bins, kernel_size, **settings):
 def test_values_and_gradients(device, bins, size, dtype):
     cases = list(itertools.product(LAYOUTS_AND_CHANNELS, MODES[:2], WINDOWS))
     cases += [(case, MODES[2], WINDOWS[i % 3]) for i, case in enumerate(LAYOUTS_AND_CHANNELS)]
+    # a third of them each; every one comes with every size, dtype and bins
+    cases = cases[(BINS.index(bins) + SIZES.index(size) + DTYPES.index(dtype)) % 3 :: 3]
     if size[0] * size[1] > 1000:  # the reference takes seconds
         cases = [
             (case, mode, WINDOWS[0])
