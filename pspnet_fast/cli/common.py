@@ -27,6 +27,7 @@ class _Path(click.Path):
 ANY = _Path(path_type=Path)
 FILE = _Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = _Path(file_okay=False, path_type=Path)
+NEW_FILE = _Path(dir_okay=False, path_type=Path)
 
 
 def data_path(data: "DataConfig", name: str = "") -> Path:

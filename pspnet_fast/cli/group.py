@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 EXTRAS = dict.fromkeys(("numpy", "yaml", "cv2", "PIL", "tqdm", "matplotlib", "tensorboard"), "train")
-EXTRAS["pycocotools"] = "coco"
+EXTRAS |= {"pycocotools": "coco", "jinja2": "report", "vl_convert": "report"}
 
 
 class Stopped(click.ClickException):
