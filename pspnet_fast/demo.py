@@ -4,6 +4,8 @@ Trains a small PSPNet with FusedPPM and its twin without the pyramid, a plain FC
 sees less far than the neutral mist around each hull is wide, so it can but guess which of the two it looks at.
 """
 
+import json
+import platform
 import sys
 import time
 from collections.abc import Mapping
@@ -11,15 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pspnet_fast import __version__, ops
 from pspnet_fast.data.scenes import BAND, CLASSES, COLORS, SceneDataset
 from pspnet_fast.inference.predict import predict_labels
-from pspnet_fast.inference.render import colorize, save_png, side_by_side
+from pspnet_fast.inference.render import Picture, colorize, save_png, side_by_side
 from pspnet_fast.models import PSPNet
 from pspnet_fast.models.small import SmallBackbone, reach
+from pspnet_fast.report.page import write_page
+from pspnet_fast.report.runs import FORMAT, SCORES
 from pspnet_fast.training import Metrics, TrainConfig, TrainResult, evaluate, fit
 from pspnet_fast.training.loading import val_loader
 
@@ -139,6 +145,61 @@ def draw_predictions(outcomes: Mapping[str, Outcome], scenes: SceneDataset, coun
     save_png(path, side_by_side(rows, ["image", "truth", *outcomes], CLASSES, COLORS))
 
 
+@torch.inference_mode()
+def save_scores(outcome: Outcome, scenes: SceneDataset, run: Path) -> None:
+    """Write the scores on the scenes and the best, median and worst of them into a run's folder, for its page."""
+    model = outcome.model.eval()
+    ranked = []
+    for index in range(len(scenes)):
+        image, label = scenes[index]
+        prediction = predict_labels(model, image[None].to(_device(model)))[0].cpu()
+        ranked.append((Metrics(ops.confusion_matrix(prediction, label, len(CLASSES))), index, prediction.numpy()))
+    ranked.sort(key=lambda scored: scored[0].miou)
+    folder = (run / SCORES).parent
+    (folder / "gallery").mkdir(parents=True, exist_ok=True)
+    gallery = []
+    for rank, at in (("best", -1), ("median", len(ranked) // 2), ("worst", 0)):
+        metrics, index, predicted = ranked[at]
+        scene = scenes.scene(index)
+        pictures = {
+            "image": scene.picture,
+            "truth": colorize(scene.label, COLORS),
+            "prediction": colorize(predicted, COLORS),
+            "error": _mark_errors(scene.picture, scene.label != predicted),
+        }
+        files = {name: f"gallery/{rank}_{name}.png" for name in pictures}
+        for name, picture in pictures.items():
+            save_png(folder / files[name], picture)
+        gallery.append({"rank": rank, "image": f"scene {index}", "miou": metrics.miou, "files": files})
+    record = outcome.metrics.record()
+    scores = {
+        "format": FORMAT,
+        "classes": CLASSES,
+        "colors": COLORS,
+        "protocol_text": ["whole images at one scale, without flipping", "absent classes are skipped in the mean"],
+        "confusion": outcome.metrics.confusion.tolist(),
+        **record,
+        "iou": dict(zip(CLASSES, record["iou"], strict=True)),
+        "accuracy": {
+            name: None if np.isnan(value) else value
+            for name, value in zip(CLASSES, outcome.metrics.accuracy.tolist(), strict=True)
+        },
+        "images": [
+            {"image": f"scene {index}", "miou": metrics.miou, "allacc": metrics.allacc, "pixels": predicted.size}
+            for metrics, index, predicted in sorted(ranked, key=lambda scored: scored[1])
+        ],
+        "gallery": gallery,
+        "versions": {"pspnet_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    (run / SCORES).write_text(json.dumps(scores, allow_nan=False), encoding="utf-8")
+
+
+def _mark_errors(picture: Picture, wrong: np.ndarray) -> Picture:
+    """The picture in grey, with the wrong pixels in red."""
+    grey = picture.mean(2, keepdims=True).repeat(3, 2).astype(np.uint8)
+    return np.where(wrong[..., None], np.array([255, 0, 0], np.uint8), grey).astype(np.uint8)
+
+
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
@@ -154,7 +215,8 @@ def _device(model: nn.Module) -> torch.device:
 def main(out: Path, seed: int, epochs: int, pairs: int, val_pairs: int) -> None:
     """Train a PSPNet and an FCN on scenes where only the far surroundings tell a boat from a car.
 
-    Writes curves.png, predictions.png, summary.txt and each model's run (checkpoint.pt, log.jsonl, ...) to the folder.
+    Writes curves.png, predictions.png, summary.txt, each model's run (checkpoint.pt, log.jsonl, ...) and report.html, a
+    page of both runs to open in a browser, to the folder.
     Exits with 1 if the PSPNet does not tell them apart or the FCN does.
     """
     start = time.perf_counter()
@@ -174,7 +236,12 @@ def main(out: Path, seed: int, epochs: int, pairs: int, val_pairs: int) -> None:
     draw_predictions(outcomes, val_set, 4, out / "predictions.png")
     text = summary(outcomes)
     (out / "summary.txt").write_text(text + "\n", encoding="utf-8")
-    click.echo(f"\n{text}\n\nWrote {out} in {time.perf_counter() - start:.0f} s.")
+    runs = {name: out / name.lower() for name in outcomes}
+    for name, outcome in outcomes.items():
+        save_scores(outcome, val_set, runs[name])
+    page = out / "report.html"
+    write_page(list(runs.values()), page)
+    click.echo(f"\n{text}\n\nWrote {out} in {time.perf_counter() - start:.0f} s. Open {page.resolve()}")
     if wrong := failures(outcomes):
         raise click.ClickException("the claim does not hold: " + "; ".join(wrong))
 
