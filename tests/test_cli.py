@@ -271,7 +271,7 @@ def test_import_needs_torch_and_click_only() -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", f"{hide}; import pspnet_fast.cli"], check=True)
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "predict", "check-data", "coco-labels", "info"])
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "report", "check-data", "coco-labels", "info"])
 def test_help_shows_examples(command: str) -> None:
     text = run(command, "--help").output
     assert f"pspnet-fast {command}" in text.partition("Usage:")[2]

@@ -80,7 +80,7 @@ def test_confusion_and_calibration_are_the_evaluations(tmp_path: Path) -> None:
             cell = cells.get((name, other))
             assert (cell["pixels"] if cell else 0) == counts[label, prediction]
             if cell:
-                assert cell["share"] == pytest.approx(counts[label, prediction] / counts[label].sum())
+                assert cell["share"] == pytest.approx(counts[label, prediction] / counts[label].sum(), abs=1e-6)
                 assert cell["right"] is (label == prediction)
     bins = values([tmp_path], "calibration")
     known = scores["calibration"]
@@ -133,6 +133,7 @@ def test_large_pictures_become_small_ones(tmp_path: Path) -> None:
         ({"fwiou": float("nan")}, "is damaged: NaN is no JSON"),
         ({"confusion": [[1, 2], [3, 4]]}, "is damaged: confusion and iou must be of its 5 classes"),
         ({"iou": {"sky": 0.5}}, "is damaged: confusion and iou must be of its 5 classes"),
+        ({"gallery": [{"rank": "good", "image": "x", "miou": 1, "files": {}}]}, "gallery has an entry without rank"),
         ({"images": None}, "is damaged: images must be a list, got None"),
         ({"gallery": [{"rank": "best", "image": "x", "miou": 1, "files": {"image": "../../x.png"}}]}, "outside"),
         ({"gallery": [{"rank": "best", "image": "x", "miou": 1, "files": {"image": "x.png"}}]}, "cannot be shown"),

@@ -167,7 +167,5 @@ def validation_set(data: "DataConfig", classes: int, mean: Sequence[float], std:
 
 def load_predictor(checkpoint: Path, device: str) -> "Predictor":
     from pspnet_fast.inference.predict import Predictor
-    from pspnet_fast.training.checkpoint import load_checkpoint
-    from pspnet_fast.training.evaluation import choose_device
 
-    return Predictor.from_checkpoint(load_checkpoint(checkpoint), choose_device(device))
+    return Predictor.from_checkpoint(checkpoint, device)

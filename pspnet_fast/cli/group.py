@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from pspnet_fast.out_of_memory import is_out_of_memory
+
 EXTRAS = dict.fromkeys(("numpy", "yaml", "cv2", "PIL", "tqdm", "matplotlib", "tensorboard"), "train")
 EXTRAS |= {"pycocotools": "coco", "jinja2": "report", "vl_convert": "report"}
 
@@ -61,12 +63,6 @@ def sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory was wanting, of Python, torch (CPU or GPU), the kernels or OpenCV."""
-    texts = ("can't allocate memory", "out of memory", "Insufficient memory")
-    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 def _hint(error: Exception, command: str | None) -> str | None:

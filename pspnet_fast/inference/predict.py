@@ -1,16 +1,21 @@
-"""Label maps of whole images, of any size."""
+"""Label maps of images, of any size."""
 
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pspnet_fast import ops
 from pspnet_fast.data import IGNORE_INDEX
-from pspnet_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from pspnet_fast.data.images import Image, read_image, to_float
+from pspnet_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalise
 from pspnet_fast.inference.render import palette
 from pspnet_fast.models import PSPNet
 
@@ -27,6 +32,20 @@ def predict_labels(model: nn.Module, images: Tensor) -> Tensor:
     """
     height, width = images.shape[-2:]
     return ops.upsample_argmax(model(images)["out"], (height, width), align_corners=bool(model.align_corners))
+
+
+class Prediction(NamedTuple):
+    """What is predicted of an image.
+
+    Attributes:
+        labels: (H, W) uint8, the class of every pixel.
+        confidence: (H, W) float32, that class's probability; None if not asked for.
+        probabilities: (K, H, W) float32, of every class; None if not asked for.
+    """
+
+    labels: NDArray[np.uint8]
+    confidence: NDArray[np.float32] | None = None
+    probabilities: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,15 +65,29 @@ class Predictor:
     std: list[float]
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Mapping[str, Any], device: torch.device) -> "Predictor":
+    def from_checkpoint(
+        cls, checkpoint: str | os.PathLike[str] | Mapping[str, Any], device: str | torch.device = "auto"
+    ) -> "Predictor":
         """Build the model from a checkpoint of :func:`pspnet_fast.training.fit`; docs/checkpoints.md has its keys.
 
         Where the checkpoint names no colours, mean or std, it warns and takes generated colours and ImageNet's values.
 
+        Args:
+            checkpoint: its file, or what ``load_checkpoint`` read of it.
+            device: "auto" is CUDA where there is a GPU, else the CPU.
+
         Raises:
-            ValueError: the checkpoint does not describe its model, its weights do not fit the description, or it has
-                more classes than labels can hold.
+            FileNotFoundError: no such file.
+            ValueError: the file is no whole checkpoint, the checkpoint does not describe its model, its weights do not
+                fit the description, it has more classes than labels can hold, or there is no such device.
         """
+        # The trainer predicts, so its modules import this one.
+        from pspnet_fast.training.checkpoint import load_checkpoint
+        from pspnet_fast.training.evaluation import choose_device
+
+        device = choose_device(str(device))
+        if not isinstance(checkpoint, Mapping):
+            checkpoint = load_checkpoint(Path(checkpoint))
         metadata, class_names = checkpoint["metadata"], list(checkpoint["class_names"])
         if len(class_names) > IGNORE_INDEX:
             raise ValueError(
@@ -87,8 +120,80 @@ class Predictor:
         colors = [(int(red), int(green), int(blue)) for red, green, blue in settings["colors"]]
         return cls(model.to(device).eval(), class_names, colors, settings["mean"], settings["std"])
 
+    @overload
+    def __call__(self, image: Tensor) -> Tensor: ...
+
+    @overload
+    def __call__(self, image: Image | str | os.PathLike[str]) -> NDArray[np.uint8]: ...
+
     @torch.inference_mode()
-    def __call__(self, image: Tensor) -> Tensor:
-        """Map a normalised image (3, H, W) to its label map (H, W) uint8 on the CPU."""
-        device = next(self.model.parameters()).device
-        return predict_labels(self.model, image[None].to(device))[0].to(torch.uint8).cpu()
+    def __call__(self, image: Tensor | Image | str | os.PathLike[str]) -> Tensor | NDArray[np.uint8]:
+        """Map an image to its label map (H, W) uint8 on the CPU.
+
+        Args:
+            image: a file; RGB (H, W, 3), uint8, uint16, or float in 0..255; or a tensor (3, H, W), normalised already,
+                whose label map is a tensor too.
+
+        Raises:
+            DataError: the file is no image (a ValueError).
+            ValueError: an array of another shape.
+        """
+        if isinstance(image, Tensor):
+            return predict_labels(self.model, image[None].to(self.device))[0].to(torch.uint8).cpu()
+        pixels = read_image(Path(image)) if isinstance(image, str | os.PathLike) else image
+        return self.predict([pixels])[0].labels
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model."""
+        return next(self.model.parameters()).device
+
+    @torch.inference_mode()
+    def predict(
+        self, images: Sequence[Image], *, confidence: bool = False, probabilities: bool = False
+    ) -> list[Prediction]:
+        """Predict images of one size together, each as a whole.
+
+        Args:
+            images: RGB (H, W, 3), uint8, uint16, or float in 0..255.
+            confidence, probabilities: what to return beside the labels.
+
+        Raises:
+            ValueError: images of another shape, or of several sizes.
+        """
+        if not images:
+            return []
+        height, width = _size(images)
+        pixels = torch.stack([normalise(to_float(image), self.mean, self.std) for image in images])
+        logits = self.model(pixels.to(self.device))["out"]
+        aligned = bool(self.model.align_corners)
+        certain = every = None
+        if confidence:
+            classes, certain = ops.upsample_argmax(
+                logits, (height, width), align_corners=aligned, return_confidence=True
+            )
+        else:
+            classes = ops.upsample_argmax(logits, (height, width), align_corners=aligned)
+        if probabilities:
+            dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+            every = logits.new_zeros(len(images), logits.size(1), height, width, dtype=dtype)
+            ops.upsample_softmax_accumulate_(every, logits, align_corners=aligned)
+        return [
+            Prediction(
+                classes[index].to("cpu", torch.uint8).numpy(),
+                None if certain is None else certain[index].to("cpu", torch.float32).numpy(),
+                None if every is None else every[index].to("cpu", torch.float32).numpy(),
+            )
+            for index in range(len(images))
+        ]
+
+
+def _size(images: Sequence[Image]) -> tuple[int, int]:
+    """Height and width that all images have."""
+    shapes = {tuple(image.shape) for image in images}
+    shape = shapes.pop()
+    if shapes:
+        raise ValueError(f"images must be of one size, got {[tuple(image.shape) for image in images]}")
+    if len(shape) != 3 or shape[2] != 3 or 0 in shape:
+        raise ValueError(f"image must be RGB of shape (height, width, 3), got {shape}")
+    return shape[0], shape[1]

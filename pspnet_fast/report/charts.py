@@ -77,7 +77,7 @@ def _curve(rows: Rows, names: Sequence[str], x: str, y: str, title: str, format:
         **_base(rows, f"{title} by {x}"),
         "mark": {"type": "line", "interpolate": "linear", "point": {"size": 60, "opacity": 0}, "aria": False},
         "encoding": {
-            "x": {"field": x, "type": "quantitative", "axis": {"tickMinStep": 1, "format": "~s"}},
+            "x": {"field": x, "type": "quantitative", "axis": {"tickMinStep": 1, "tickCount": 8, "format": "~s"}},
             "y": {"field": y, "type": "quantitative", "title": title},
             "color": _color(names),
             "tooltip": tooltip,
@@ -178,7 +178,7 @@ def _confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> Chart
             "label": label,
             "prediction": prediction,
             "pixels": pixels,
-            "share": pixels / sum(row),
+            "share": round(pixels / sum(row), 6),
             "right": label == prediction,
         }
         for label, row in zip(classes, counts, strict=True)

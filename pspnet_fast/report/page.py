@@ -16,10 +16,9 @@ from pspnet_fast import __version__
 from pspnet_fast.files import replacing
 from pspnet_fast.report.charts import charts, run_colors
 from pspnet_fast.report.pictures import data_uri
-from pspnet_fast.report.runs import SCORES, Run, read_runs
+from pspnet_fast.report.runs import RANKS, SCORES, Run, read_runs
 
 LAYERS = {"image": "image", "truth": "truth", "prediction": "prediction", "error": "errors"}
-RANKS = ("best", "median", "worst")
 
 
 def write_page(folders: Sequence[Path], out: Path) -> None:

@@ -11,6 +11,7 @@ from pspnet_fast.training.report import LOG, read_log
 
 SCORES = Path("eval", "scores.json")
 FORMAT = 1  # of scores.json
+RANKS = ("best", "median", "worst")  # of the gallery's entries
 _KEYS = {"classes": list, "confusion": list, "iou": dict, "protocol_text": list, "images": list, "gallery": list}
 
 
@@ -63,11 +64,17 @@ class Run:
         images = sum(record["images_per_second"] * _seconds(record) for record in self.epochs)
         if not images:
             return {}
-        return {part: sum(record["times"][part] for record in self.epochs) / images for part in self.epochs[0]["times"]}
+        parts = dict.fromkeys(part for record in self.epochs for part in _times(record))
+        return {part: sum(_times(record).get(part, 0.0) for record in self.epochs) / images for part in parts}
+
+
+def _times(record: Mapping[str, Any]) -> Mapping[str, float]:
+    """Seconds of each part; none in logs of before they were taken."""
+    return record.get("times", {})
 
 
 def _seconds(record: Mapping[str, Any]) -> float:
-    return float(sum(record["times"].values()))
+    return float(sum(_times(record).values()))
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -135,6 +142,13 @@ def read_scores(path: Path) -> dict[str, Any]:
     classes, confusion = scores["classes"], scores["confusion"]
     if any(len(row) != len(classes) for row in (confusion, *confusion)) or list(scores["iou"]) != classes:
         raise ValueError(f"{path}: is damaged: confusion and iou must be of its {len(classes)} classes")
+    for entry in scores["gallery"]:
+        if (
+            not isinstance(entry, dict)
+            or {"rank", "image", "miou", "files"} - entry.keys()
+            or entry["rank"] not in RANKS
+        ):
+            raise ValueError(f"{path}: is damaged: gallery has an entry without rank, image, miou and files")
     return scores
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from pspnet_fast.data import IGNORE_INDEX
 from pspnet_fast.files import check_space
+from pspnet_fast.inference.render import Picture
 from pspnet_fast.training.callbacks import Callback
 from pspnet_fast.training.distributed import World
 from pspnet_fast.training.evaluation import evaluate
@@ -23,6 +24,7 @@ from pspnet_fast.training.interruption import Interrupted, Interruption
 from pspnet_fast.training.loading import Item, places_of, train_loader, val_loader
 from pspnet_fast.training.metrics import Metrics
 from pspnet_fast.training.optimizer import set_lr
+from pspnet_fast.training.pictures import validation_pictures
 from pspnet_fast.training.report import Report
 from pspnet_fast.training.run_folder import BEST, FINITE
 from pspnet_fast.training.state import State
@@ -272,8 +274,15 @@ class Run:
                 state.save_best()
             state.save()
             self.report.draw_curves()
+            self.report.pictures(state.step, self._pictures())
         for callback in self.callbacks:
             callback.on_validation(record)
+
+    def _pictures(self) -> list[Picture]:
+        config, state = self.config, self.state
+        autocast = torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else None
+        model, classes = self.trained.validated, len(state.class_names)
+        return validation_pictures(model, self.val_set, classes, state.metadata, self.device, autocast)
 
     def _warn_of_no_label(self, split: str, dataset: Dataset[Item], consequence: str) -> None:
         """Say once that no pixel of a split is labelled, naming its list where it is known."""
