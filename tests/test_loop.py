@@ -59,6 +59,7 @@ def test_fit_learns_and_leaves_its_files(root: Path, tmp_path: Path) -> None:
     first_epoch = [record["loss"] for record in iterations[:12]]
     assert sum(first_epoch) / 12 == pytest.approx(result.history[0]["loss"])
     assert records[0]["config"]["batch_size"] == 4
+    assert records[0]["versions"]["torch"] == torch.__version__
 
     curves = cv2.imread(str(tmp_path / "curves.png"))
     assert min(curves.shape[:2]) > 500

@@ -112,6 +112,26 @@ def test_the_page_shows_what_there_is(tmp_path: Path) -> None:
     assert "<b>bold" not in html
 
 
+def test_configuration_and_versions(tmp_path: Path) -> None:
+    write_log(tmp_path / "a")
+    write_log(tmp_path / "b", seed=1)
+    write_scores(tmp_path / "b")
+    html = page.render(read_runs([tmp_path / "a", tmp_path / "b"]))
+
+    def row(title: str, *texts: str) -> str:
+        return f'><th scope="row">{title}</th>' + "".join(f"<td>{text}</td>" for text in texts) + "</tr>"
+
+    assert '<tr class="differs"' + row("train.lr", "0.01", "0.02") in html
+    for same in (
+        row("train.epochs", "4", "4"),
+        row("model.bins", "[1, 2, 3, 6]", "[1, 2, 3, 6]"),
+        row("eval.scales", "-", "[0.5, 1.0]"),
+        row("training.gpus", "[]", "[]"),
+        row("evaluation.python", "-", "3.11.2"),
+    ):
+        assert "<tr" + same in html
+
+
 def test_large_pictures_become_small_ones(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (300, 2 * WIDEST, 3)).astype(np.uint8)
     flat = np.asarray([[10, 200, 30], [255, 0, 9]], np.uint8)[(noise[..., 0] > 99).astype(int)]

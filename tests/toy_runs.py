@@ -20,7 +20,16 @@ def write_log(folder: Path, epochs: int = 4, iterations: int = 25, seed: int = 0
     protocol = ["SGD, momentum 0.9", "batches of 4 images & <b>bold</b> claims"]
     config = {"lr": 0.01 * (seed + 1), "epochs": epochs, "class_weights": None, "head": ["cls", "ppm"]}
     records: list[dict[str, Any]] = [
-        {"event": "config", "config": config, "class_names": CLASSES, "steps": steps, "protocol": protocol}
+        {
+            "event": "config",
+            "config": config,
+            "class_names": CLASSES,
+            "steps": steps,
+            "protocol": protocol,
+            "model": {"backbone": "resnet50", "bins": [1, 2, 3, 6]},
+            "versions": {"torch": "2.13.0"},
+            "machine": {"gpus": []},
+        }
     ]
     for step in range(1, steps + 1):
         loss = 0.2 + 2 * (1 - step / steps) ** 2 + 0.1 * rng.random()

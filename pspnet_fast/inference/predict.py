@@ -163,6 +163,23 @@ class Predictor:
         """
         if not images:
             return []
+        classes, certain, every = self._maps(images, confidence, probabilities)
+        return [
+            Prediction(
+                classes[index].to("cpu", torch.uint8).numpy(),
+                None if certain is None else certain[index].to("cpu", torch.float32).numpy(),
+                None if every is None else every[index].to("cpu", torch.float32).numpy(),
+            )
+            for index in range(len(images))
+        ]
+
+    def _maps(
+        self, images: Sequence[Image], confidence: bool, probabilities: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Classes (N, H, W), their confidence (N, H, W) and all probabilities (N, K, H, W), on the model's device.
+
+        Here alone it is settled how an image becomes maps: whole, in one forward pass.
+        """
         height, width = _size(images)
         pixels = torch.stack([normalise(to_float(image), self.mean, self.std) for image in images])
         logits = self.model(pixels.to(self.device))["out"]
@@ -178,14 +195,7 @@ class Predictor:
             dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
             every = logits.new_zeros(len(images), logits.size(1), height, width, dtype=dtype)
             ops.upsample_softmax_accumulate_(every, logits, align_corners=aligned)
-        return [
-            Prediction(
-                classes[index].to("cpu", torch.uint8).numpy(),
-                None if certain is None else certain[index].to("cpu", torch.float32).numpy(),
-                None if every is None else every[index].to("cpu", torch.float32).numpy(),
-            )
-            for index in range(len(images))
-        ]
+        return classes, certain, every
 
 
 def _size(images: Sequence[Image]) -> tuple[int, int]:

@@ -51,7 +51,7 @@ def render(runs: Sequence[Run]) -> str:
         measures=_measures(runs),
         galleries={run.name: _gallery(run) for run in runs},
         settings=_settings(runs),
-        versions=_rows([(run.scores or {}).get("versions") or {} for run in runs]),
+        versions=_versions(runs),
         layers=LAYERS,
         colors=run_colors(runs),
         scores_file=SCORES,
@@ -167,13 +167,28 @@ def _settings(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
     """Rows of the configuration and of the protocol of the evaluation."""
     columns = []
     for run in runs:
-        protocol = (run.scores or {}).get("protocol") or {}
-        columns.append(
-            {f"train.{key}": value for key, value in run.header.get("config", {}).items()}
-            | {f"eval.{key}": value for key, value in protocol.items()}
-            | {f"eval.{key}": run.scores[key] for key in ("config", "checkpoint") if run.scores and key in run.scores}
-        )
+        header, scores = run.header, run.scores or {}
+        evaluation = {key: scores[key] for key in ("config", "checkpoint") if key in scores}
+        evaluation |= scores.get("protocol") or {}
+        training = {"train": header.get("config"), "model": header.get("model"), "data": header.get("data")}
+        columns.append(_flat({**training, "eval": evaluation}))
     return _rows(columns)
+
+
+def _versions(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
+    """Rows of what a run was trained with and on, and of what it was evaluated with."""
+    parts = [
+        {
+            "training": {**run.header.get("versions", {}), **run.header.get("machine", {})},
+            "evaluation": (run.scores or {}).get("versions"),
+        }
+        for run in runs
+    ]
+    return _rows([_flat(column) for column in parts])
+
+
+def _flat(parts: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Any]:
+    return {f"{part}.{key}": value for part, values in parts.items() for key, value in (values or {}).items()}
 
 
 def _rows(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:

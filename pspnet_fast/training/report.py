@@ -27,7 +27,7 @@ class Report:
 
     Args:
         out_dir: an existing folder.
-        header: first record of the log: configuration, class names, number of iterations.
+        header: first record of the log: configuration, class names, number of iterations, versions, machine.
         step, validated: iterations done, and done at the last validation; 0 starts new files, else the records of these
             are kept and later ones, of what was lost, dropped.
         epochs: of the whole run.
@@ -229,8 +229,8 @@ def _text(value: float | None) -> str:
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    """One line of valid JSON: numbers that are not finite become null."""
-    return json.dumps(_finite(record), allow_nan=False) + "\n"
+    """One line of valid JSON: numbers that are not finite become null, what JSON does not know its text."""
+    return json.dumps(_finite(record), allow_nan=False, default=str) + "\n"
 
 
 def _finite(value: Any) -> Any:
@@ -238,6 +238,6 @@ def _finite(value: Any) -> Any:
         return None
     if isinstance(value, Mapping):
         return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_finite(entry) for entry in value]
     return value

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pspnet_fast import info
 from pspnet_fast.data import IGNORE_INDEX
 from pspnet_fast.files import check_space
 from pspnet_fast.inference.render import Picture
@@ -95,12 +96,16 @@ class Run:
         paths = [state.path, state.out_dir / BEST]
         existing = sum(path.stat().st_size for path in paths if path.exists())
         check_space(state.out_dir, (copies + 2) * weights - existing, "the checkpoints of the run")
-        header = {
+        facts = info.collect()
+        header: dict[str, Any] = {
             "config": dataclasses.asdict(self.config),
             "class_names": state.class_names,
             "steps": state.steps,
             "protocol": self.protocol,
+            "versions": facts["versions"],
+            "machine": facts["machine"],
         }
+        header |= {key: state.metadata[key] for key in ("model", "data") if isinstance(state.metadata.get(key), dict)}
         validated = state.history[-1]["step"] if state.history else 0
         epochs, images = state.steps / state.iterations, state.steps * self.config.batch_size
         self.report = Report(state.out_dir, header, state.step, validated, epochs, images)
