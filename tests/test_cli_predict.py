@@ -1,5 +1,6 @@
 """``pspnet-fast predict`` as a user calls it."""
 
+import re
 from pathlib import Path
 
 import cv2
@@ -236,12 +237,18 @@ def test_predict_videos(work: Workspace, tmp_path: Path, size: tuple[int, int]) 
 def test_predict_goes_on_after_a_bad_video(work: Workspace, tmp_path: Path) -> None:
     write_video(work, tmp_path / "whole.mp4", SIZE)
     content = (tmp_path / "whole.mp4").read_bytes()
-    (tmp_path / "cut.avi").write_bytes(content[:500])
-    result = run("predict", tmp_path / "cut.avi", tmp_path / "whole.mp4", "--checkpoint", work.checkpoint, "--out",
-                 tmp_path / "out", "--palette")  # fmt: skip
-    assert_one_line(result, 1, "cut.avi: is not a video that OpenCV can read, or not whole")
-    assert "labelled 1 of 2 videos (6 frames)" in result.output
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole_color.mp4"]
+    (tmp_path / "bad.avi").write_bytes(content[:500])
+    with VideoWriter(tmp_path / "cut.mkv", 5) as video:
+        for _ in range(8):
+            video.write(np.random.default_rng(0).integers(0, 256, SIZE, np.uint8))
+    content = (tmp_path / "cut.mkv").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(content[: len(content) // 2])
+    result = run("predict", tmp_path, "--checkpoint", work.checkpoint, "--out", tmp_path / "out", "--palette")
+    assert_one_line(result, 1, "bad.avi: is not a video that OpenCV can read, or not whole")
+    told = re.search(rf"Warning: {tmp_path / 'cut.mkv'}: tells of 8 frames, (\d) could be read", result.stderr)
+    assert 0 < int(told[1]) < 8
+    assert f"labelled 2 of 3 videos ({6 + int(told[1])} frames)" in result.output
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"whole_color.mp4", "cut_color.mp4"}
 
 
 def test_videos_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
