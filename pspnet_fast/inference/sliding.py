@@ -62,12 +62,17 @@ class Segmenter:
             if confidence:
                 return ops.upsample_argmax(logits, (height, width), align_corners=aligned, return_confidence=True)
             return ops.upsample_argmax(logits, (height, width), align_corners=aligned), None
-        classes, probabilities = [], []
-        for _, band in self.bands(images):
-            classes.append(ops.upsample_argmax(band, _extent(band), align_corners=True))
-            if confidence:
-                probabilities.append(band.amax(1))
-        return torch.cat(classes, 1), torch.cat(probabilities, 1) if confidence else None
+        shape = (len(images), *images[0].shape[:2])
+        kind = torch.uint8 if self.classes <= 256 else torch.int32
+        # Of their final size from the start: parts kept between the bands' large maps would scatter free memory.
+        classes = torch.empty(shape, dtype=kind, device=self._map_device)
+        probabilities = torch.empty(shape, dtype=self._dtype, device=self._map_device) if confidence else None
+        for first, band in self.bands(images):
+            rows = slice(first, first + band.size(2))
+            classes[:, rows] = ops.upsample_argmax(band, _extent(band), align_corners=True)
+            if probabilities is not None:
+                torch.amax(band, 1, out=probabilities[:, rows])
+        return classes, probabilities
 
     @torch.inference_mode()
     def bands(self, images: Sequence[Image]) -> Iterator[tuple[int, Tensor]]:
