@@ -107,6 +107,7 @@ def fit(segmenter: Segmenter, cost: Cost, images: int, height: int, width: int, 
     if free is not None and fixed + one > free:
         needed, forward = megabytes(int(held + fixed + one)), megabytes(int(one))
         part, less = ("window", "smaller windows") if segmenter.protocol.crop else ("whole image", "windows (a crop)")
+        less += " and fewer images at a time" if images > 1 else ""
         raise ValueError(
             f"an image of {width}x{height} pixels needs {needed}, of which {forward} for one {part}, but may have "
             f"{megabytes(held + free)}; {less} take less"
