@@ -103,7 +103,7 @@ def test_boundary_iou(size: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
     label, prediction = (cv2.resize(rng.integers(5, size=(6, 7), dtype=np.uint8), size[::-1],
                                     interpolation=cv2.INTER_NEAREST) for _ in range(2))  # fmt: skip
-    label[prediction == 4] = 255
+    label[size[0] // 3 : size[0] // 2, : size[1] // 2] = 255
     counts = boundary_counts(label, prediction, 6)
     distance = max(round(0.02 * math.hypot(*size)), 1)
     counted = label != 255
@@ -120,8 +120,8 @@ def test_calibration() -> None:
     torch.manual_seed(0)
     classes, labels = torch.randint(0, 3, (2, 40, 50)), torch.randint(0, 3, (2, 40, 50))
     labels[0, :5] = 255
-    confidence = torch.rand(2, 40, 50)
-    confidence[0, 0, 0], confidence[1, 0, :3] = 0.5, torch.tensor([0.0, 1.0, 0.2])
+    confidence = torch.rand(2, 40, 50, dtype=torch.float64)
+    confidence[1, 0, :3] = torch.tensor([0.0, 1.0, 0.6], dtype=torch.float64)  # ends, and an edge: 9 / 15
     record = calibration_record(calibration_counts(classes, confidence, labels))
     counted = (labels != 255).flatten()
     sure, right = confidence.flatten()[counted].double(), (classes == labels).flatten()[counted]
