@@ -4,30 +4,32 @@ Trains a small PSPNet with FusedPPM and its twin without the pyramid, a plain FC
 sees less far than the neutral mist around each hull is wide, so it can but guess which of the two it looks at.
 """
 
-import json
-import platform
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from pspnet_fast import __version__, ops
-from pspnet_fast.data.scenes import BAND, CLASSES, COLORS, SceneDataset
+from pspnet_fast.cli.eval_results import Results
+from pspnet_fast.data.scenes import BAND, CLASSES, COLORS, MEAN, STD, SceneDataset
 from pspnet_fast.inference.predict import predict_labels
-from pspnet_fast.inference.render import Picture, colorize, save_png, side_by_side
+from pspnet_fast.inference.render import colorize, save_png, side_by_side
+from pspnet_fast.inference.sliding import Segmenter
 from pspnet_fast.models import PSPNet
 from pspnet_fast.models.small import SmallBackbone, reach
 from pspnet_fast.report.page import write_page
-from pspnet_fast.report.runs import FORMAT, SCORES
+from pspnet_fast.report.runs import SCORES
 from pspnet_fast.training import Metrics, TrainConfig, TrainResult, evaluate, fit
 from pspnet_fast.training.loading import val_loader
+from pspnet_fast.training.score_files import FORMAT, scores_record
+from pspnet_fast.training.scoring import score_images
 
 SIZE = (161, 241)  # one more than a multiple of the backbone's stride, so that upsampled logits lie where they belong
 BATCH = 8
@@ -145,59 +147,35 @@ def draw_predictions(outcomes: Mapping[str, Outcome], scenes: SceneDataset, coun
     save_png(path, side_by_side(rows, ["image", "truth", *outcomes], CLASSES, COLORS))
 
 
-@torch.inference_mode()
+class _Pixels(Dataset[tuple[Tensor, Tensor]]):
+    """The scenes' pictures (H, W, 3) uint8 and labels (H, W), as an evaluation wants them."""
+
+    def __init__(self, scenes: SceneDataset) -> None:
+        self._scenes = scenes
+
+    def __len__(self) -> int:
+        return len(self._scenes)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        scene = self._scenes.scene(index)
+        return torch.from_numpy(scene.picture), torch.from_numpy(scene.label)
+
+
 def save_scores(outcome: Outcome, scenes: SceneDataset, run: Path) -> None:
-    """Write the scores on the scenes and the best, median and worst of them into a run's folder, for its page."""
-    model = outcome.model.eval()
-    ranked = []
-    for index in range(len(scenes)):
-        image, label = scenes[index]
-        prediction = predict_labels(model, image[None].to(_device(model)))[0].cpu()
-        ranked.append((Metrics(ops.confusion_matrix(prediction, label, len(CLASSES))), index, prediction.numpy()))
-    ranked.sort(key=lambda scored: scored[0].miou)
-    folder = (run / SCORES).parent
-    (folder / "gallery").mkdir(parents=True, exist_ok=True)
-    gallery = []
-    for rank, at in (("best", -1), ("median", len(ranked) // 2), ("worst", 0)):
-        metrics, index, predicted = ranked[at]
-        scene = scenes.scene(index)
-        pictures = {
-            "image": scene.picture,
-            "truth": colorize(scene.label, COLORS),
-            "prediction": colorize(predicted, COLORS),
-            "error": _mark_errors(scene.picture, scene.label != predicted),
-        }
-        files = {name: f"gallery/{rank}_{name}.png" for name in pictures}
-        for name, picture in pictures.items():
-            save_png(folder / files[name], picture)
-        gallery.append({"rank": rank, "image": f"scene {index}", "miou": metrics.miou, "files": files})
-    record = outcome.metrics.record()
-    scores = {
+    """Evaluate a model into its run's folder, as `pspnet-fast eval` does: the page of the run shows it."""
+    pixels: Any = _Pixels(scenes)  # of a PairDataset only length and items are used here
+    segmenter = Segmenter(outcome.model.eval(), len(CLASSES), [MEAN] * 3, [STD] * 3)
+    names = [f"scene {index}" for index in range(len(scenes))]
+    scores = score_images(segmenter, pixels, batch_size=BATCH, calibration=True)
+    record = {
         "format": FORMAT,
-        "classes": CLASSES,
+        "classes": list(CLASSES),
         "colors": COLORS,
-        "protocol_text": ["whole images at one scale, without flipping", "absent classes are skipped in the mean"],
-        "confusion": outcome.metrics.confusion.tolist(),
-        **record,
-        "iou": dict(zip(CLASSES, record["iou"], strict=True)),
-        "accuracy": {
-            name: None if np.isnan(value) else value
-            for name, value in zip(CLASSES, outcome.metrics.accuracy.tolist(), strict=True)
-        },
-        "images": [
-            {"image": f"scene {index}", "miou": metrics.miou, "allacc": metrics.allacc, "pixels": predicted.size}
-            for metrics, index, predicted in sorted(ranked, key=lambda scored: scored[1])
-        ],
-        "gallery": gallery,
-        "versions": {"pspnet_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "protocol": segmenter.protocol.record(),
+        "protocol_text": segmenter.protocol.describe(),
+        **scores_record(scores, CLASSES, names, samples=1000),
     }
-    (run / SCORES).write_text(json.dumps(scores, allow_nan=False), encoding="utf-8")
-
-
-def _mark_errors(picture: Picture, wrong: np.ndarray) -> Picture:
-    """The picture in grey, with the wrong pixels in red."""
-    grey = picture.mean(2, keepdims=True).repeat(3, 2).astype(np.uint8)
-    return np.where(wrong[..., None], np.array([255, 0, 0], np.uint8), grey).astype(np.uint8)
+    Results((run / SCORES).parent, pixels, names, COLORS, ()).write(record, segmenter, gallery=1)
 
 
 def _device(model: nn.Module) -> torch.device:

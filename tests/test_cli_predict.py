@@ -68,7 +68,12 @@ def test_predict_goes_on_without_what_cannot_be_used(
     result = run("predict", *(tmp_path / name for name in names), "--checkpoint", work.checkpoint,
                  "--out", tmp_path / "out")  # fmt: skip
     assert_one_line(
-        result, 1, "no image ", "none.jpg; ", "empty: no image in this folder", "big.png: out of memory; scale the"
+        result,
+        1,
+        "no image ",
+        "none.jpg; ",
+        "empty: no image in this folder",
+        "big.png: out of memory; a smaller --crop takes less",
     )
     assert f"Warning: {tmp_path / 'deep.png'}: has 16 bits and no value above 4095" in result.stderr
     assert "labelled 2 of 3 images" in result.stdout
@@ -265,3 +270,27 @@ def test_videos_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert error.value.filename == str(path)
     assert path.read_bytes() == b"precious"
     assert [path.name for path in tmp_path.iterdir()] == ["x.mkv"]
+
+
+def test_predict_in_windows(work: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = work.data / "val_1.png"
+    predictor = Predictor.from_checkpoint(work.checkpoint, "cpu")
+    assert predictor.crop == (33, 33)
+    expected = predictor.in_windows()(image)
+    assert (expected != predictor(image)).any()
+    arguments = ("predict", image, "--checkpoint", work.checkpoint, "--labels", "--out")
+    assert run(*arguments, tmp_path / "chosen", "--crop", 33).exit_code == 0
+    assert_one_line(run(*arguments, tmp_path / "x", "--crop", "0,5"), 2, "--crop must be (height, width)")
+    known = Predictor.predict
+
+    def predict(self: Predictor, images: list[np.ndarray], **options: bool) -> list[Prediction]:
+        if self.protocol.plain:
+            raise MemoryError
+        return known(self, images, **options)
+
+    monkeypatch.setattr(Predictor, "predict", predict)
+    result = run(*arguments, tmp_path / "forced")
+    assert result.exit_code == 0
+    assert f"Warning: {image}: out of memory as a whole; in windows of 33x33 (height x width)" in result.stderr
+    for out in ("chosen", "forced"):
+        assert (cv2.imread(str(tmp_path / out / "val_1.png"), cv2.IMREAD_UNCHANGED) == expected).all()

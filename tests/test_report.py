@@ -97,7 +97,7 @@ def test_the_page_shows_what_there_is(tmp_path: Path) -> None:
             write(tmp_path / name)
     html = page.render(read_runs([tmp_path / "log"]))
     command = f"pspnet-fast eval CONFIG --checkpoint {tmp_path}/log/best.pt --out {tmp_path}/log/eval"
-    assert command in html
+    assert f"{command} --calibration --gallery 3" in html
     for section in ("confusion", "calibration", "gallery"):
         assert f'<section id="{section}">' not in html
     assert 'data-chart="scores"' in html
@@ -149,8 +149,8 @@ def test_large_pictures_become_small_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "has format 2; this version reads 1: run `pspnet-fast eval` again"),
-        ({"fwiou": float("nan")}, "is damaged: NaN is no JSON"),
+        ({"format": 2}, "has format 2, this version reads 1"),
+        ({"fwiou": float("nan")}, "is no JSON (NaN)"),
         ({"confusion": [[1, 2], [3, 4]]}, "is damaged: confusion and iou must be of its 5 classes"),
         ({"iou": {"sky": 0.5}}, "is damaged: confusion and iou must be of its 5 classes"),
         ({"gallery": [{"rank": "good", "image": "x", "miou": 1, "files": {}}]}, "gallery has an entry without rank"),

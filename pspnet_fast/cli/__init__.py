@@ -1,4 +1,4 @@
-"""Command line: ``pspnet-fast train | eval | predict | report | check-data | coco-labels | info``, a file each."""
+"""Command line: ``pspnet-fast train | eval | eval-compare | predict | report | check-data | coco-labels | info``."""
 
 import click
 
@@ -6,6 +6,7 @@ from pspnet_fast import __version__
 from pspnet_fast.cli.check_data import check_data
 from pspnet_fast.cli.coco_labels import coco_labels
 from pspnet_fast.cli.eval import evaluate
+from pspnet_fast.cli.eval_compare import eval_compare
 from pspnet_fast.cli.group import EXTRAS, Group
 from pspnet_fast.cli.info import info
 from pspnet_fast.cli.predict import predict
@@ -30,5 +31,5 @@ def main(traceback: bool) -> None:
     """
 
 
-for command in (train, evaluate, predict, report, check_data, coco_labels, info):
+for command in (train, evaluate, eval_compare, predict, report, check_data, coco_labels, info):
     main.add_command(command)

@@ -24,6 +24,21 @@ class _Path(click.Path):
         return super().convert(value if os.path.lexists(value) else os.path.expanduser(value), param, ctx)
 
 
+class Numbers(click.ParamType):
+    """Numbers with commas between them."""
+
+    def __init__(self, kind: type, name: str) -> None:
+        self._kind, self.name = kind, name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(self._kind(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"must be {self.name.lower()}, got {value!r}", param, ctx)
+
+
 ANY = _Path(path_type=Path)
 FILE = _Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = _Path(file_okay=False, path_type=Path)

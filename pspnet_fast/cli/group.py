@@ -69,7 +69,7 @@ def _hint(error: Exception, command: str | None) -> str | None:
     """What to do about an error of the machine; None for errors of the program."""
     text = str(error)
     train = "a smaller train.batch_size or data.crop"
-    less = "a data.val_crop or a smaller train.val_batch_size" if command == "eval" else train
+    less = "--crop, --memory or a smaller train.val_batch_size" if command == "eval" else train
     if is_out_of_memory(error):
         if type(error).__name__ == "OutOfMemoryError":
             return f"out of GPU memory; try {less}, or train.bf16=true"

@@ -1,13 +1,18 @@
 """``pspnet-fast predict``."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from pspnet_fast.cli.common import ANY, FILE, FOLDER, load_predictor
+from pspnet_fast.cli.common import ANY, FILE, FOLDER, Numbers, load_predictor
 from pspnet_fast.cli.group import Stopped, sentence
 from pspnet_fast.out_of_memory import is_out_of_memory
+
+if TYPE_CHECKING:
+    from pspnet_fast.inference.protocol import Protocol
 
 
 @click.command()
@@ -22,6 +27,7 @@ from pspnet_fast.out_of_memory import is_out_of_memory
 @click.option("--probabilities", is_flag=True, help="Write NAME_probabilities.npy: of all classes, float16 (K, H, W).")
 @click.option("--legend/--no-legend", default=True, show_default=True, help="Name the classes below each overlay.")
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Images of one size at a time.")
+@click.option("--crop", type=Numbers(int, "N[,N]"), help="In windows of HEIGHT,WIDTH; one number is both.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 def predict(
     images: tuple[Path, ...],
@@ -30,15 +36,19 @@ def predict(
     overwrite: bool,
     legend: bool,
     batch: int,
+    crop: tuple[int, ...] | None,
     device: str,
     **chosen: bool,
 ) -> None:
-    """Label IMAGES of any size, each as a whole: files, folders, patterns, and videos.
+    """Label IMAGES of any size: files, folders, patterns, and videos.
 
     Without a choice it writes --labels, --palette and --overlay, the latter with a legend of the classes that occur. A
     folder is searched to any depth, and its results lie in --out as the images in it. Nothing is written where a result
     would overwrite an image or another result. Images that cannot be read or are too large for the memory, and
     arguments that name no image, are left out and named at the end; the exit status is then 1.
+
+    Images are predicted whole, or with --crop in windows that overlap by a third, whose probabilities are averaged. One
+    that does not fit into the memory is predicted in windows of the training's size, with a warning.
 
     Of a video it writes videos without sound: NAME.mkv and NAME_confidence.mkv exactly (FFV1, grey), NAME_color.mp4 and
     NAME_overlay.mp4 to look at.
@@ -64,6 +74,8 @@ def predict(
     if not tasks:
         raise DataError("; ".join(map(sentence, failed)))
     predictor = load_predictor(checkpoint, device)
+    if crop:
+        predictor = replace(predictor, protocol=_windows(crop))
     out.mkdir(parents=True, exist_ok=True)
     pictures = [task for task in tasks if not task.is_video]
     videos = [task for task in tasks if task.is_video]
@@ -93,10 +105,19 @@ def predict(
                 except Exception as error:
                     if not is_out_of_memory(error):
                         raise
-                    failed.append(DataError(f"{task.image}: out of memory; a smaller --batch takes less"))
+                    failed.append(DataError(f"{task.image}: out of memory; a smaller --batch or --crop takes less"))
     except KeyboardInterrupt:
         raise Stopped(f"interrupted; {told()}", 130) from None
     speed = (labelled["images"] + labelled["frames"]) / (time.perf_counter() - start)
     click.echo(f"{told()}, {speed:.2f} images/s")
     if failed:
         raise DataError("; ".join(map(sentence, failed)))
+
+
+def _windows(crop: tuple[int, ...]) -> "Protocol":
+    from pspnet_fast.inference.protocol import Protocol
+
+    try:
+        return Protocol.of("whole", crop=crop * (2 if len(crop) == 1 else 1))
+    except ValueError as error:
+        raise click.UsageError(f"--{error}") from None

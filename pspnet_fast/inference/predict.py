@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from pspnet_fast import ops
 from pspnet_fast.data import IGNORE_INDEX
-from pspnet_fast.data.images import Image, read_image, to_float
-from pspnet_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, normalise
+from pspnet_fast.data.images import Image, read_image
+from pspnet_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from pspnet_fast.inference.protocol import Protocol
 from pspnet_fast.inference.render import palette
+from pspnet_fast.inference.sliding import Segmenter
 from pspnet_fast.models import PSPNet
 
 
@@ -56,6 +58,8 @@ class Predictor:
         model: in evaluation mode, on its device.
         class_names, colors: by class index; a colour is (red, green, blue) in 0..255.
         mean, std: per channel, for images in 0..1.
+        protocol: how images are predicted, by default whole, at their own size.
+        crop: (height, width) of the windows in which the model was trained, where its checkpoint tells.
     """
 
     model: nn.Module
@@ -63,6 +67,8 @@ class Predictor:
     colors: list[tuple[int, int, int]]
     mean: list[float]
     std: list[float]
+    protocol: Protocol = field(default_factory=Protocol)
+    crop: tuple[int, int] | None = None
 
     @classmethod
     def from_checkpoint(
@@ -118,7 +124,9 @@ class Predictor:
             else:
                 warnings.warn(f"the checkpoint's metadata names no {name}: {assumed[name]}", stacklevel=2)
         colors = [(int(red), int(green), int(blue)) for red, green, blue in settings["colors"]]
-        return cls(model.to(device).eval(), class_names, colors, settings["mean"], settings["std"])
+        data = metadata.get("data")
+        crop = tuple(data["crop"]) if isinstance(data, Mapping) and data.get("crop") else None
+        return cls(model.to(device).eval(), class_names, colors, settings["mean"], settings["std"], crop=crop)
 
     @overload
     def __call__(self, image: Tensor) -> Tensor: ...
@@ -148,11 +156,17 @@ class Predictor:
         """Of the model."""
         return next(self.model.parameters()).device
 
+    def in_windows(self) -> "Predictor | None":
+        """The same in windows of ``crop``, for images that do not fit; None if it is not known, or used already."""
+        if self.crop is None or self.protocol.crop is not None:
+            return None
+        return replace(self, protocol=Protocol.of("whole", crop=self.crop))
+
     @torch.inference_mode()
     def predict(
         self, images: Sequence[Image], *, confidence: bool = False, probabilities: bool = False
     ) -> list[Prediction]:
-        """Predict images of one size together, each as a whole.
+        """Predict images of one size together, as ``protocol`` says.
 
         Args:
             images: RGB (H, W, 3), uint8, uint16, or float in 0..255.
@@ -178,32 +192,18 @@ class Predictor:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Classes (N, H, W), their confidence (N, H, W) and all probabilities (N, K, H, W), on the model's device.
 
-        Here alone it is settled how an image becomes maps: whole, in one forward pass.
+        Here alone it is settled how an image becomes maps.
         """
-        height, width = _size(images)
-        pixels = torch.stack([normalise(to_float(image), self.mean, self.std) for image in images])
-        logits = self.model(pixels.to(self.device))["out"]
-        aligned = bool(self.model.align_corners)
-        certain = every = None
-        if confidence:
-            classes, certain = ops.upsample_argmax(
-                logits, (height, width), align_corners=aligned, return_confidence=True
-            )
-        else:
-            classes = ops.upsample_argmax(logits, (height, width), align_corners=aligned)
-        if probabilities:
-            dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-            every = logits.new_zeros(len(images), logits.size(1), height, width, dtype=dtype)
-            ops.upsample_softmax_accumulate_(every, logits, align_corners=aligned)
+        _check(images)
+        segmenter = Segmenter(self.model, len(self.class_names), self.mean, self.std, self.protocol)
+        classes, certain = segmenter(images, confidence)
+        every = torch.cat([band for _, band in segmenter.bands(images)], 2) if probabilities else None
         return classes, certain, every
 
 
-def _size(images: Sequence[Image]) -> tuple[int, int]:
-    """Height and width that all images have."""
-    shapes = {tuple(image.shape) for image in images}
-    shape = shapes.pop()
-    if shapes:
-        raise ValueError(f"images must be of one size, got {[tuple(image.shape) for image in images]}")
-    if len(shape) != 3 or shape[2] != 3 or 0 in shape:
-        raise ValueError(f"image must be RGB of shape (height, width, 3), got {shape}")
-    return shape[0], shape[1]
+def _check(images: Sequence[Image]) -> None:
+    shapes = [tuple(image.shape) for image in images]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"images must be of one size, got {shapes}")
+    if len(shapes[0]) != 3 or shapes[0][2] != 3 or 0 in shapes[0]:
+        raise ValueError(f"image must be RGB of shape (height, width, 3), got {shapes[0]}")

@@ -70,27 +70,33 @@ def _readable(tasks: Sequence[Task], fail: Fail) -> Iterator[tuple[Task, Image]]
 def _predict(
     predictor: Predictor, group: Sequence[tuple[Task, Image]], fail: Fail
 ) -> Iterator[tuple[Task, Image, Prediction]]:
-    """Predict a group; where it is too large for the memory, image by image."""
+    """Predict a group; where it is too large for the memory, image by image, and at last in windows."""
     outputs = group[0][0].results
     try:
         predictions = predictor.predict([image for _, image in group], **_wanted(outputs))
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        if len(group) == 1:
-            fail(_too_large(group[0][0]))
-            return
         predictions = []
     if predictions:
         for (task, image), prediction in zip(group, predictions, strict=True):
             yield task, image, prediction
         return
-    for one in group:
-        yield from _predict(predictor, [one], fail)
+    if len(group) > 1:
+        for one in group:
+            yield from _predict(predictor, [one], fail)
+        return
+    task, windows = group[0][0], predictor.in_windows()
+    if windows is None:
+        fail(_too_large(task))
+        return
+    size = "x".join(map(str, windows.protocol.crop or ()))
+    tqdm.write(f"Warning: {task.image}: out of memory as a whole; in windows of {size} (height x width)", sys.stderr)
+    yield from _predict(windows, group, fail)
 
 
 def _too_large(task: Task) -> DataError:
-    return DataError(f"{task.image}: out of memory; scale the image down or cut it up")
+    return DataError(f"{task.image}: out of memory; a smaller --crop takes less")
 
 
 def _wanted(outputs: Collection[str]) -> dict[str, bool]:

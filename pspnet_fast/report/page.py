@@ -16,7 +16,8 @@ from pspnet_fast import __version__
 from pspnet_fast.files import replacing
 from pspnet_fast.report.charts import charts, run_colors
 from pspnet_fast.report.pictures import data_uri
-from pspnet_fast.report.runs import RANKS, SCORES, Run, read_runs
+from pspnet_fast.report.runs import SCORES, Run, read_runs
+from pspnet_fast.training.score_files import RANKS
 
 LAYERS = {"image": "image", "truth": "truth", "prediction": "prediction", "error": "errors"}
 

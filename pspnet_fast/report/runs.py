@@ -1,6 +1,5 @@
 """What the folders of runs hold: the log of the training and the scores of the evaluation."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pspnet_fast.training.report import LOG, read_log
+from pspnet_fast.training.score_files import RANKS, read_scores
 
 SCORES = Path("eval", "scores.json")
-FORMAT = 1  # of scores.json
-RANKS = ("best", "median", "worst")  # of the gallery's entries
 _KEYS = {"classes": list, "confusion": list, "iou": dict, "protocol_text": list, "images": list, "gallery": list}
 
 
@@ -109,7 +107,7 @@ def _read(folder: Path, name: str) -> Run:
     iterations, epochs = (
         [record for record in records if record["event"] == event] for event in ("iteration", "epoch")
     )
-    return Run(name, folder, header, iterations, epochs, read_scores(scores) if scores.exists() else None)
+    return Run(name, folder, header, iterations, epochs, _read_scores(scores) if scores.exists() else None)
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
@@ -122,20 +120,8 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path}: is no log of `pspnet-fast train`, or damaged: {error}") from None
 
 
-def read_scores(path: Path) -> dict[str, Any]:
-    """Read what ``pspnet-fast eval`` wrote.
-
-    Raises:
-        ValueError: the file is damaged, or of another format.
-        OSError: it cannot be read.
-    """
-    try:
-        scores = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
-    except ValueError as error:
-        raise ValueError(f"{path}: is damaged: {error}") from None
-    if not isinstance(scores, dict) or scores.get("format") != FORMAT:
-        found = scores.get("format") if isinstance(scores, dict) else None
-        raise ValueError(f"{path}: has format {found!r}; this version reads {FORMAT}: run `pspnet-fast eval` again")
+def _read_scores(path: Path) -> dict[str, Any]:
+    scores = read_scores(path)
     for key, kind in _KEYS.items():
         if not isinstance(scores.get(key), kind):
             raise ValueError(f"{path}: is damaged: {key} must be a {kind.__name__}, got {scores.get(key)!r:.40}")
@@ -150,7 +136,3 @@ def read_scores(path: Path) -> dict[str, Any]:
         ):
             raise ValueError(f"{path}: is damaged: gallery has an entry without rank, image, miou and files")
     return scores
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
