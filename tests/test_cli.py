@@ -265,3 +265,20 @@ def test_help_shows_examples(command: str) -> None:
     assert f"pspnet-fast {command}" in text.partition("Usage:")[2]
     assert text.count("\n  pspnet-fast ") >= 2
     assert command in run("--help").output
+
+
+def test_report_of_a_run_that_was_evaluated(work: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pspnet_fast.report.page._vega", lambda: "")  # takes seconds; nothing runs it here
+    out = work.out / "eval"
+    result = run("eval", work.config, work.root, "--checkpoint", work.out / "best.pt", "--out", out, "--calibration",
+                 "--gallery", 1, "--bootstrap", 0)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert f"wrote {work.out / 'report.html'}" in run("report", work.out).output
+    page = (work.out / "report.html").read_text(encoding="utf-8")
+    scores = json.loads((out / "scores.json").read_text(encoding="utf-8"))
+    assert f'<th scope="row">mIoU</th><td>{scores["miou"]:.4f}</td>' in page
+    assert page.count('<article class="compare">') == len(scores["gallery"]) == 3
+    for shown in ("confusion-0", "calibration", "loss", "times"):
+        assert f'data-chart="{shown}"' in page
+    for row in ("model.backbone</th><td>resnet18", "data.crop</th><td>[33, 33]", "eval.preset</th><td>whole"):
+        assert row in page

@@ -235,7 +235,7 @@ def _bins(runs: Sequence[Run]) -> Rows:
 
 def _calibration(runs: Sequence[Run], names: Sequence[str]) -> Chart:
     rows = [row for row in _bins(runs) if row["pixels"]]
-    axis = {"type": "quantitative", "scale": {"domain": [0, 1]}}
+    axis = {"type": "quantitative", "scale": {"domain": [0, 1]}, "axis": FEW}
     tooltip = [
         _field("run"),
         _field("confidence", "mean confidence", ".4f"),
@@ -269,7 +269,13 @@ def _confidence(runs: Sequence[Run], names: Sequence[str]) -> Chart:
         "mark": {"type": "line", "interpolate": "step", "point": {"size": 60, "opacity": 0}},
         "transform": [{"calculate": "(datum.low + datum.high) / 2", "as": "middle"}],
         "encoding": {
-            "x": {"field": "middle", "type": "quantitative", "title": "confidence", "scale": {"domain": [0, 1]}},
+            "x": {
+                "field": "middle",
+                "type": "quantitative",
+                "title": "confidence",
+                "scale": {"domain": [0, 1]},
+                "axis": FEW,
+            },
             "y": {"field": "share", "type": "quantitative", "title": "share of the pixels", "axis": {"format": "%"}},
             "color": _color(names),
             "tooltip": [
