@@ -179,3 +179,26 @@ def test_pixels_are_normalised_to_the_bit(dtype: type, channels_last: bool) -> N
     found = predict._normalised(images)
     assert torch.equal(found, torch.stack([normalise(to_float(image), mean, std) for image in images]))
     assert found.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def test_what_the_model_takes_is_measured() -> None:
+    """A module that fills 64 MB for each window is seen to, though the process had as much free before."""
+
+    class Greedy(torch.nn.Module):
+        align_corners = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, input: torch.Tensor) -> dict[str, torch.Tensor]:
+            if input.size(2) == 100:
+                [torch.ones(1024) for _ in range(16 * 1024)]  # small ones, which come from the heap
+            return {"out": input[:, :, ::8, ::8] * self.weight}
+
+    freed = [torch.ones(1024) for _ in range(32 * 1024)]
+    del freed
+    predict = Segmenter(Greedy(), 3, MEAN, STD, Protocol.of("mmseg", crop=(100, 100)))
+    cost = memory.measure(predict, 300, 300)
+    assert 60e6 < cost.forward < 100e6
+    assert (cost.logits, cost.pixels) == (3 * 13 * 13 * 4, 10**4)
