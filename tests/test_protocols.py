@@ -263,6 +263,13 @@ def test_only_some_rows_of_a_map_exist() -> None:
     assert max(rows) <= 33 + 22 + 16
 
 
+def test_images_of_different_sizes_are_refused() -> None:
+    segmenter = Segmenter(random_model(True), K, MEAN, STD)
+    for images in ([], [random_image(9, 9), random_image(9, 8)], [random_image(9, 9)[..., 0]]):
+        with pytest.raises(ValueError, match=r"images must be one or more of one size \(H, W, 3\), got \["):
+            segmenter(images)
+
+
 def test_protocol_refuses_what_does_not_go_together() -> None:
     for settings, message in (
         ({"scales": ()}, r"scales must be one or more numbers above 0, got \(\)"),

@@ -1,5 +1,6 @@
 """Scores of a data set under a protocol, in one process and in two, and in bounded memory."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -10,8 +11,9 @@ from test_distributed import two_processes
 from toy_backbone import ToyBackbone
 from toy_data import NAMES, write_toy_data
 
+from pspnet_fast.data.images import to_float
 from pspnet_fast.data.list_dataset import ListDataset
-from pspnet_fast.data.transforms import EvalTransform, PixelTransform
+from pspnet_fast.data.transforms import EvalTransform, PixelTransform, normalise
 from pspnet_fast.inference import memory
 from pspnet_fast.inference.protocol import Protocol
 from pspnet_fast.inference.sliding import Segmenter
@@ -163,3 +165,40 @@ def test_a_bound_is_kept_and_told(root: Path) -> None:
     assert torch.equal(bounded.counts, score_images(segmenter(WINDOWS), pairs(root)).counts)
     with pytest.raises(ValueError, match=r"but may have 1\.0 MB"):
         score_images(segmenter(WINDOWS), pairs(root), budget=10**6)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_pixels_are_normalised_to_the_bit(dtype: type, channels_last: bool) -> None:
+    rng = np.random.default_rng(0)
+    most = {np.uint8: 256, np.uint16: 65536, np.float32: 256}[dtype]
+    images = [(rng.random((37, 41, 3)) * most).astype(dtype) for _ in range(2)]
+    images[1] = images[1][:, ::-1]  # a view, as flips make them
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    predict = replace(segmenter(Protocol()), mean=mean, std=std, channels_last=channels_last)
+    found = predict._normalised(images)
+    assert torch.equal(found, torch.stack([normalise(to_float(image), mean, std) for image in images]))
+    assert found.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def test_what_the_model_takes_is_measured() -> None:
+    """A module that fills 64 MB for each window is seen to, though the process had as much free before."""
+
+    class Greedy(torch.nn.Module):
+        align_corners = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, input: torch.Tensor) -> dict[str, torch.Tensor]:
+            if input.size(2) == 100:
+                [torch.ones(1024) for _ in range(16 * 1024)]  # small ones, which come from the heap
+            return {"out": input[:, :, ::8, ::8] * self.weight}
+
+    freed = [torch.ones(1024) for _ in range(32 * 1024)]
+    del freed
+    predict = Segmenter(Greedy(), 3, MEAN, STD, Protocol.of("mmseg", crop=(100, 100)))
+    cost = memory.measure(predict, 300, 300)
+    assert 60e6 < cost.forward < 100e6
+    assert (cost.logits, cost.pixels) == (3 * 13 * 13 * 4, 10**4)

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol as Interface
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pspnet_fast import ops
 from pspnet_fast.data.images import Image, to_float
-from pspnet_fast.data.transforms import normalise
 from pspnet_fast.inference.protocol import Protocol
 from pspnet_fast.inference.resample import Places, ScaledImages, opencv_places, torch_places
 
@@ -54,10 +54,16 @@ class Segmenter:
         Returns:
             classes (N, H, W) uint8, or int32 for more than 256 classes, and the confidence (N, H, W), float32, float64
             of a float64 model, or None; both on the model's device, or on the CPU with ``host``.
+
+        Raises:
+            ValueError: there is no image, or they have different sizes.
         """
+        sizes = {image.shape for image in images}
+        if len(sizes) != 1 or len(next(iter(sizes))) != 3:
+            raise ValueError(f"images must be one or more of one size (H, W, 3), got {sorted(sizes)}")
         if self.protocol.plain:
             height, width = images[0].shape[:2]
-            logits = self._run(torch.stack([normalise(to_float(image), self.mean, self.std) for image in images]))
+            logits = self._run(self._normalised(images))
             aligned = bool(self.model.align_corners)
             if confidence:
                 return ops.upsample_argmax(logits, (height, width), align_corners=aligned, return_confidence=True)
@@ -133,6 +139,19 @@ class Segmenter:
         logits = self._run(pixels.flip(3) if mirrored else pixels).to(self._map_device, self._dtype)
         direct = protocol.average == "probabilities"
         return _WholeMaps(logits, None if direct else size, bool(self.model.align_corners))
+
+    def _normalised(self, images: Sequence[Image]) -> Tensor:
+        """(N, 3, H, W) float32: :func:`pspnet_fast.data.transforms.normalise` to the bit, on the model's device."""
+        pixels = [image if image.dtype == np.uint8 else to_float(image) for image in images]
+        tensors = [torch.from_numpy(np.require(image, requirements=("C", "W"))) for image in pixels]
+        planes = torch.stack(tensors).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        result = torch.empty(planes.shape, device=self.device, memory_format=layout).copy_(planes)
+        shift, scale = (
+            torch.tensor(values, dtype=torch.float32, device=self.device).mul_(255).view(3, 1, 1)
+            for values in (self.mean, self.std)
+        )
+        return result.sub_(shift).div_(scale)
 
     def _run(self, input: Tensor) -> Tensor:
         """Logits (N, K, h, w) of normalised images (N, 3, H, W), ``batch`` at a time."""
