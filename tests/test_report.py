@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from toy_command import assert_one_line, run
-from toy_runs import CLASSES, PARTS, write_log, write_scores
+from toy_runs import PARTS, write_log, write_scores
 
 from pspnet_fast.report import page
 from pspnet_fast.report.charts import POINTS, charts
@@ -73,15 +73,14 @@ def test_times_are_those_of_an_image(tmp_path: Path) -> None:
 
 def test_confusion_and_calibration_are_the_evaluations(tmp_path: Path) -> None:
     scores = write_scores(tmp_path)
-    cells = {(row["label"], row["prediction"]): row for row in values([tmp_path], "confusion-0")}
+    scores["confusion"][0][1] = 1  # too little to be seen
+    (tmp_path / "eval" / "scores.json").write_text(json.dumps(scores))
     counts = np.asarray(scores["confusion"])
-    for label, name in enumerate(CLASSES):
-        for prediction, other in enumerate(CLASSES):
-            cell = cells.get((name, other))
-            assert (cell["pixels"] if cell else 0) == counts[label, prediction]
-            if cell:
-                assert cell["share"] == pytest.approx(counts[label, prediction] / counts[label].sum(), abs=1e-6)
-                assert cell["right"] is (label == prediction)
+    drawn = np.zeros_like(counts)
+    for cell in values([tmp_path], "confusion-0"):
+        drawn[cell["row"], cell["column"]] = cell["pixels"]
+    assert (drawn == np.where(counts > 0.001 * counts.sum(1, keepdims=True), counts, 0)).all()
+    assert 0 < (drawn != counts).sum() < 3
     bins = values([tmp_path], "calibration")
     known = scores["calibration"]
     assert [row["pixels"] for row in bins] == [count for count in known["count"] if count]

@@ -14,6 +14,7 @@ Chart = dict[str, Any]
 Rows = list[dict[str, Any]]
 
 POINTS = 400  # of a curve: what a screen can show
+FAINT = 0.001  # share of a label's pixels up to which a cell of the confusion matrix is not drawn
 ARIA = 1000  # marks of a chart that a screen reader is told one by one
 FEW = {"tickCount": 6}
 STROKE = {"symbolType": "stroke", "symbolStrokeColor": "var(--text)"}  # of a legend of dashes
@@ -172,19 +173,23 @@ def _class_iou(runs: Sequence[Run], names: Sequence[str]) -> Chart:
 
 
 def _confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> Chart:
-    """Shares of each label's pixels, in a cell's opacity; cells without a pixel are left out."""
+    """Shares of each label's pixels, in a cell's opacity; cells that nobody could see are left out.
+
+    Of many classes there are thousands of cells, so their rows hold numbers only: the names are looked up.
+    """
+    totals = [sum(row) for row in counts]
     rows = [
-        {
-            "label": label,
-            "prediction": prediction,
-            "pixels": pixels,
-            "share": round(pixels / sum(row), 6),
-            "right": label == prediction,
-        }
-        for label, row in zip(classes, counts, strict=True)
-        for prediction, pixels in zip(classes, row, strict=True)
-        if pixels
+        {"row": label, "column": prediction, "pixels": pixels}
+        for label, row in enumerate(counts)
+        for prediction, pixels in enumerate(row)
+        if pixels > FAINT * totals[label]
     ]
+
+    def named(index: str, name: str) -> dict[str, Any]:
+        values = [{"index": number, name: text, "total": totals[number]} for number, text in enumerate(classes)]
+        fields = [name, "total"] if name == "label" else [name]
+        return {"lookup": index, "from": {"data": {"values": values}, "key": "index", "fields": fields}}
+
     step = max(6, min(34, 640 // max(len(classes), 1)))
     axis = {"labelLimit": 130, "labelOverlap": step < 10, "ticks": False, "labelFontSize": min(12, max(step, 8))}
     place = {"type": "nominal", "sort": None, "scale": {"domain": list(classes), "padding": 0.04}}
@@ -194,6 +199,12 @@ def _confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> Chart
         "height": {"step": step},
         "view": {"stroke": "var(--line)"},
         "mark": {"type": "rect", "aria": len(rows) <= ARIA},
+        "transform": [
+            named("row", "label"),
+            named("column", "prediction"),
+            {"calculate": "datum.pixels / datum.total", "as": "share"},
+            {"calculate": "datum.row === datum.column", "as": "right"},
+        ],
         "encoding": {
             "y": {"field": "label", "axis": axis, **place},
             "x": {"field": "prediction", "axis": {**axis, "labelAngle": -60, "orient": "top"}, **place},
