@@ -157,7 +157,7 @@ def evaluate(
     if crop := settings.data.val_crop:
         sentences.insert(0, f"of each image the centre of {crop[0]}x{crop[1]} (height x width), padded with the mean")
     if world.first:
-        click.echo(f"protocol: {'; '.join(sentences)}", err=as_json)
+        click.echo("protocol: " + "\n          ".join(sentences), err=as_json)
     join(world, device)
     scores = score_images(
         segmenter,
