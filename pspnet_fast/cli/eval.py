@@ -126,7 +126,7 @@ def evaluate(
     eval-compare` compares two scores.json. torchrun shares the images among processes. (docs/evaluation.md)
 
     \b
-    pspnet-fast eval configs/camvid.yaml data.root=/data/camvid --checkpoint best.pt --out runs/eval
+    pspnet-fast eval configs/camvid.yaml data.root=/data/camvid --checkpoint best.pt --out runs/camvid/eval
     pspnet-fast eval configs/camvid.yaml data.root=/data/camvid --checkpoint best.pt --crop 241,321 --scales 0.75,1,1.25
     pspnet-fast eval configs/ade20k.yaml data.root=/data/ade --checkpoint best.pt --protocol semseg --base-size 512
     """
