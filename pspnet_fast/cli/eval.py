@@ -134,8 +134,8 @@ def evaluate(
     from pspnet_fast.training.config_file import load_config
     from pspnet_fast.training.distributed import World, join, leave
     from pspnet_fast.training.evaluation import choose_device
+    from pspnet_fast.training.score_files import FORMAT, scores_record, table
     from pspnet_fast.training.score_files import as_json as to_json
-    from pspnet_fast.training.score_files import scores_record, table
     from pspnet_fast.training.scoring import score_images
 
     if out is None and (save or gallery):
@@ -176,7 +176,7 @@ def evaluate(
         return
     _warn(scores, val_set, names, unlabelled)
     record: dict[str, Any] = {
-        "format": 1,
+        "format": FORMAT,
         "checkpoint": checkpoint.name,
         "config": config.name,
         "classes": names,
