@@ -118,7 +118,8 @@ def test_eval_prints_scores(work: Workspace) -> None:
     arguments = ("eval", work.config, work.root, "--checkpoint", work.checkpoint)
     result = run(*arguments)
     assert result.exit_code == 0, result.output
-    assert [line.split()[0] for line in result.stdout.splitlines()[:6]] == ["protocol:", "class", *NAMES, "mIoU"]
+    lines = [line for line in result.stdout.splitlines() if not line.startswith(" ")]
+    assert [line.split()[0] for line in lines[:6]] == ["protocol:", "class", *NAMES, "mIoU"]
     scores = json.loads(run(*arguments, "--json").stdout)
     history = load_checkpoint(work.checkpoint)["history"]
     assert scores["miou"] == pytest.approx(history[-1]["miou"])

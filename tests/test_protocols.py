@@ -247,6 +247,31 @@ def test_single_precision(protocol: Protocol) -> None:
     assert_same_labels(segmenter, [image], [expected], tie=1e-4)
 
 
+class _Widened(torch.nn.Module):
+    """A model under bfloat16 autocast whose logits are float32 again."""
+
+    def __init__(self, model: PSPNet) -> None:
+        super().__init__()
+        self.model, self.align_corners = model, model.align_corners
+
+    def forward(self, input: torch.Tensor) -> dict[str, torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return {"out": self.model(input)["out"].float()}
+
+
+@pytest.mark.parametrize("protocol", SLIDING)
+def test_only_the_model_runs_under_autocast(protocol: Protocol) -> None:
+    """Its bfloat16 logits are summed in float32: as if they had been float32 all along."""
+    model, image = random_model(True).float(), random_image(61, 90)
+    expected, sure = Segmenter(_Widened(model), K, MEAN, STD, protocol, channels_last=True)([image], confidence=True)
+    narrow = Segmenter(model, K, MEAN, STD, protocol, autocast=torch.bfloat16, channels_last=True)
+    labels, confidence = narrow([image], confidence=True)
+    assert torch.equal(labels, expected)
+    assert confidence.dtype == torch.float32
+    torch.testing.assert_close(confidence, sure, rtol=0, atol=1e-6)
+    assert not torch.equal(confidence, Segmenter(model, K, MEAN, STD, protocol)([image], confidence=True)[1])
+
+
 def test_only_some_rows_of_a_map_exist() -> None:
     """Of the map of an upright image only the rows of one row of windows exist, and those of a band."""
     model, image = random_model(True), random_image(700, 40)

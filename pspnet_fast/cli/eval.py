@@ -112,7 +112,7 @@ def evaluate(
     eval-compare` compares two scores.json. torchrun shares the images among processes. (docs/evaluation.md)
 
     \b
-    pspnet-fast eval configs/camvid.yaml data.root=/data/camvid --checkpoint best.pt --out runs/eval
+    pspnet-fast eval configs/camvid.yaml data.root=/data/camvid --checkpoint best.pt --out runs/camvid/eval
     pspnet-fast eval configs/camvid.yaml data.root=/data/camvid --checkpoint best.pt --crop 241,321 --scales 0.75,1,1.25
     pspnet-fast eval configs/ade20k.yaml data.root=/data/ade --checkpoint best.pt --protocol semseg --base-size 512
     """
@@ -120,8 +120,8 @@ def evaluate(
     from pspnet_fast.training.config_file import load_config
     from pspnet_fast.training.distributed import World, join, leave
     from pspnet_fast.training.evaluation import choose_device
+    from pspnet_fast.training.score_files import FORMAT, scores_record, table
     from pspnet_fast.training.score_files import as_json as to_json
-    from pspnet_fast.training.score_files import scores_record, table
     from pspnet_fast.training.scoring import score_images
 
     if out is None and (save or gallery):
@@ -143,7 +143,7 @@ def evaluate(
     if crop := settings.data.val_crop:
         sentences.insert(0, f"of each image the centre of {crop[0]}x{crop[1]} (height x width), padded with the mean")
     if world.first:
-        click.echo(f"protocol: {'; '.join(sentences)}", err=as_json)
+        click.echo("protocol: " + "\n          ".join(sentences), err=as_json)
     join(world, device)
     scores = score_images(
         segmenter,
@@ -162,7 +162,7 @@ def evaluate(
         return
     _warn(scores, val_set, names, unlabelled)
     record: dict[str, Any] = {
-        "format": 1,
+        "format": FORMAT,
         "checkpoint": checkpoint.name,
         "config": config.name,
         "classes": names,
