@@ -9,19 +9,27 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from pspnet_fast.data.scenes import BAND, CLASSES, COLORS, SceneDataset
+from pspnet_fast.cli.eval_results import Results
+from pspnet_fast.data.scenes import BAND, CLASSES, COLORS, MEAN, STD, SceneDataset
 from pspnet_fast.inference.predict import predict_labels
 from pspnet_fast.inference.render import colorize, save_png, side_by_side
+from pspnet_fast.inference.sliding import Segmenter
 from pspnet_fast.models import PSPNet
 from pspnet_fast.models.small import SmallBackbone, reach
+from pspnet_fast.report.page import write_page
+from pspnet_fast.report.runs import SCORES
 from pspnet_fast.training import Metrics, TrainConfig, TrainResult, evaluate, fit
 from pspnet_fast.training.loading import val_loader
+from pspnet_fast.training.score_files import FORMAT, scores_record
+from pspnet_fast.training.scoring import score_images
 
 SIZE = (161, 241)  # one more than a multiple of the backbone's stride, so that upsampled logits lie where they belong
 BATCH = 8
@@ -139,6 +147,37 @@ def draw_predictions(outcomes: Mapping[str, Outcome], scenes: SceneDataset, coun
     save_png(path, side_by_side(rows, ["image", "truth", *outcomes], CLASSES, COLORS))
 
 
+class _Pixels(Dataset[tuple[Tensor, Tensor]]):
+    """The scenes' pictures (H, W, 3) uint8 and labels (H, W), as an evaluation wants them."""
+
+    def __init__(self, scenes: SceneDataset) -> None:
+        self._scenes = scenes
+
+    def __len__(self) -> int:
+        return len(self._scenes)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        scene = self._scenes.scene(index)
+        return torch.from_numpy(scene.picture), torch.from_numpy(scene.label)
+
+
+def save_scores(outcome: Outcome, scenes: SceneDataset, run: Path) -> None:
+    """Evaluate a model into its run's folder, as `pspnet-fast eval` does: the page of the run shows it."""
+    pixels: Any = _Pixels(scenes)  # of a PairDataset only length and items are used here
+    segmenter = Segmenter(outcome.model.eval(), len(CLASSES), [MEAN] * 3, [STD] * 3)
+    names = [f"scene {index}" for index in range(len(scenes))]
+    scores = score_images(segmenter, pixels, batch_size=BATCH, calibration=True)
+    record = {
+        "format": FORMAT,
+        "classes": list(CLASSES),
+        "colors": COLORS,
+        "protocol": segmenter.protocol.record(),
+        "protocol_text": segmenter.protocol.describe(),
+        **scores_record(scores, CLASSES, names, samples=1000),
+    }
+    Results((run / SCORES).parent, pixels, names, COLORS, ()).write(record, segmenter, gallery=1)
+
+
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
@@ -154,7 +193,8 @@ def _device(model: nn.Module) -> torch.device:
 def main(out: Path, seed: int, epochs: int, pairs: int, val_pairs: int) -> None:
     """Train a PSPNet and an FCN on scenes where only the far surroundings tell a boat from a car.
 
-    Writes curves.png, predictions.png, summary.txt and each model's run (checkpoint.pt, log.jsonl, ...) to the folder.
+    Writes curves.png, predictions.png, summary.txt, each model's run (checkpoint.pt, log.jsonl, ...) and report.html, a
+    page of both runs to open in a browser, to the folder.
     Exits with 1 if the PSPNet does not tell them apart or the FCN does.
     """
     start = time.perf_counter()
@@ -174,7 +214,12 @@ def main(out: Path, seed: int, epochs: int, pairs: int, val_pairs: int) -> None:
     draw_predictions(outcomes, val_set, 4, out / "predictions.png")
     text = summary(outcomes)
     (out / "summary.txt").write_text(text + "\n", encoding="utf-8")
-    click.echo(f"\n{text}\n\nWrote {out} in {time.perf_counter() - start:.0f} s.")
+    runs = {name: out / name.lower() for name in outcomes}
+    for name, outcome in outcomes.items():
+        save_scores(outcome, val_set, runs[name])
+    page = out / "report.html"
+    write_page(list(runs.values()), page)
+    click.echo(f"\n{text}\n\nWrote {out} in {time.perf_counter() - start:.0f} s. Open {page.resolve()}")
     if wrong := failures(outcomes):
         raise click.ClickException("the claim does not hold: " + "; ".join(wrong))
 

@@ -114,13 +114,12 @@ def test_interruption_says_how_to_go_on(work: Workspace, tmp_path: Path, monkeyp
     assert_one_line(result, 143, "interrupted by SIGTERM", f"{work.checkpoint} holds the state", command)
 
 
-def test_eval_prints_scores_and_draws(work: Workspace, tmp_path: Path) -> None:
+def test_eval_prints_scores(work: Workspace) -> None:
     arguments = ("eval", work.config, work.root, "--checkpoint", work.checkpoint)
-    result = run(*arguments, "--pictures", 2, "--out", tmp_path)
+    result = run(*arguments)
     assert result.exit_code == 0, result.output
-    assert [line.split()[0] for line in result.stdout.splitlines()[:5]] == ["class", *NAMES, "mIoU"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["val_0.png", "val_2.png"]
-
+    lines = [line for line in result.stdout.splitlines() if not line.startswith(" ")]
+    assert [line.split()[0] for line in lines[:6]] == ["protocol:", "class", *NAMES, "mIoU"]
     scores = json.loads(run(*arguments, "--json").stdout)
     history = load_checkpoint(work.checkpoint)["history"]
     assert scores["miou"] == pytest.approx(history[-1]["miou"])
@@ -139,18 +138,6 @@ def test_eval_refuses_other_classes(work: Workspace, tmp_path: Path) -> None:
     result = run("eval", work.config, work.root, f"data.names={names}", f"data.colors={colors}",
                  "--checkpoint", work.checkpoint)  # fmt: skip
     assert_one_line(result, 1, "different classes: 3 in the checkpoint, 2 in the file")
-
-
-def test_eval_pictures_overwrite_nothing(work: Workspace, tmp_path: Path) -> None:
-    arguments = ("eval", work.config, work.root, "--checkpoint", work.checkpoint, "--pictures", 1)
-    before = (work.data / "val_0.png").read_bytes()
-    assert_one_line(run(*arguments, "--out", work.data, "--overwrite"), 2, "would overwrite the image")
-    assert (work.data / "val_0.png").read_bytes() == before
-    assert run(*arguments, "--out", tmp_path).exit_code == 0
-    assert_one_line(run(*arguments, "--out", tmp_path), 2, "val_0.png exists", "--overwrite")
-    result = run(*arguments, "--out", tmp_path, "--overwrite", "--json")
-    assert list(json.loads(result.stdout)) == ["miou", "macc", "allacc", "iou", "accuracy", "confusion"]
-    assert "drew" in result.stderr
 
 
 def test_lists_without_labels(work: Workspace, tmp_path: Path) -> None:
@@ -241,9 +228,9 @@ def test_eval_out_of_memory(work: Workspace, monkeypatch: pytest.MonkeyPatch) ->
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr("pspnet_fast.training.evaluation.evaluate", fails)
+    monkeypatch.setattr("pspnet_fast.training.scoring.score_images", fails)
     result = run("eval", work.config, work.root, "--checkpoint", work.checkpoint)
-    assert_one_line(result, 1, "out of memory; try a data.val_crop or a smaller train.val_batch_size")
+    assert_one_line(result, 1, "out of memory; try --crop, --memory or a smaller train.val_batch_size")
 
 
 def test_programming_errors_stay_visible(work: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,9 +258,28 @@ def test_import_needs_torch_and_click_only() -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", f"{hide}; import pspnet_fast.cli"], check=True)
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "predict", "check-data", "coco-labels", "info"])
+@pytest.mark.parametrize(
+    "command", ["train", "eval", "eval-compare", "predict", "report", "check-data", "coco-labels", "info"]
+)
 def test_help_shows_examples(command: str) -> None:
     text = run(command, "--help").output
     assert f"pspnet-fast {command}" in text.partition("Usage:")[2]
     assert text.count("\n  pspnet-fast ") >= 2
     assert command in run("--help").output
+
+
+def test_report_of_a_run_that_was_evaluated(work: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pspnet_fast.report.page._vega", lambda: "")  # takes seconds; nothing runs it here
+    out = work.out / "eval"
+    result = run("eval", work.config, work.root, "--checkpoint", work.out / "best.pt", "--out", out, "--calibration",
+                 "--gallery", 1, "--bootstrap", 0)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert f"wrote {work.out / 'report.html'}" in run("report", work.out).output
+    page = (work.out / "report.html").read_text(encoding="utf-8")
+    scores = json.loads((out / "scores.json").read_text(encoding="utf-8"))
+    assert f'<th scope="row">mIoU</th><td>{scores["miou"]:.4f}</td>' in page
+    assert page.count('<article class="compare">') == len(scores["gallery"]) == 3
+    for shown in ("confusion-0", "calibration", "loss", "times"):
+        assert f'data-chart="{shown}"' in page
+    for row in ("model.backbone</th><td>resnet18", "data.crop</th><td>[33, 33]", "eval.preset</th><td>whole"):
+        assert row in page

@@ -1,16 +1,20 @@
 """``pspnet-fast predict`` as a user calls it."""
 
+import re
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-import torch
 from limits import largest_file
 from toy_command import Workspace, assert_one_line, run
 from toy_data import COLORS, SIZE
 
-from pspnet_fast.inference.predict import Predictor
+from pspnet_fast.inference.plan import ENDS
+from pspnet_fast.inference.predict import Prediction, Predictor
+from pspnet_fast.inference.videos import VideoReader, VideoWriter
+
+BIG = 77  # the grey of an image that stands for one without room in the memory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,25 +52,28 @@ def test_predict_goes_on_without_what_cannot_be_used(
     work: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "empty").mkdir()
-    for name in ("big.png", "fine.png"):
-        (tmp_path / name).write_bytes((work.data / "val_1.png").read_bytes())
+    (tmp_path / "fine.png").write_bytes((work.data / "val_1.png").read_bytes())
+    cv2.imwrite(str(tmp_path / "big.png"), np.full((*SIZE, 3), BIG, np.uint8))
     deep = np.random.default_rng(0).integers(4096, size=(*SIZE, 3), dtype=np.uint16)
     cv2.imwrite(str(tmp_path / "deep.png"), deep)
-    calls = iter(
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), None, None)
-    )
+    known = Predictor.predict
 
-    def predict(self: Predictor, image: torch.Tensor) -> torch.Tensor:
-        if error := next(calls):
-            raise error
-        return torch.zeros(image.shape[1:], dtype=torch.uint8)
+    def predict(self: Predictor, images: list[np.ndarray], **options: bool) -> list[Prediction]:
+        if any((image == BIG).all() for image in images):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return known(self, images, **options)
 
-    monkeypatch.setattr(Predictor, "__call__", predict)
+    monkeypatch.setattr(Predictor, "predict", predict)
     names = ["none.jpg", "empty", "big.png", "deep.png", "fine.png"]
     result = run("predict", *(tmp_path / name for name in names), "--checkpoint", work.checkpoint,
                  "--out", tmp_path / "out")  # fmt: skip
     assert_one_line(
-        result, 1, "no image ", "none.jpg; ", "empty: no image in this folder", "big.png: out of memory; scale the"
+        result,
+        1,
+        "no image ",
+        "none.jpg; ",
+        "empty: no image in this folder",
+        "big.png: out of memory; a smaller --crop takes less",
     )
     assert f"Warning: {tmp_path / 'deep.png'}: has 16 bits and no value above 4095" in result.stderr
     assert "labelled 2 of 3 images" in result.stdout
@@ -147,6 +154,143 @@ def test_predict_interrupted(work: Workspace, tmp_path: Path, monkeypatch: pytes
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pspnet_fast.inference.render.colorize", interrupted)
+    monkeypatch.setattr("pspnet_fast.inference.results.colorize", interrupted)
     result = run("predict", work.data / "val_1.png", "--checkpoint", work.checkpoint, "--out", tmp_path)
     assert_one_line(result, 130, "interrupted; labelled 0 of 1 images")
+
+
+def test_predict_writes_what_is_chosen(work: Workspace, tmp_path: Path) -> None:
+    image = work.data / "val_1.png"
+    arguments = ("predict", image, "--checkpoint", work.checkpoint, "--out", tmp_path)
+    for output, end in ENDS.items():
+        before = set(tmp_path.iterdir())
+        assert run(*arguments, f"--{output}").exit_code == 0
+        assert set(tmp_path.iterdir()) - before == {tmp_path / f"val_1{end}"}
+    prediction = Predictor.from_checkpoint(work.checkpoint, "cpu").predict(
+        [cv2.imread(str(image))[..., ::-1]], confidence=True, probabilities=True
+    )[0]
+    assert (cv2.imread(str(tmp_path / "val_1.png"), cv2.IMREAD_UNCHANGED) == prediction.labels).all()
+    confidence = cv2.imread(str(tmp_path / "val_1_confidence.png"), cv2.IMREAD_UNCHANGED)
+    assert (confidence == np.rint(255 * prediction.confidence)).all()
+    probabilities = np.load(tmp_path / "val_1_probabilities.npy")
+    assert probabilities.shape == (3, *SIZE)
+    assert probabilities.dtype == np.float16
+    assert np.abs(probabilities - prediction.probabilities).max() < 5e-4
+    assert_one_line(run(*arguments, "--overlay"), 2, "val_1_overlay.png exists: replace with --overwrite")
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_predict_batches_images_of_one_size(
+    work: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    expected, sizes = {}, []
+    for index in range(5):  # two sizes, in turns
+        image = cv2.imread(str(work.data / f"val_{index % 3}.png"))[: 40 - 9 * (index % 2)]
+        cv2.imwrite(str(tmp_path / f"{index}.png"), image)
+        expected[index] = Predictor.from_checkpoint(work.checkpoint)(tmp_path / f"{index}.png")
+    known = Predictor.predict
+
+    def predict(self: Predictor, images: list[np.ndarray], **options: bool) -> list[Prediction]:
+        sizes.append(len(images))
+        return known(self, images, **options)
+
+    monkeypatch.setattr(Predictor, "predict", predict)
+    result = run("predict", tmp_path, "--checkpoint", work.checkpoint, "--out", tmp_path / "out", "--labels",
+                 "--batch", batch)  # fmt: skip
+    assert "labelled 5 of 5 images" in result.output
+    assert sizes == {1: [1] * 5, 2: [2, 2, 1], 5: [3, 2]}[batch]
+    for index, label in expected.items():
+        assert (cv2.imread(str(tmp_path / "out" / f"{index}.png"), cv2.IMREAD_UNCHANGED) == label).all()
+
+
+def write_video(work: Workspace, path: Path, size: tuple[int, int]) -> list[np.ndarray]:
+    """Three images, each for two frames, as a lossy video; returns the frames as they are read back."""
+    path.parent.mkdir(exist_ok=True)
+    with VideoWriter(path, 12.5) as video:
+        for index in (0, 0, 1, 1, 2, 2):
+            frame = cv2.imread(str(work.data / f"val_{index}.png"))[: size[0], : size[1], ::-1]
+            video.write(frame)
+    return list(VideoReader(path))
+
+
+@pytest.mark.parametrize("size", [(40, 48), (35, 41)])
+def test_predict_videos(work: Workspace, tmp_path: Path, size: tuple[int, int]) -> None:
+    frames = write_video(work, tmp_path / "in" / "drive.mp4", size)
+    (tmp_path / "in" / "still.png").write_bytes((work.data / "val_1.png").read_bytes())
+    out = tmp_path / "out"
+    arguments = ("predict", tmp_path / "in", "--checkpoint", work.checkpoint, "--out", out)
+    result = run(*arguments, "--labels", "--overlay", "--confidence", "--batch", 4)
+    assert result.exit_code == 0, result.output
+    assert f"labelled 1 of 1 images and 1 of 1 videos (6 frames) into {out}" in result.output
+    ends = {"drive": (".mkv", "_confidence.mkv", "_overlay.mp4"), "still": (".png", "_confidence.png", "_overlay.png")}
+    assert {path.name for path in out.iterdir()} == {stem + end for stem in ends for end in ends[stem]}
+    predictor = Predictor.from_checkpoint(work.checkpoint, "cpu")
+    predictions = predictor.predict(frames, confidence=True)
+    videos = [VideoReader(out / f"drive{end}") for end in ends["drive"]]
+    assert [video.rate for video in videos] == [12.5] * 3
+    read = [list(video) for video in videos]
+    assert [len(part) for part in read] == [6, 6, 6]
+    for frame, prediction, label, certain, blended in zip(frames, predictions, *read, strict=True):
+        assert (label == prediction.labels[..., None]).all()
+        assert (certain == np.rint(255 * prediction.confidence).astype(np.uint8)[..., None]).all()
+        expected = 0.5 * frame + 0.5 * np.asarray(COLORS)[prediction.labels]
+        assert np.abs(blended - expected).mean() < 12  # MPEG-4 is not exact
+    assert_one_line(run(*arguments, "--probabilities"), 2, "drive.mp4: probabilities are written of images only")
+    assert_one_line(run(*arguments, "--labels"), 2, "drive.mkv and 1 more results exist")
+
+
+def test_predict_goes_on_after_a_bad_video(work: Workspace, tmp_path: Path) -> None:
+    write_video(work, tmp_path / "whole.mp4", SIZE)
+    content = (tmp_path / "whole.mp4").read_bytes()
+    (tmp_path / "bad.avi").write_bytes(content[:500])
+    with VideoWriter(tmp_path / "cut.mkv", 5) as video:
+        for _ in range(8):
+            video.write(np.random.default_rng(0).integers(0, 256, SIZE, np.uint8))
+    content = (tmp_path / "cut.mkv").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(content[: len(content) // 2])
+    result = run("predict", tmp_path, "--checkpoint", work.checkpoint, "--out", tmp_path / "out", "--palette")
+    assert_one_line(result, 1, "bad.avi: is not a video that OpenCV can read, or not whole")
+    told = re.search(rf"Warning: {tmp_path / 'cut.mkv'}: tells of 8 frames, (\d) could be read", result.stderr)
+    assert 0 < int(told[1]) < 8
+    assert f"labelled 2 of 3 videos ({6 + int(told[1])} frames)" in result.output
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"whole_color.mp4", "cut_color.mp4"}
+
+
+def test_videos_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "x.mkv"
+    path.write_bytes(b"precious")
+    frame = np.zeros(SIZE, np.uint8)
+    interrupted, incomplete = VideoWriter(path, 5), VideoWriter(path, 5)
+    interrupted.write(frame)
+    interrupted.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    incomplete.write(frame)
+    incomplete._frames = 7  # as if OpenCV had lost six
+    with pytest.raises(OSError, match="cannot be written: 1 of 7 frames are there") as error:
+        incomplete.__exit__(None, None, None)
+    assert error.value.filename == str(path)
+    assert path.read_bytes() == b"precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.mkv"]
+
+
+def test_predict_in_windows(work: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = work.data / "val_1.png"
+    predictor = Predictor.from_checkpoint(work.checkpoint, "cpu")
+    assert predictor.crop == (33, 33)
+    expected = predictor.in_windows()(image)
+    assert (expected != predictor(image)).any()
+    arguments = ("predict", image, "--checkpoint", work.checkpoint, "--labels", "--out")
+    assert run(*arguments, tmp_path / "chosen", "--crop", 33).exit_code == 0
+    assert_one_line(run(*arguments, tmp_path / "x", "--crop", "0,5"), 2, "--crop must be (height, width)")
+    known = Predictor.predict
+
+    def predict(self: Predictor, images: list[np.ndarray], **options: bool) -> list[Prediction]:
+        if self.protocol.plain:
+            raise MemoryError
+        return known(self, images, **options)
+
+    monkeypatch.setattr(Predictor, "predict", predict)
+    result = run(*arguments, tmp_path / "forced")
+    assert result.exit_code == 0
+    assert f"Warning: {image}: out of memory as a whole; in windows of 33x33 (height x width)" in result.stderr
+    for out in ("chosen", "forced"):
+        assert (cv2.imread(str(tmp_path / out / "val_1.png"), cv2.IMREAD_UNCHANGED) == expected).all()

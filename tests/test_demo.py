@@ -1,3 +1,4 @@
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +28,10 @@ def outcome(confused: list[list[int]]) -> Outcome:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_demo_writes_its_files_and_admits_that_a_tiny_run_proves_nothing(tmp_path: Path) -> None:
+def test_demo_writes_its_files_and_admits_that_a_tiny_run_proves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pspnet_fast.report.page._vega", lambda: "")  # takes seconds; nothing runs it here
     out = tmp_path / "demo"
     result = CliRunner().invoke(main, ["--out", str(out), "--epochs", "1", "--pairs", "4", "--val-pairs", "2"])
     assert result.exit_code == 1
@@ -41,6 +45,16 @@ def test_demo_writes_its_files_and_admits_that_a_tiny_run_proves_nothing(tmp_pat
     assert summary in result.output
     assert [line.split()[0] for line in summary.splitlines()[:3]] == ["IoU", "FCN", "PSPNet"]
     assert summary.splitlines()[0].split()[1:] == ["mean", *CLASSES]
+    assert f"Open {out / 'report.html'}" in result.output
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "<h1>fcn, pspnet</h1>" in page
+    assert page.count('<article class="compare">') == 6
+    for name, row in zip(("fcn", "pspnet"), summary.splitlines()[1:3], strict=True):
+        scores = json.loads((out / name / "eval" / "scores.json").read_text())
+        assert [f"{score:.3f}" for score in (scores["miou"], *scores["iou"].values())] == row.split()[1:]
+        ranked = {entry["rank"]: entry["miou"] for entry in scores["gallery"]}
+        mious = sorted(image["miou"] for image in scores["images"])
+        assert [ranked["worst"], ranked["median"], ranked["best"]] == [mious[0], mious[2], mious[3]]
     assert cv2.imread(str(out / "curves.png")).std() > 10
     predictions = cv2.imread(str(out / "predictions.png"))[..., ::-1]
     assert predictions.shape[0] > 4 * SIZE[0]

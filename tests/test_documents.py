@@ -16,11 +16,12 @@ COMMANDS = commands("pspnet-fast")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the blocks run. It stands in for a folder in which CamVid was trained: with a checkpoint of toy images."""
+    """Where the blocks run: as if CamVid had been trained there, with a checkpoint of toy images and a photograph."""
     work = Workspace(tmp_path_factory.mktemp("toy"))
     runs = tmp_path_factory.mktemp("examples")
     (runs / "runs").mkdir()
     work.out.rename(runs / "runs" / "camvid")
+    (runs / "street.jpg").write_bytes((work.data / "val_0.png").read_bytes())
     return runs
 
 

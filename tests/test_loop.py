@@ -7,16 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from toy_backbone import ToyBackbone
-from toy_data import NAMES, write_toy_data
+from toy_data import COLORS, NAMES, SIZE, write_toy_data
 from toy_training import CONFIG, Items, assert_equal_states, train
 
 from pspnet_fast.data.list_dataset import ListDataset
 from pspnet_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD, EvalTransform
 from pspnet_fast.inference.predict import Predictor, predict_labels
+from pspnet_fast.inference.render import colorize
 from pspnet_fast.models import PSPNet
 from pspnet_fast.training import ConfigError, Metrics, evaluate, fit
 from pspnet_fast.training.checkpoint import load_checkpoint
@@ -57,6 +59,7 @@ def test_fit_learns_and_leaves_its_files(root: Path, tmp_path: Path) -> None:
     first_epoch = [record["loss"] for record in iterations[:12]]
     assert sum(first_epoch) / 12 == pytest.approx(result.history[0]["loss"])
     assert records[0]["config"]["batch_size"] == 4
+    assert records[0]["versions"]["torch"] == torch.__version__
 
     curves = cv2.imread(str(tmp_path / "curves.png"))
     assert min(curves.shape[:2]) > 500
@@ -74,6 +77,28 @@ def test_tensorboard_scalars(root: Path, tmp_path: Path) -> None:
     scores = [scalar.value for scalar in events.Scalars("val/miou")]
     assert scores == pytest.approx([record["miou"] for record in result.history])
     assert f"val_iou/{NAMES[0]}" in events.Tags()["scalars"]
+
+
+def test_tensorboard_pictures(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr("pspnet_fast.training.pictures.WIDEST", SIZE[1])
+    model, _ = train(root, tmp_path, replace(CONFIG, epochs=2), metadata={"colors": COLORS})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["images"] == ["val/image 1", "val/image 2", "val/image 3"]
+    items = ListDataset(root, root / "val.txt", len(NAMES), EvalTransform())
+    for index, tag in enumerate(events.Tags()["images"]):
+        first, last = events.Images(tag)
+        assert (first.step, last.step) == (4, 8)
+        picture = cv2.imdecode(np.frombuffer(last.encoded_image_string, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+        image, truth, prediction = np.split(picture, 3, axis=1)
+        read, label = items.read(index)
+        assert np.abs(image - read).max() <= 1
+        assert (truth == colorize(label, COLORS)).all()
+        with torch.no_grad():
+            expected = predict_labels(model.eval(), items[index][0][None])[0].numpy()
+        assert (prediction == colorize(expected, COLORS)).all()
 
 
 def test_same_seed_same_weights_and_other_seed_others(root: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def touch(*names: str) -> None:
 
 
 def results(*arguments: str, out: str = "out") -> set[str]:
-    return {str(path) for task in plan([Path(name) for name in arguments], Path(out)) for path in task.results}
+    return {str(path) for task in plan([Path(name) for name in arguments], Path(out)) for path in task.results.values()}
 
 
 def three(stem: str) -> set[str]:

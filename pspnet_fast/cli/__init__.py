@@ -1,4 +1,4 @@
-"""Command line: ``pspnet-fast train | eval | predict | check-data | coco-labels | info``, a file each."""
+"""Command line: ``pspnet-fast train | eval | eval-compare | predict | report | check-data | coco-labels | info``."""
 
 import click
 
@@ -6,9 +6,11 @@ from pspnet_fast import __version__
 from pspnet_fast.cli.check_data import check_data
 from pspnet_fast.cli.coco_labels import coco_labels
 from pspnet_fast.cli.eval import evaluate
+from pspnet_fast.cli.eval_compare import eval_compare
 from pspnet_fast.cli.group import EXTRAS, Group
 from pspnet_fast.cli.info import info
 from pspnet_fast.cli.predict import predict
+from pspnet_fast.cli.report import report
 from pspnet_fast.cli.train import train
 
 __all__ = ["EXTRAS", "main"]
@@ -25,8 +27,9 @@ def main(traceback: bool) -> None:
     pspnet-fast train configs/camvid.yaml data.root=/data/camvid
     pspnet-fast eval configs/camvid.yaml data.root=/data/camvid --checkpoint runs/camvid/best.pt
     pspnet-fast predict street.jpg --checkpoint runs/camvid/best.pt --out labels
+    pspnet-fast report runs/camvid
     """
 
 
-for command in (train, evaluate, predict, check_data, coco_labels, info):
+for command in (train, evaluate, eval_compare, predict, report, check_data, coco_labels, info):
     main.add_command(command)

@@ -24,9 +24,25 @@ class _Path(click.Path):
         return super().convert(value if os.path.lexists(value) else os.path.expanduser(value), param, ctx)
 
 
+class Numbers(click.ParamType):
+    """Numbers with commas between them."""
+
+    def __init__(self, kind: type, name: str) -> None:
+        self._kind, self.name = kind, name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(self._kind(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"must be {self.name.lower()}, got {value!r}", param, ctx)
+
+
 ANY = _Path(path_type=Path)
 FILE = _Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = _Path(file_okay=False, path_type=Path)
+NEW_FILE = _Path(dir_okay=False, path_type=Path)
 
 
 def data_path(data: "DataConfig", name: str = "") -> Path:
@@ -166,7 +182,5 @@ def validation_set(data: "DataConfig", classes: int, mean: Sequence[float], std:
 
 def load_predictor(checkpoint: Path, device: str) -> "Predictor":
     from pspnet_fast.inference.predict import Predictor
-    from pspnet_fast.training.checkpoint import load_checkpoint
-    from pspnet_fast.training.evaluation import choose_device
 
-    return Predictor.from_checkpoint(load_checkpoint(checkpoint), choose_device(device))
+    return Predictor.from_checkpoint(checkpoint, device)

@@ -1,82 +1,269 @@
 """``pspnet-fast eval``."""
 
-import json
-import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from pspnet_fast.cli.common import FILE, FOLDER, load_predictor, read_classes, skipped_text, validation_set
+from pspnet_fast.cli.common import (
+    FILE,
+    FOLDER,
+    Numbers,
+    data_path,
+    load_predictor,
+    pair_dataset,
+    read_classes,
+    skipped_text,
+)
 
 if TYPE_CHECKING:
+    from pspnet_fast.cli.eval_results import Results
     from pspnet_fast.data.list_dataset import PairDataset
-    from pspnet_fast.inference.predict import Predictor
-    from pspnet_fast.training.metrics import Metrics
+    from pspnet_fast.inference.memory import Plan
+    from pspnet_fast.inference.protocol import Protocol
+    from pspnet_fast.inference.sliding import Segmenter
+    from pspnet_fast.training.config import Config
+    from pspnet_fast.training.scoring import Scores
+
+KINDS = ("labels", "colors", "overlays")
 
 
-@click.command("eval", short_help="Measure a checkpoint: IoU and accuracy by class, and their means.")
+class _Kinds(click.ParamType):
+    """Some of the words in KINDS, with commas between them."""
+
+    name = ",".join(KINDS)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        kinds = value if isinstance(value, tuple) else tuple(value.split(","))
+        if wrong := [kind for kind in kinds if kind not in KINDS]:
+            self.fail(f"must be some of {', '.join(KINDS)}, got {', '.join(map(repr, wrong))}", param, ctx)
+        return kinds
+
+
+class _Bytes(click.ParamType):
+    """A size such as 4G."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from pspnet_fast.inference.memory import parse_bytes
+
+        try:
+            return parse_bytes(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+@click.command("eval", short_help="Measure a checkpoint under a test protocol: scores by class, and means.")
 @click.argument("config", type=FILE)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--checkpoint", type=FILE, required=True, help="Model to measure.")
-@click.option("--json", "as_json", is_flag=True, help="Print the scores and the confusion matrix as JSON.")
-@click.option("--pictures", type=click.IntRange(min=0), default=0, help="Also draw this many images beside the truth.")
-@click.option("--out", type=FOLDER, default=Path("runs/eval"), show_default=True, help="Folder of the pictures.")
-@click.option("--overwrite", is_flag=True, help="Replace pictures that exist.")
+@click.option(
+    "--protocol",
+    type=click.Choice(["whole", "semseg", "mmseg"]),
+    default="whole",
+    show_default=True,
+    help="Sizes, windows and averages as published; the options below change them.",
+)
+@click.option("--base-size", type=Numbers(int, "N[,N]"), help="What scale 1 is: long side, with mmseg LONG,SHORT.")
+@click.option("--scales", type=Numbers(float, "N[,N...]"), help="Average over these sizes of the image.")
+@click.option("--flip/--no-flip", default=None, help="Average over the mirrored image as well.")
+@click.option("--crop", type=Numbers(int, "N[,N]"), help="Windows of HEIGHT,WIDTH; one number is both.")
+@click.option("--stride-rate", type=click.FloatRange(0, 1, min_open=True), help="Their step over their size; 2/3.")
+@click.option("--absent", type=click.Choice(["skip", "zero", "one", "nan"]), help="What absent classes count in means.")
+@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Most windows at a time.")
+@click.option("--memory", type=_Bytes(), help="Bound, 4G or 500M: of the process, or of torch on a GPU.")
+@click.option("--boundary", is_flag=True, help="Also measure boundary IoU.")
+@click.option("--calibration", is_flag=True, help="Also measure how far confidence can be trusted (ECE).")
+@click.option(
+    "--bootstrap", type=click.IntRange(min=0), default=1000, show_default=True, help="Samples of mIoU's interval."
+)
+@click.option("--out", type=FOLDER, help="Folder of scores.json, tables and pictures; without it nothing is written.")
+@click.option("--save", type=_Kinds(), default=(), help="Also write these for every image.")
+@click.option("--gallery", type=click.IntRange(min=0), default=0, help="Draw this many best, median and worst images.")
+@click.option("--overwrite", is_flag=True, help="Replace results that exist.")
+@click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON and nothing else.")
 def evaluate(
     config: Path,
     overrides: tuple[str, ...],
     checkpoint: Path,
-    as_json: bool,
-    pictures: int,
-    out: Path,
+    protocol: str,
+    batch: int,
+    memory: int | None,
+    boundary: bool,
+    calibration: bool,
+    bootstrap: int,
+    out: Path | None,
+    save: tuple[str, ...],
+    gallery: int,
     overwrite: bool,
+    as_json: bool,
+    **changes: Any,
 ) -> None:
-    """Measure a checkpoint on the validation list of CONFIG: IoU and accuracy by class, mIoU, mAcc, allAcc.
+    """Measure a checkpoint on the validation list of CONFIG under a test protocol.
 
-    The model and the normalisation come from the checkpoint. Images are predicted whole, unless data.val_crop is set,
-    at one scale, without flipping. A class that occurs neither in labels nor in predictions has no IoU and does not
-    count in the mean. With --json nothing else is printed to stdout; a score that does not exist is null.
+    The model and the normalisation come from the checkpoint. By default images are predicted whole, at one scale,
+    without flipping, and a class that occurs neither in labels nor in predictions does not count in the mean.
+    `--protocol semseg` and `mmseg` predict and average as these do, `--crop`, `--scales` and `--flip` make a protocol
+    of your own; the protocol is printed in words. With --memory the batch of windows is chosen to fit. With --out it
+    leaves scores.json, classes.csv, images.csv and confusion.png, and what --save and --gallery ask for; `pspnet-fast
+    eval-compare` compares two scores.json. torchrun shares the images among processes. (docs/evaluation.md)
 
     \b
-    pspnet-fast eval configs/camvid.yaml data.root=/data/camvid --checkpoint runs/camvid/checkpoint.pt
-    pspnet-fast eval configs/camvid.yaml data.root=/data/camvid --checkpoint runs/camvid/checkpoint.pt --pictures 4
+    pspnet-fast eval configs/camvid.yaml data.root=/data/camvid --checkpoint best.pt --out runs/camvid/eval
+    pspnet-fast eval configs/camvid.yaml data.root=/data/camvid --checkpoint best.pt --crop 241,321 --scales 0.75,1,1.25
+    pspnet-fast eval configs/ade20k.yaml data.root=/data/ade --checkpoint best.pt --protocol semseg --base-size 512
     """
     from pspnet_fast.data.checks import check_lists, unlabelled
     from pspnet_fast.training.config_file import load_config
+    from pspnet_fast.training.distributed import World, join, leave
     from pspnet_fast.training.evaluation import choose_device
-    from pspnet_fast.training.evaluation import evaluate as score
-    from pspnet_fast.training.loading import val_loader
+    from pspnet_fast.training.score_files import FORMAT, scores_record, table
+    from pspnet_fast.training.score_files import as_json as to_json
+    from pspnet_fast.training.scoring import score_images
 
-    settings = load_config(config, overrides)
-    device = choose_device(settings.train.device)
-    predictor = load_predictor(checkpoint, settings.train.device)
+    if out is None and (save or gallery):
+        raise click.UsageError("--save and --gallery write files: name a folder with --out")
+    settings, world = load_config(config, overrides), World.from_environment()
+    rule = _protocol(protocol, changes)
+    device = choose_device(settings.train.device, world.local_rank)
+    predictor = load_predictor(checkpoint, str(device))
     names, _ = read_classes(settings.data)
     if difference := _first_difference(predictor.class_names, names):
         raise ValueError(f"{checkpoint} and {settings.data.names} have different classes: {difference}")
-    val_set = validation_set(settings.data, len(names), predictor.mean, predictor.std)
-    drawn = _plan_pictures(val_set, pictures, out, overwrite)
-    for warning in check_lists(val_set):
+    val_set = _pixels(settings, len(names), predictor.mean)
+    segmenter = _segmenter(predictor, rule, batch, settings)
+    images = _names(val_set, data_path(settings.data))
+    results = _results(out, val_set, images, predictor.colors, save, overwrite=overwrite)
+    for warning in check_lists(val_set) if world.first else ():
         click.echo(f"Warning: {warning}", err=True)
-    metrics = score(
-        predictor.model,
-        val_loader(val_set, settings.train.val_batch_size, settings.train.workers, device.type == "cuda"),
-        len(names),
-        device,
-        bf16=settings.train.bf16,
-        channels_last=settings.train.channels_last,
+    sentences = rule.describe()
+    if crop := settings.data.val_crop:
+        sentences.insert(0, f"of each image the centre of {crop[0]}x{crop[1]} (height x width), padded with the mean")
+    if world.first:
+        click.echo("protocol: " + "\n          ".join(sentences), err=as_json)
+    join(world, device)
+    scores = score_images(
+        segmenter,
+        val_set,
+        batch_size=settings.train.val_batch_size,
+        workers=settings.train.workers,
+        budget=memory,
+        boundary=boundary,
+        calibration=calibration,
+        world=world,
+        predicted=results.save if results and save else None,
+        planned=_tell if memory and world.first else None,
     )
+    leave()
+    if not world.first:
+        return
+    _warn(scores, val_set, names, unlabelled)
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "checkpoint": checkpoint.name,
+        "config": config.name,
+        "classes": names,
+        "colors": [list(color) for color in predictor.colors],
+        "protocol": rule.record(),
+        "protocol_text": sentences,
+        **scores_record(scores, names, images, bootstrap),
+        "gallery": [],
+    }
+    if results:
+        # One window at a time is what surely fits.
+        results.write(record, replace(segmenter, batch=1, host=True) if memory else segmenter, gallery)
+    click.echo(to_json(record) if as_json else _summary(table(record), record, results))
+
+
+def _protocol(preset: str, changes: dict[str, Any]) -> "Protocol":
+    from pspnet_fast.inference.protocol import Protocol
+
+    given = {name: value for name, value in changes.items() if value is not None}
+    if len(given.get("crop", ())) == 1:
+        given["crop"] *= 2
+    try:
+        return Protocol.of(preset, **given)
+    except ValueError as error:
+        raise click.UsageError(f"--{str(error).replace('_', '-', 1)}") from None
+
+
+def _pixels(settings: "Config", classes: int, mean: Sequence[float]) -> "PairDataset":
+    from pspnet_fast.data.transforms import PixelTransform
+
+    return pair_dataset(settings.data, "val", classes, PixelTransform(mean, settings.data.val_crop))
+
+
+def _segmenter(predictor: Any, protocol: "Protocol", batch: int, settings: "Config") -> "Segmenter":
+    import torch
+
+    from pspnet_fast.inference.sliding import Segmenter
+
+    train = settings.train
+    autocast = torch.float16 if train.fp16 else torch.bfloat16 if train.bf16 else None
+    return Segmenter(
+        predictor.model,
+        len(predictor.class_names),
+        predictor.mean,
+        predictor.std,
+        protocol,
+        batch,
+        autocast=autocast,
+        channels_last=train.channels_last,
+    )
+
+
+def _results(out: Path | None, *arguments: Any, overwrite: bool) -> "Results | None":
+    """Where results go, settled before measuring."""
+    from pspnet_fast.cli.eval_results import Results
+
+    if out is None:
+        return None
+    results = Results(out, *arguments)
+    try:
+        results.check(overwrite)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    return results
+
+
+def _names(val_set: "PairDataset", root: Path) -> list[str]:
+    """Images as their list has them: relative to the data's folder where they lie in it."""
+    return [str(path.relative_to(root) if path.is_relative_to(root) else path) for path, _ in val_set.pairs]
+
+
+def _tell(plan: "Plan") -> None:
+    from pspnet_fast.files import megabytes
+
+    host = f" on the device and {megabytes(plan.host_bytes)} on the host" if plan.host_bytes else ""
+    click.echo(
+        f"{plan.segmenter.batch} windows or images at a time, an estimated {megabytes(plan.device_bytes)}{host} "
+        "beside the model",
+        err=True,
+    )
+
+
+def _warn(scores: "Scores", val_set: "PairDataset", names: Sequence[str], unlabelled: Any) -> None:
     if text := skipped_text(val_set):
         click.echo(f"Warning: {text}", err=True)
-    if not metrics.confusion.any():
+    confusion = scores.metrics.confusion
+    if not confusion.any():
         click.echo(f"Warning: no pixel of {val_set.source} is labelled: there are no scores", err=True)
-    elif missing := unlabelled(metrics.confusion.sum(1).tolist(), names):
+    elif missing := unlabelled(confusion.sum(1).tolist(), names):
         click.echo(f"Warning: {val_set.source}: {missing}", err=True)
-    click.echo(_scores_json(metrics, names) if as_json else _scores_table(metrics, names))
-    for index, path in drawn.items():
-        _draw(predictor, val_set, index, path)
-        click.echo(f"drew {path}", err=as_json)
+
+
+def _summary(table: str, record: dict[str, Any], results: "Results | None") -> str:
+    count, time = len(record["images"]), record["time"]
+    lines = [table, f"{count} images in {time['seconds']:.1f} s, {time['images_per_second']:.2f} images/s"]
+    scored = sorted((image["miou"], image["image"]) for image in record["images"] if image["miou"] is not None)
+    if len(scored) > 1:
+        lines.append("worst images: " + ", ".join(f"{name} {miou:.4f}" for miou, name in scored[:3]))
+    if results:
+        lines.append(f"wrote {results.out / 'scores.json'}")
+    return "\n".join(lines)
 
 
 def _first_difference(trained: Sequence[str], named: Sequence[str]) -> str | None:
@@ -87,61 +274,3 @@ def _first_difference(trained: Sequence[str], named: Sequence[str]) -> str | Non
     if len(trained) != len(named):
         return f"{len(trained)} in the checkpoint, {len(named)} in the file"
     return None
-
-
-def _scores_table(metrics: "Metrics", names: Sequence[str]) -> str:
-    width = max(len("class"), *map(len, names))
-    lines = [f"{'class':<{width}}    IoU    acc"]
-    for name, iou, accuracy in zip(names, metrics.iou.tolist(), metrics.accuracy.tolist(), strict=True):
-        lines.append(f"{name:<{width}} {_score(iou):>6} {_score(accuracy):>6}")
-    means = (("mIoU", metrics.miou), ("mAcc", metrics.macc), ("allAcc", metrics.allacc))
-    return "\n".join([*lines, ", ".join(f"{title} {_score(value)}" for title, value in means)])
-
-
-def _score(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.4f}"
-
-
-def _scores_json(metrics: "Metrics", names: Sequence[str]) -> str:
-    record = metrics.record()
-    accuracy = [None if math.isnan(value) else value for value in metrics.accuracy.tolist()]
-    scores = {
-        **record,
-        "iou": dict(zip(names, record["iou"], strict=True)),
-        "accuracy": dict(zip(names, accuracy, strict=True)),
-        "confusion": metrics.confusion.tolist(),
-    }
-    return json.dumps(scores, indent=2, allow_nan=False)
-
-
-def _plan_pictures(val_set: "PairDataset", count: int, out: Path, overwrite: bool) -> dict[int, Path]:
-    """The first, the last and images evenly between them, by index, and their pictures; settled before measuring."""
-    import numpy as np
-
-    from pspnet_fast.inference.plan import check_results
-
-    indices = np.linspace(0, len(val_set) - 1, min(count, len(val_set))).round().astype(int).tolist()
-    drawn = {index: out / f"{val_set.pairs[index][0].stem}.png" for index in indices}
-    try:
-        inputs = [path for pair in val_set.pairs for path in pair]
-        check_results(
-            [(val_set.pairs[index][0], path) for index, path in drawn.items()], inputs=inputs, overwrite=overwrite
-        )
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
-    return drawn
-
-
-def _draw(predictor: "Predictor", val_set: "PairDataset", index: int, path: Path) -> None:
-    """Draw image, truth and prediction side by side."""
-    import numpy as np
-
-    from pspnet_fast.data.transforms import normalise
-    from pspnet_fast.inference.render import colorize, save_png, side_by_side
-
-    image, label = val_set.read(index)
-    prediction = predictor(normalise(image, predictor.mean, predictor.std)).numpy()
-    row = [image.astype(np.uint8), colorize(label, predictor.colors), colorize(prediction, predictor.colors)]
-    sheet = side_by_side([row], ["image", "truth", "prediction"], predictor.class_names, predictor.colors)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_png(path, sheet)

@@ -9,8 +9,10 @@ from typing import Any
 
 import click
 
+from pspnet_fast.out_of_memory import is_out_of_memory
+
 EXTRAS = dict.fromkeys(("numpy", "yaml", "cv2", "PIL", "tqdm", "matplotlib", "tensorboard"), "train")
-EXTRAS["pycocotools"] = "coco"
+EXTRAS |= {"pycocotools": "coco", "jinja2": "report", "vl_convert": "report"}
 
 
 class Stopped(click.ClickException):
@@ -63,17 +65,11 @@ def sentence(error: Exception) -> str:
     return str(error)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory was wanting, of Python, torch (CPU or GPU), the kernels or OpenCV."""
-    texts = ("can't allocate memory", "out of memory", "Insufficient memory")
-    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
-
-
 def _hint(error: Exception, command: str | None) -> str | None:
     """What to do about an error of the machine; None for errors of the program."""
     text = str(error)
     train = "a smaller train.batch_size or data.crop"
-    less = "a data.val_crop or a smaller train.val_batch_size" if command == "eval" else train
+    less = "--crop, --memory or a smaller train.val_batch_size" if command == "eval" else train
     if is_out_of_memory(error):
         if type(error).__name__ == "OutOfMemoryError":
             return f"out of GPU memory; try {less}, or train.bf16=true"

@@ -139,8 +139,32 @@ class EvalTransform:
         """Return the image (3, H, W) float32 and the label (H, W) int64; ``rng`` is not used."""
         image = to_float(image)
         if self.crop is not None:
-            image, label = pad_to(image, label, self.crop, [255 * value for value in self.mean])
-            top, left = ((given - wanted) // 2 for given, wanted in zip(label.shape, self.crop, strict=True))
-            window = np.s_[top : top + self.crop[0], left : left + self.crop[1]]
-            image, label = image[window], label[window]
+            image, label = _centre(image, label, self.crop, self.mean)
         return _to_tensors(image, label, self.mean, self.std)
+
+
+@dataclass(frozen=True)
+class PixelTransform:
+    """The pixels as they are, or their centre as :class:`EvalTransform` takes it, which is float32.
+
+    Attributes:
+        mean: per channel, for images in 0..1; smaller images than the crop are padded with it.
+        crop: (H, W) of the centre; None keeps the image whole.
+    """
+
+    mean: Sequence[float] = IMAGENET_MEAN
+    crop: Sequence[int] | None = None
+
+    def __call__(self, image: Image, label: Label, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Return the image (H, W, 3), uint8, uint16 or float32 in 0..255, and the label (H, W) uint8."""
+        if self.crop is not None:
+            image, label = _centre(to_float(image), label, self.crop, self.mean)
+        return torch.from_numpy(np.ascontiguousarray(image)), torch.from_numpy(np.ascontiguousarray(label))
+
+
+def _centre(image: Image, label: Label, crop: Sequence[int], mean: Sequence[float]) -> tuple[Image, Label]:
+    """The centre of a float32 image and its label, padded where they are smaller."""
+    image, label = pad_to(image, label, crop, [255 * value for value in mean])
+    top, left = ((given - wanted) // 2 for given, wanted in zip(label.shape, crop, strict=True))
+    window = np.s_[top : top + crop[0], left : left + crop[1]]
+    return image[window], label[window]

@@ -1,1 +1,1 @@
-"""Prediction of whole images, and pictures of label maps."""
+"""Prediction of images, whole or in windows, and pictures of label maps."""

@@ -9,39 +9,59 @@ from pathlib import Path
 
 from pspnet_fast.data.images import SUFFIXES
 
+ENDS = {
+    "labels": ".png",
+    "palette": "_color.png",
+    "overlay": "_overlay.png",
+    "confidence": "_confidence.png",
+    "probabilities": "_probabilities.npy",
+}
+"""What can be written of an image, and how its file's name ends."""
+DEFAULT = ("labels", "palette", "overlay")
+VIDEO_ENDS = {"labels": ".mkv", "palette": "_color.mp4", "overlay": "_overlay.mp4", "confidence": "_confidence.mkv"}
+VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"}
+"""Files that count as videos."""
+
 
 @dataclass(frozen=True)
 class Task:
-    """An image and the files of its prediction."""
+    """An image, or a video, and the files of its prediction by what is in them."""
 
     image: Path
-    label: Path
-    color: Path
-    overlay: Path
+    results: dict[str, Path]
 
     @property
-    def results(self) -> tuple[Path, ...]:
-        """The files that are written."""
-        return self.label, self.color, self.overlay
+    def is_video(self) -> bool:
+        return _is_video(self.image)
+
+
+def _is_video(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_SUFFIXES
 
 
 def plan(
-    arguments: Sequence[Path], out: Path, *, overwrite: bool = False, failed: list[Exception] | None = None
+    arguments: Sequence[Path],
+    out: Path,
+    outputs: Sequence[str] = DEFAULT,
+    *,
+    overwrite: bool = False,
+    failed: list[Exception] | None = None,
 ) -> list[Task]:
-    """The images that files, folders and patterns name, and where their results go.
+    """The images and videos that files, folders and patterns name, and where their results go.
 
     A file's results lie in ``out``, those of a folder's images in ``out`` as in the folder, which is searched to any
     depth, hidden files, links to folders and ``out`` itself left out. An argument that is neither file nor folder is a
     pattern (``*``, ``?``, ``[]``, ``**``). An image that is named twice is taken once.
 
     Args:
+        outputs: what is written of each: keys of ``ENDS``.
         failed: takes the errors of arguments and folders that cannot be used; the others are planned all the same.
             Without it they are raised.
 
     Raises:
         FileNotFoundError: an argument names nothing.
         OSError: a folder cannot be read.
-        ValueError: see :func:`check_results`; a folder without images.
+        ValueError: see :func:`check_results`; a folder without images; probabilities of a video.
     """
     found: dict[str, tuple[Path, Path]] = {}
 
@@ -60,9 +80,13 @@ def plan(
             found.setdefault(_place(image), (image, name))
     tasks = []
     for image, name in found.values():
+        ends = VIDEO_ENDS if _is_video(image) else ENDS
+        if missing := [output for output in outputs if output not in ends]:
+            raise ValueError(f"{image}: {missing[0]} are written of images only, not of videos, which need gigabytes")
         stem = out / name.parent / name.stem
-        tasks.append(Task(image, *(stem.with_name(f"{stem.name}{end}.png") for end in ("", "_color", "_overlay"))))
-    check_results([(task.image, path) for task in tasks for path in task.results], overwrite=overwrite)
+        tasks.append(Task(image, {output: stem.with_name(stem.name + ends[output]) for output in outputs}))
+    results = [(task.image, path) for task in tasks for path in task.results.values()]
+    check_results(results, overwrite=overwrite)
     return tasks
 
 
@@ -124,10 +148,10 @@ def _images_of_folder(folder: Path, out: Path, fail: Callable[[OSError], None]) 
             continue
         for name in sorted(files):
             path = Path(parent, name)
-            if path.suffix.lower() in SUFFIXES and not name.startswith("."):
+            if path.suffix.lower() in SUFFIXES | VIDEO_SUFFIXES and not name.startswith("."):
                 images.append((path, path.relative_to(folder)))
     if not images:
-        raise ValueError(f"{folder}: no image in this folder ({', '.join(sorted(SUFFIXES))})")
+        raise ValueError(f"{folder}: no image in this folder ({', '.join(sorted(SUFFIXES))}), and no video")
     return images
 
 

@@ -1,17 +1,24 @@
-"""Label maps of whole images, of any size."""
+"""Label maps of images, of any size."""
 
+import os
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pspnet_fast import ops
 from pspnet_fast.data import IGNORE_INDEX
+from pspnet_fast.data.images import Image, read_image
 from pspnet_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from pspnet_fast.inference.protocol import Protocol
 from pspnet_fast.inference.render import palette
+from pspnet_fast.inference.sliding import Segmenter
 from pspnet_fast.models import PSPNet
 
 
@@ -29,6 +36,20 @@ def predict_labels(model: nn.Module, images: Tensor) -> Tensor:
     return ops.upsample_argmax(model(images)["out"], (height, width), align_corners=bool(model.align_corners))
 
 
+class Prediction(NamedTuple):
+    """What is predicted of an image.
+
+    Attributes:
+        labels: (H, W) uint8, the class of every pixel.
+        confidence: (H, W) float32, that class's probability; None if not asked for.
+        probabilities: (K, H, W) float32, of every class; None if not asked for.
+    """
+
+    labels: NDArray[np.uint8]
+    confidence: NDArray[np.float32] | None = None
+    probabilities: NDArray[np.float32] | None = None
+
+
 @dataclass(frozen=True)
 class Predictor:
     """A trained model with all that prediction needs.
@@ -37,6 +58,8 @@ class Predictor:
         model: in evaluation mode, on its device.
         class_names, colors: by class index; a colour is (red, green, blue) in 0..255.
         mean, std: per channel, for images in 0..1.
+        protocol: how images are predicted, by default whole, at their own size.
+        crop: (height, width) of the windows in which the model was trained, where its checkpoint tells.
     """
 
     model: nn.Module
@@ -44,17 +67,33 @@ class Predictor:
     colors: list[tuple[int, int, int]]
     mean: list[float]
     std: list[float]
+    protocol: Protocol = field(default_factory=Protocol)
+    crop: tuple[int, int] | None = None
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Mapping[str, Any], device: torch.device) -> "Predictor":
+    def from_checkpoint(
+        cls, checkpoint: str | os.PathLike[str] | Mapping[str, Any], device: str | torch.device = "auto"
+    ) -> "Predictor":
         """Build the model from a checkpoint of :func:`pspnet_fast.training.fit`; docs/checkpoints.md has its keys.
 
         Where the checkpoint names no colours, mean or std, it warns and takes generated colours and ImageNet's values.
 
+        Args:
+            checkpoint: its file, or what ``load_checkpoint`` read of it.
+            device: "auto" is CUDA where there is a GPU, else the CPU.
+
         Raises:
-            ValueError: the checkpoint does not describe its model, its weights do not fit the description, or it has
-                more classes than labels can hold.
+            FileNotFoundError: no such file.
+            ValueError: the file is no whole checkpoint, the checkpoint does not describe its model, its weights do not
+                fit the description, it has more classes than labels can hold, or there is no such device.
         """
+        # The trainer predicts, so its modules import this one.
+        from pspnet_fast.training.checkpoint import load_checkpoint
+        from pspnet_fast.training.evaluation import choose_device
+
+        device = choose_device(str(device))
+        if not isinstance(checkpoint, Mapping):
+            checkpoint = load_checkpoint(Path(checkpoint))
         metadata, class_names = checkpoint["metadata"], list(checkpoint["class_names"])
         if len(class_names) > IGNORE_INDEX:
             raise ValueError(
@@ -85,10 +124,86 @@ class Predictor:
             else:
                 warnings.warn(f"the checkpoint's metadata names no {name}: {assumed[name]}", stacklevel=2)
         colors = [(int(red), int(green), int(blue)) for red, green, blue in settings["colors"]]
-        return cls(model.to(device).eval(), class_names, colors, settings["mean"], settings["std"])
+        data = metadata.get("data")
+        crop = tuple(data["crop"]) if isinstance(data, Mapping) and data.get("crop") else None
+        return cls(model.to(device).eval(), class_names, colors, settings["mean"], settings["std"], crop=crop)
+
+    @overload
+    def __call__(self, image: Tensor) -> Tensor: ...
+
+    @overload
+    def __call__(self, image: Image | str | os.PathLike[str]) -> NDArray[np.uint8]: ...
 
     @torch.inference_mode()
-    def __call__(self, image: Tensor) -> Tensor:
-        """Map a normalised image (3, H, W) to its label map (H, W) uint8 on the CPU."""
-        device = next(self.model.parameters()).device
-        return predict_labels(self.model, image[None].to(device))[0].to(torch.uint8).cpu()
+    def __call__(self, image: Tensor | Image | str | os.PathLike[str]) -> Tensor | NDArray[np.uint8]:
+        """Map an image to its label map (H, W) uint8 on the CPU.
+
+        Args:
+            image: a file; RGB (H, W, 3), uint8, uint16, or float in 0..255; or a tensor (3, H, W), normalised already,
+                whose label map is a tensor too.
+
+        Raises:
+            DataError: the file is no image (a ValueError).
+            ValueError: an array of another shape.
+        """
+        if isinstance(image, Tensor):
+            return predict_labels(self.model, image[None].to(self.device))[0].to(torch.uint8).cpu()
+        pixels = read_image(Path(image)) if isinstance(image, str | os.PathLike) else image
+        return self.predict([pixels])[0].labels
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model."""
+        return next(self.model.parameters()).device
+
+    def in_windows(self) -> "Predictor | None":
+        """The same in windows of ``crop``, for images that do not fit; None if it is not known, or used already."""
+        if self.crop is None or self.protocol.crop is not None:
+            return None
+        return replace(self, protocol=Protocol.of("whole", crop=self.crop))
+
+    @torch.inference_mode()
+    def predict(
+        self, images: Sequence[Image], *, confidence: bool = False, probabilities: bool = False
+    ) -> list[Prediction]:
+        """Predict images of one size together, as ``protocol`` says.
+
+        Args:
+            images: RGB (H, W, 3), uint8, uint16, or float in 0..255.
+            confidence, probabilities: what to return beside the labels.
+
+        Raises:
+            ValueError: images of another shape, or of several sizes.
+        """
+        if not images:
+            return []
+        classes, certain, every = self._maps(images, confidence, probabilities)
+        return [
+            Prediction(
+                classes[index].to("cpu", torch.uint8).numpy(),
+                None if certain is None else certain[index].to("cpu", torch.float32).numpy(),
+                None if every is None else every[index].to("cpu", torch.float32).numpy(),
+            )
+            for index in range(len(images))
+        ]
+
+    def _maps(
+        self, images: Sequence[Image], confidence: bool, probabilities: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Classes (N, H, W), their confidence (N, H, W) and all probabilities (N, K, H, W), on the model's device.
+
+        Here alone it is settled how an image becomes maps.
+        """
+        _check(images)
+        segmenter = Segmenter(self.model, len(self.class_names), self.mean, self.std, self.protocol)
+        classes, certain = segmenter(images, confidence)
+        every = torch.cat([band for _, band in segmenter.bands(images)], 2) if probabilities else None
+        return classes, certain, every
+
+
+def _check(images: Sequence[Image]) -> None:
+    shapes = [tuple(image.shape) for image in images]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"images must be of one size, got {shapes}")
+    if len(shapes[0]) != 3 or shapes[0][2] != 3 or 0 in shapes[0]:
+        raise ValueError(f"image must be RGB of shape (height, width, 3), got {shapes[0]}")

@@ -96,7 +96,7 @@ def _loader(dataset: Dataset[Item], workers: int, pin_memory: bool, **batches: A
         dataset,
         num_workers=workers,
         collate_fn=_collate,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         generator=torch.Generator(),
         pin_memory=pin_memory,
         **batches,
@@ -110,7 +110,7 @@ def _collate(items: list[Item]) -> Item:
     return default_collate(items)
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
     import cv2
 
     cv2.setNumThreads(0)  # the workers already share the cores among themselves

@@ -1,14 +1,16 @@
-"""What a training run tells: progress bar, ``log.jsonl``, ``curves.png`` and tensorboard scalars."""
+"""What a training run tells: progress bar, ``log.jsonl``, ``curves.png``, tensorboard scalars and pictures."""
 
 import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -25,7 +27,7 @@ class Report:
 
     Args:
         out_dir: an existing folder.
-        header: first record of the log: configuration, class names, number of iterations.
+        header: first record of the log: configuration, class names, number of iterations, versions, machine.
         step, validated: iterations done, and done at the last validation; 0 starts new files, else the records of these
             are kept and later ones, of what was lost, dropped.
         epochs: of the whole run.
@@ -111,6 +113,12 @@ class Report:
         """Draw ``curves.png`` from the log."""
         draw_curves(read_log(self._path), self._curves)
 
+    def pictures(self, step: int, pictures: Sequence[NDArray[np.uint8]]) -> None:
+        """Show pictures (H, W, 3) of the first validation images in tensorboard: image, truth, prediction."""
+        with self._telling_tensorboard():
+            for number, picture in enumerate(pictures, 1):
+                self._tensorboard.add_image(f"val/image {number}", picture, step, dataformats="HWC")
+
     def _write(self, records: Sequence[Mapping[str, Any]]) -> None:
         try:
             self._log.write("".join(map(_line, records)))
@@ -119,10 +127,15 @@ class Report:
             raise OSError(error.errno, f"cannot be written: {error.strerror}", str(self._path)) from None
 
     def _scalars(self, step: int, values: Mapping[str, float | None]) -> None:
-        try:
+        with self._telling_tensorboard():
             for name, value in values.items():
                 if value is not None:
                     self._tensorboard.add_scalar(name, value, step)
+
+    @contextmanager
+    def _telling_tensorboard(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:  # of its writing thread
             folder = str(self._path.with_name("tensorboard"))
             raise OSError(error.errno, f"cannot be written: {error.strerror}", folder) from None
@@ -216,8 +229,8 @@ def _text(value: float | None) -> str:
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    """One line of valid JSON: numbers that are not finite become null."""
-    return json.dumps(_finite(record), allow_nan=False) + "\n"
+    """One line of valid JSON: numbers that are not finite become null, what JSON does not know its text."""
+    return json.dumps(_finite(record), allow_nan=False, default=str) + "\n"
 
 
 def _finite(value: Any) -> Any:
@@ -225,6 +238,6 @@ def _finite(value: Any) -> Any:
         return None
     if isinstance(value, Mapping):
         return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_finite(entry) for entry in value]
     return value

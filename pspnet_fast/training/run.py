@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pspnet_fast import info
 from pspnet_fast.data import IGNORE_INDEX
 from pspnet_fast.files import check_space
+from pspnet_fast.inference.render import Picture
 from pspnet_fast.training.callbacks import Callback
 from pspnet_fast.training.distributed import World
 from pspnet_fast.training.evaluation import evaluate
@@ -23,6 +25,7 @@ from pspnet_fast.training.interruption import Interrupted, Interruption
 from pspnet_fast.training.loading import Item, places_of, train_loader, val_loader
 from pspnet_fast.training.metrics import Metrics
 from pspnet_fast.training.optimizer import set_lr
+from pspnet_fast.training.pictures import validation_pictures
 from pspnet_fast.training.report import Report
 from pspnet_fast.training.run_folder import BEST, FINITE
 from pspnet_fast.training.state import State
@@ -93,12 +96,16 @@ class Run:
         paths = [state.path, state.out_dir / BEST]
         existing = sum(path.stat().st_size for path in paths if path.exists())
         check_space(state.out_dir, (copies + 2) * weights - existing, "the checkpoints of the run")
-        header = {
+        facts = info.collect()
+        header: dict[str, Any] = {
             "config": dataclasses.asdict(self.config),
             "class_names": state.class_names,
             "steps": state.steps,
             "protocol": self.protocol,
+            "versions": facts["versions"],
+            "machine": facts["machine"],
         }
+        header |= {key: state.metadata[key] for key in ("model", "data") if isinstance(state.metadata.get(key), dict)}
         validated = state.history[-1]["step"] if state.history else 0
         epochs, images = state.steps / state.iterations, state.steps * self.config.batch_size
         self.report = Report(state.out_dir, header, state.step, validated, epochs, images)
@@ -272,8 +279,15 @@ class Run:
                 state.save_best()
             state.save()
             self.report.draw_curves()
+            self.report.pictures(state.step, self._pictures())
         for callback in self.callbacks:
             callback.on_validation(record)
+
+    def _pictures(self) -> list[Picture]:
+        config, state = self.config, self.state
+        autocast = torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else None
+        model, classes = self.trained.validated, len(state.class_names)
+        return validation_pictures(model, self.val_set, classes, state.metadata, self.device, autocast)
 
     def _warn_of_no_label(self, split: str, dataset: Dataset[Item], consequence: str) -> None:
         """Say once that no pixel of a split is labelled, naming its list where it is known."""
