@@ -1,8 +1,8 @@
 // Context in half precision, on tensor cores.
 #pragma once
 
-#include "context_epilogue.cuh"
 #include "context_products.cuh"
+#include "folded_norm.cuh"
 #include "planes.cuh"
 
 namespace pspnet_fast::cuda {
@@ -155,8 +155,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     };
     read(top + warp / plan.tiles, target);
     if (thread < kChannels && int64_t{chunk} * kChannels + thread < args.O) {
-      const Epilogue<T> epilogue(args, int64_t{chunk} * kChannels + thread);
-      factors[thread] = epilogue.scale, factors[kChannels + thread] = epilogue.shift;
+      const FoldedNorm<T> norm(args.norm, args.norm_dtype, args.eps, int64_t{chunk} * kChannels + thread);
+      factors[thread] = norm.scale, factors[kChannels + thread] = norm.shift;
     }
 
     const int64_t own = static_cast<int64_t>(chunk) * kChannels + g * 4;
