@@ -51,7 +51,8 @@ struct alignas(16) ColumnOfTaps {
 // taps] and weights [.., rows]. Then for each row a product of weights [pixels, cells seen] and columns [.., channels].
 // Layout: channels-last in 16-byte vectors, or planar, by fours where these are aligned. A block takes a rectangle of
 // pixels, a chunk of channels after the other; warps share out the columns, then tiles of 16 pixels and rows. Traffic:
-// conv read and written once; taps lie in the L2 cache. A tap that is infinite or NaN makes NaN of its channel in all
+// conv read and written once, taps once a rectangle from the L2 cache: 1.5 times what must move. Instructions a vector:
+// 182, planar 249. A tap that is infinite or NaN makes NaN of its channel in all
 // pixels of the rectangle.
 template <class T, bool planar>
 __global__ void __launch_bounds__(kThreads, 2)

@@ -32,7 +32,8 @@ constexpr int64_t kBlocksOfSmall = 100;  // likewise: most multiprocessors have 
 // reduced[n, p, r] = f(sum over c of pooled[n, p, c] * weight[r, c]): the weights of p's level, f its normalisation.
 // Layout: both operands in 16-byte vectors along c (`vectors`), or any alignment.
 // A block takes a tile of rows and output channels of a level; channels change fastest.
-// Traffic: weights once a block of rows, pooled once a block of columns, mostly from the L2 cache; reduced once.
+// Traffic: weights once a block of rows, pooled once a block of columns, mostly from the L2 cache; reduced once. Read
+// 4.8 times at N = 16; instructions a product of two numbers: 0.15 by tensor cores.
 template <class T, class Shape, bool vectors>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 2 : 1)
     reduce(const __grid_constant__ PyramidReduceArgs args, int column_blocks) {

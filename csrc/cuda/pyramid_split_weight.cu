@@ -57,7 +57,7 @@ __device__ __forceinline__ void convert(const T (&from)[V], U (&to)[V]) {
 }
 
 // A channels-last weight is rows of channels, of a tap each, and so are its parts. A thread copies a vector of channels
-// of several rows. Traffic: each element once.
+// of several rows. Traffic: each element once. Instructions a vector: 46.
 template <class T, class U, bool kForward>
 __global__ void __launch_bounds__(kThreads)
     split_rows(const __grid_constant__ PyramidSplitWeightArgs args, int row_blocks) {
@@ -99,6 +99,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Otherwise the taps of a channel lie together, in the weight and in its dense part: that is copied, and the levels'
 // parts change their order in shared memory, a block one output channel of one part. Traffic: each element once.
+// Instructions a vector: 85.
 template <class T, class U, bool kForward>
 __global__ void __launch_bounds__(kThreads)
     split_planes(const __grid_constant__ PyramidSplitWeightArgs args, int dense_tiles, int level_tiles) {

@@ -116,7 +116,8 @@ __device__ __forceinline__ unsigned bytes_that_are(unsigned byte, const unsigned
 // slow way: it is no part of the loop over columns, and added after it. Layout: logits and grad_logits of any strides.
 // A block takes share.rows rows of logits and the cells around them, from top to bottom.
 // Traffic: each pixel's terms and logits are read by the blocks whose cells hold it (1.2 times at N = 16).
-// Instructions a class and pixel, at 8 pixels a column: 4, and 35 a column, 25 more where a warp has its targets.
+// Instructions a class and pixel, at 8 pixels a column: 4, and 35 a column, 25 more where a warp has its targets; with
+// halo, terms of pixels and idle lanes 22 for K = 150.
 template <class T>
 __global__ void __launch_bounds__(kBound<acc_t<T>>, kNewer ? 1 : kResident<acc_t<T>> / kBound<acc_t<T>>)
     cross_entropy_backward(const __grid_constant__ UpsampleCrossEntropyBackwardArgs args, Share share,
