@@ -3,6 +3,7 @@
 # Links them for CUDA builds of torch, the oldest and the newest, and imports the result there (check_torch.py).
 # Prints what each kernel uses on each architecture and judges its machine code (check_cuda.py), executes that on the CPU
 # for some of the benchmarks' cases, predicts their time and compares their instructions with a budget (sass/predict.py).
+# A source is compiled again when it, what it includes, the flags or nvcc have changed (build/check_cuda/NAME.key).
 # usage: scripts/check_cuda.sh [REPORT.json, else build/cuda_static.json]   (CUDA_HOME, PYTHON; exit 3: there is no nvcc)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,10 +22,17 @@ for what in HALF_OPERATORS HALF_CONVERSIONS BFLOAT16_CONVERSIONS HALF2_OPERATORS
 done
 
 out=build/check_cuda
-rm -rf "$out"
 mkdir -p "$out"
+for log in "$out"/*.log; do  # of sources that are gone
+  name=$(basename "$log" .log)
+  [ -e "csrc/cuda/$name.cu" ] || rm -f "$out/$name".*
+done
+common=$(cat scripts/check_cuda.sh csrc/*.h csrc/cuda/*.cuh <("$cuda/bin/nvcc" --version) | sha256sum)
 compile() {
   name=$(basename "$1" .cu)
+  key=$(echo "$common" | cat - "$1" | sha256sum)
+  [ "$key" != "$(cat "$out/$name.key" 2>/dev/null)" ] || return 0
+  rm -f "$out/$name".*
   echo "check_cuda: $1"
   gencode=()
   for arch in 80 90 100 120; do gencode+=(-gencode "arch=compute_$arch,code=sm_$arch"); done
@@ -34,10 +42,12 @@ compile() {
     grep -E "error|warning" "$out/$name.log" | c++filt >&2
     exit 1
   fi
+  echo "$key" >"$out/$name.key"
 }
 export -f compile
-export cuda out torch_flags
-printf '%s\0' csrc/cuda/*.cu | xargs -0 -P "$(nproc)" -I{} bash -c 'set -euo pipefail; compile {}'
+export cuda out torch_flags common
+# shellcheck disable=SC2012  # names without spaces; the longest first, so that all cores are busy until the end
+ls -S csrc/cuda/*.cu | tr '\n' '\0' | xargs -0 -P "$(nproc)" -I{} bash -c 'set -euo pipefail; compile {}'
 
 python=${PYTHON:-python3}
 "$python" scripts/check_torch.py "$out" --cuda "$cuda" || {

@@ -63,3 +63,14 @@ __global__ void pairs(const __nv_bfloat162* x, __nv_bfloat162* y, const __half2*
   y[i] = __hfma2(x[i], x[i + 32], x[i + 64]);
   v[i] = __hfma2(u[i], u[i + 32], u[i + 64]);
 }
+
+// Bits as predicates, byte by byte, and a clamp that knows 0 as its lower end.
+__global__ void bits(const int* x, const float* y, float* to) {
+  const int bits = x[threadIdx.x];
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (bits >> (24 + i) & 1) sum += y[threadIdx.x * 8 + i];
+  }
+  to[threadIdx.x] = sum + max(min(bits, 1000), 0);
+}

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ ROOT = Path(__file__).parents[1]
 if not (ROOT / "scripts" / "sass").exists():
     pytest.skip("not in a source tree", allow_module_level=True)
 sys.path.append(str(ROOT / "scripts" / "sass"))
+import known  # noqa: E402
 import machine_code  # noqa: E402
 import memory  # noqa: E402
 import predict  # noqa: E402
-from execute import Executor, Launch  # noqa: E402
+from execute import Block, Executor, Launch  # noqa: E402
 from launches import backend, observing  # noqa: E402
 
 try:
@@ -44,8 +46,8 @@ def calls(dtype: torch.dtype, layout: str) -> dict:
     def a_map(channels: int, height: int = 7, width: int = 9) -> Tensor:
         return maps(1, channels, height, width, dtype=dtype, layout=layout)
 
-    def cells(channels: int) -> Tensor:
-        return torch.randn(1, CELLS, channels).to(dtype)
+    def cells(channels: int, batch: int = 1) -> Tensor:
+        return torch.randn(batch, CELLS, channels).to(dtype)
 
     last = layout == "channels_last"
     weights = [torch.randn(16, 32, 1, 1).to(dtype) for _ in range(2)]
@@ -53,6 +55,9 @@ def calls(dtype: torch.dtype, layout: str) -> dict:
     target = torch.randint(0, 19, (1, 21, 25))
     lse, loss, total = torch.full((1, 21, 25), 4.0), torch.ones(()), torch.tensor(1000.0)
     rest = (True, 255, 0.1, 1)
+    statistics = torch.rand(2, 2, 16) + 0.5
+    of_batch = (cells(16, 2), [torch.ones(16) for _ in range(2)], statistics, [1] * 2, [1e-5] * 2, BINS)
+    parts = [torch.randn(8, 16, 3, 3).to(dtype), torch.randn(2, 9 * 8, 8).to(dtype)]
     return {
         "pyramid_pool": (lambda x, y: o.pyramid_pool(x, y, 0, BINS), [a_map(16), a_map(32)]),
         "pyramid_pool_backward": (
@@ -66,6 +71,24 @@ def calls(dtype: torch.dtype, layout: str) -> dict:
         "pyramid_reduce_backward": (
             lambda g, x: o.pyramid_reduce_backward(g, x, weights, BINS),
             [cells(16), cells(32)],
+        ),
+        "pyramid_batch_norm": (
+            lambda x, *norm: o.pyramid_batch_norm(
+                x, *map(list, zip(norm[:4], norm[4:], strict=True)), [1] * 2, [0.1] * 2, [1e-5] * 2, True, BINS
+            ),
+            [cells(16, 2), *(torch.rand(16) for _ in range(8))],
+        ),
+        "pyramid_batch_norm_backward": (
+            lambda g, x: o.pyramid_batch_norm_backward(g, x, *of_batch),
+            [cells(16, 2), cells(16, 2)],
+        ),
+        "pyramid_split_weight": (
+            lambda w: o.pyramid_split_weight(w, 16, True, 2, dtype),
+            [maps(8, 32, 3, 3, dtype=dtype, layout=layout)],
+        ),
+        "pyramid_split_weight_backward": (
+            lambda *parts: o.pyramid_split_weight_backward(*parts, True, last, dtype),
+            parts,
         ),
         "pyramid_upsample_concat_": (
             lambda y, z: o.pyramid_upsample_concat_(y, z, 16, BINS, True),
@@ -111,16 +134,7 @@ def tensors(result: object) -> list[Tensor]:
     return [] if result is None else [result] if isinstance(result, Tensor) else list(result)  # type: ignore[call-overload]
 
 
-# A GPU passes all tests of this kernel (docs/kernels.md), and so do its sources on the CPU; executed here, the part of
-# its gradient that the targets have differs: an operation of its machine code that execute.py does not know aright.
-UNKNOWN = pytest.mark.xfail(strict=True, reason="an operation of its machine code is executed wrongly here")
-OPERATORS = [
-    pytest.param(name, marks=UNKNOWN) if name == "upsample_cross_entropy_backward" else name
-    for name in calls(torch.float32, "contiguous")
-]
-
-
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", calls(torch.float32, "contiguous"))
 @pytest.mark.parametrize(("dtype", "layout"), [(torch.bfloat16, "contiguous"), (torch.float32, "channels_last")])
 def test_machine_code_computes_what_its_source_says(operator: str, dtype: torch.dtype, layout: str) -> None:
     """Against the same source, compiled for the CPU and executed there."""
@@ -135,6 +149,12 @@ def test_machine_code_computes_what_its_source_says(operator: str, dtype: torch.
     assert launches
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_every_kernel_is_executed_above() -> None:
+    sources = {path.stem for path in backend.sources()}
+    operators = {name.rstrip("_") for name in calls(torch.float32, "contiguous")}
+    assert sources | {"pyramid_batch_norm_backward", "pyramid_split_weight_backward"} == operators
 
 
 def test_what_accesses_cost() -> None:
@@ -214,6 +234,89 @@ def test_pairs_of_halves(small: dict[str, machine_code.Kernel]) -> None:
     run_warp(small["pairs"], x, y, u, v)
     torch.testing.assert_close(y, (x[0].double() * x[1].double() + x[2].double()).bfloat16())
     torch.testing.assert_close(v, (u[0].double() * u[1].double() + u[2].double()).half())
+
+
+def test_bits_of_a_register_as_predicates(small: dict[str, machine_code.Kernel]) -> None:
+    """R2P takes a byte of a register that its operand names, and VIMNMX.RELU no less than 0."""
+    assert any("B3" in known.suffixes(i.operands) for i in small["bits"].instructions if i.operation == "R2P")
+    assert any("RELU" in i.modifiers for i in small["bits"].instructions)
+    x, y = torch.randint(-(2**31), 2**31, (32,), dtype=torch.int32), torch.rand(32, 8)
+    result = torch.zeros(32)
+    run_warp(small["bits"], x, y, result)
+    chosen = x[:, None] >> torch.arange(24, 32) & 1
+    torch.testing.assert_close(result, (chosen * y).sum(1) + x.clamp(0, 1000))
+
+
+def instruction(text: str) -> machine_code.Instruction:
+    operation, _, operands = text.partition(" ")
+    name, *modifiers = operation.split(".")
+    return machine_code.Instruction(0, "", name, tuple(modifiers), operands, ("", 0))
+
+
+UNKNOWN = [
+    "IADD3 R0, R1.H1, R2, RZ",
+    "R2P PR, R0.H1, 0x7f",
+    "LDG.E.SOMEHOW R0, desc[UR4][R2.64]",
+    "LDG.E R0, desc[UR4][R2.S32]",
+    "LDG.E R0, desc[UR4][R2.64], P0",
+    "REDG.E.ADD.F32.FTZ.RN.STRONG.GPU desc[UR4][R2.64], R5",
+    "ATOMS.POPC.INC.32 R0, [R2]",
+    "ATOMS.ADD R0, [R2], R3",
+    "ATOMS.MAX RZ, [R2], R3",
+    "VIMNMX3.RELU R0, R1, R2, R3, PT",
+    "MUFU.SIN R0, R1",
+    "FFMA.RN R0, R1, R2, R3",
+    "F2I.TRUNC R0, R1",
+    "FLO R0, R1",
+    "LOP3.LUT R0, R1, R2, R3, 0x80, P0",
+    "HFMA2 R0, R1, 1, 1, R2",
+    "HFMA2.BF16_V2 R0, -RZ, RZ, 1.875, 1.875",
+    "HMMA.1688.F32.TF32 R0, R4, R8, R0",
+    "CS2R R0, SR_CLOCKLO",
+    "BAR.SYNC.DEFER_BLOCKING 0x1",
+    "BAR.SYNC.DEFER_BLOCKING 0x0, 0x40",
+    "BREAK P0, B1",
+    "WARPSYNC.COLLECTIVE R4, `(.L_x_1)",
+    "REDUX.SUM UR4, R0",
+]
+
+
+@pytest.mark.parametrize("text", UNKNOWN)
+def test_what_is_not_known_stops_the_executor(text: str) -> None:
+    """A modifier, a suffix or an operand that is overlooked would be a wrong result."""
+    executor = Executor(machine_code.Kernel("kernel"), Launch("kernel", (1, 1, 1), (32, 1, 1), 0, b""))
+    with pytest.raises(NotImplementedError):
+        executor.compile(instruction(text))
+
+
+def test_a_shuffle_wants_all_its_lanes() -> None:
+    executor = Executor(machine_code.Kernel("kernel"), Launch("kernel", (1, 1, 1), (32, 1, 1), 0, b""))
+    block, mask = Block(executor, 0), np.arange(32) != 3
+    step = executor.compile(instruction("SHFL.BFLY PT, R0, R1, 0x10, 0x1f"))
+    step(block, mask | True)
+    with pytest.raises(RuntimeError, match="a lane that is elsewhere"):
+        step(block, mask)
+    with pytest.raises(NotImplementedError):
+        executor.compile(instruction("SHFL.BFLY PT, R0, R1, 0x4, 0x181f"))(block, mask | True)
+
+
+def test_rounding_of_a_multiply_add() -> None:
+    executor = Executor(machine_code.Kernel("kernel"), Launch("kernel", (1, 1, 1), (32, 1, 1), 0, b""))
+    a, b, c = (np.random.default_rng(0).standard_normal(32).astype(np.float32) for _ in range(3))
+    exact = [Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)) for x, y, z in zip(a, b, c, strict=True)]
+    block, mask = Block(executor, 0), np.ones(32, bool)
+    for i, values in enumerate((a, b, c)):
+        block.registers.general[i] = values.view(np.uint32)
+    found = {}
+    for mode in ("", ".RM", ".RP", ".RZ"):
+        executor.compile(instruction(f"FFMA{mode} R3, R0, R1, R2"))(block, mask)
+        found[mode] = block.registers.general[3].view(np.float32).copy()
+    for i, value in enumerate(exact):
+        low, high = found[".RM"][i], found[".RP"][i]
+        assert Fraction(float(low)) < value < Fraction(float(high))
+        assert np.nextafter(low, np.float32(np.inf)) == high
+        assert found[".RZ"][i] == (low if value > 0 else high)
+        assert found[""][i] == min((low, high), key=lambda end, value=value: abs(Fraction(float(end)) - value))
 
 
 def test_budget_refuses_what_is_longer() -> None:

@@ -1,36 +1,29 @@
 // The context half of a convolution on the CPU, added to the other half in one read and write, or written alone.
 #include "pyramid_context.h"
 
-#include <cmath>
+#include "folded_norm.h"
 
 namespace pspnet_fast::cpu {
 namespace {
 
-// What follows the sum: evaluation-mode batch normalisation as one factor and one summand, and ReLU.
+// FoldedNorm of every channel, and of as many zeros as a vector needs.
 template <class T>
 struct Epilogue {
   using acc_t = acc_type<T>;
-  Scratch<acc_t> scale, shift;  // of every channel, and of as many zeros as a vector needs
+  Scratch<acc_t> scale, shift;
   bool relu;
 
   explicit Epilogue(const PyramidContextArgs& a) : scale(a.O + 64, acc_t(1)), shift(a.O + 64, acc_t(0)), relu(a.relu) {
-    if (!a.norm[0]) return;
-    const auto value = [&](int i, int64_t o) -> acc_t {
-      if (a.norm_dtype == a.dtype) return to_acc(static_cast<const T*>(a.norm[i])[o]);
-      return static_cast<const float*>(a.norm[i])[o];
-    };
     for (int64_t o = 0; o < a.O; ++o) {
-      scale[o] = value(0, o) / std::sqrt(value(3, o) + static_cast<acc_t>(a.eps));
-      shift[o] = value(1, o) - value(2, o) * scale[o];
+      const FoldedNorm<T> norm(a.norm, a.norm_dtype == a.dtype, a.eps, o);
+      scale[o] = norm.scale, shift[o] = norm.shift;
     }
   }
 
   // For one value or a vector of them.
   template <class V, class S>
   PSP_INLINE V operator()(V value, S factor, S summand) const {
-    value = value * factor + summand;
-    if (relu) value = value < acc_t(0) ? V{} : value;  // NaN stays NaN
-    return value;
+    return FoldedNorm<T>::apply(value, factor, summand, relu);
   }
 };
 

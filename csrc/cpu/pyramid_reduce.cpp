@@ -1,8 +1,6 @@
 // The 1x1 convolutions of all levels on the CPU: products of tall, thin matrices (P cells of C values against R x C
 // weights), held in register tiles of vectors; lower precisions are widened a tile's rows at a time.
-#include <cmath>
-
-#include "cpu_kernel.h"
+#include "folded_norm.h"
 
 namespace pspnet_fast::cpu {
 namespace {
@@ -108,24 +106,11 @@ struct Reduce {
       for (int q = 0; q < kR; ++q) {
         acc_t sum = horizontal_sum<acc_t>(sums[i][q]);
         for (int64_t k = c; k < a.C; ++k) sum += inputs[i][k] * weight.data[q * weight.stride + k];
-        static_cast<T*>(a.reduced)[row(m + i) * a.R + r + q] = from_acc<T>(normalize(sum, l, r + q));
+        const FoldedNorm<T> norm(a.norm[l], a.norm_dtype == a.dtype, a.eps[l], r + q);
+        const acc_t value = norm.apply(sum, norm.scale, norm.shift, a.relu);
+        static_cast<T*>(a.reduced)[row(m + i) * a.R + r + q] = from_acc<T>(value);
       }
     }
-  }
-
-  // Evaluation-mode batch normalisation and ReLU, where asked for.
-  PSP_INLINE acc_t normalize(acc_t value, int l, int64_t r) const {
-    if (a.norm[l][0]) {
-      const acc_t weight = norm_value(a.norm[l][0], r), bias = norm_value(a.norm[l][1], r);
-      const acc_t mean = norm_value(a.norm[l][2], r), variance = norm_value(a.norm[l][3], r);
-      value = (value - mean) * (weight / std::sqrt(variance + static_cast<acc_t>(a.eps[l]))) + bias;
-    }
-    return a.relu && value < acc_t(0) ? acc_t(0) : value;
-  }
-
-  PSP_INLINE acc_t norm_value(const void* values, int64_t r) const {
-    if (a.norm_dtype == a.dtype) return to_acc(static_cast<const T*>(values)[r]);
-    return static_cast<const float*>(values)[r];
   }
 };
 

@@ -21,6 +21,7 @@ PSP_INLINE void gather(To* __restrict__ to, const From* __restrict__ from, int64
 
 template <class T, class U>
 struct Split {
+  using Written = U;
   const PyramidSplitWeightArgs& a;
   bool stream;
 
@@ -51,6 +52,7 @@ struct Split {
 
 template <class T, class U>
 struct Join {
+  using Written = T;
   const PyramidSplitWeightArgs& a;
   bool stream;
 
@@ -84,24 +86,20 @@ void dispatch_pair(const PyramidSplitWeightArgs& a, const Function& f) {
   f(float{}, Half{});
 }
 
+template <template <class, class> class Kernel>
+void run(const PyramidSplitWeightArgs& a) {
+  dispatch_pair(a, [&](auto weight, auto part) {
+    using Unit = Kernel<decltype(weight), decltype(part)>;
+    const int64_t elements = a.O * (a.dense + a.L * a.R) * a.taps;
+    const int64_t bytes = elements * static_cast<int64_t>(sizeof(typename Unit::Written));
+    parallel(a.O, Unit{a, bytes > kStreamBytes});
+  });
+}
+
 }  // namespace
 
-void pyramid_split_weight(const PyramidSplitWeightArgs& a) {
-  dispatch_pair(a, [&](auto weight, auto part) {
-    using T = decltype(weight);
-    using U = decltype(part);
-    const int64_t bytes = a.O * (a.dense + a.L * a.R) * a.taps * static_cast<int64_t>(sizeof(U));
-    parallel(a.O, Split<T, U>{a, bytes > kStreamBytes});
-  });
-}
+void pyramid_split_weight(const PyramidSplitWeightArgs& a) { run<Split>(a); }
 
-void pyramid_split_weight_backward(const PyramidSplitWeightArgs& a) {
-  dispatch_pair(a, [&](auto weight, auto part) {
-    using T = decltype(weight);
-    using U = decltype(part);
-    const int64_t bytes = a.O * (a.dense + a.L * a.R) * a.taps * static_cast<int64_t>(sizeof(T));
-    parallel(a.O, Join<T, U>{a, bytes > kStreamBytes});
-  });
-}
+void pyramid_split_weight_backward(const PyramidSplitWeightArgs& a) { run<Join>(a); }
 
 }  // namespace pspnet_fast::cpu

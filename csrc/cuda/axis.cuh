@@ -46,4 +46,10 @@ struct Axis {
   __device__ __forceinline__ int start(int cell) const { return cell <= 0 ? 0 : cell >= bins ? size : first_at(cell); }
 };
 
+// Pixels that a pixel of the source has around it, at most: those between two of its centres.
+inline int64_t longest_interval(int64_t bins, int64_t size, bool align_corners) {
+  if (align_corners && bins > 1 && size > 1) return divide_up(size - 1, bins - 1);
+  return align_corners ? size : divide_up(size, bins);
+}
+
 }  // namespace pspnet_fast::cuda

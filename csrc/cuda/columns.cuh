@@ -35,8 +35,7 @@ template <class Args>
 ColumnShare make_columns(const Args& args) {
   const int64_t h = args.h, w = args.w, H = args.H, W = args.W;
   if (args.dtype == DType::kFloat64 || h > H || w > W || std::max(H, W) > kLongestAxis) return {1, 0, 0};
-  const bool between_centres = args.align_corners && h > 1 && H > 1;
-  const int64_t longest = between_centres ? divide_up(H - 1, h - 1) : args.align_corners ? H : divide_up(H, h);
+  const int64_t longest = longest_interval(h, H, args.align_corners);
   int64_t parts = divide_up(longest, kColumnPixels);
   if (args.N * (h + 1) * parts * divide_up(W, kColumnThreads) < kColumnBlocks && longest > parts) parts *= 2;
   const double scale = source_scale<double>(static_cast<int>(w), W, args.align_corners);

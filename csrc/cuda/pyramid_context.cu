@@ -1,6 +1,7 @@
 // The context half of a convolution from the pyramid's cells seen through its weights, added to the other half in one
 // read and write, or written alone; along one axis first, then the other.
 #include "cells.cuh"
+#include "folded_norm.cuh"
 #include "planes.cuh"
 #include "pyramid_context_products.cuh"
 
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
   }
   __syncthreads();
 
-  const Epilogue<T> epilogue(args, channel);
+  const FoldedNorm<T> norm(args.norm, args.norm_dtype, args.eps, channel);
   T* const map = pixel<T>(args.conv, n, channel, 0, 0);
   for_each_vector(map, args.conv.stride_h, H, W, [&](int y, int x, int length) {
     T* const target = map + y * args.conv.stride_h + x;
@@ -116,8 +117,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 3)
     }
 #pragma unroll
     for (int i = 0; i < kVector<T>; ++i) {
-      if (i < length)
-        values[i] = narrow<T>(epilogue(args.accumulate ? widen(values[i]) + sums[i] : sums[i], args.relu));
+      if (i >= length) break;
+      values[i] = narrow<T>(norm(args.accumulate ? widen(values[i]) + sums[i] : sums[i], args.relu));
     }
     store_some(target, length, values);
   });
@@ -186,8 +187,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   A scale[V], shift[V];
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    const Epilogue<T> epilogue(args, channel + i);
-    scale[i] = epilogue.scale, shift[i] = epilogue.shift;
+    const FoldedNorm<T> norm(args.norm, args.norm_dtype, args.eps, channel + i);
+    scale[i] = norm.scale, shift[i] = norm.shift;
   }
   for (int x = static_cast<int>(threadIdx.y); x < size; x += step) {
     T* const target = pixel<T>(args.conv, item.n, channel, y, begin + x);

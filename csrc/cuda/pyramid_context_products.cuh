@@ -1,8 +1,8 @@
 // Context in half precision, on tensor cores.
 #pragma once
 
-#include "context_epilogue.cuh"
 #include "context_products.cuh"
+#include "folded_norm.cuh"
 #include "planes.cuh"
 
 namespace pspnet_fast::cuda {
@@ -51,7 +51,8 @@ struct alignas(16) ColumnOfTaps {
 // taps] and weights [.., rows]. Then for each row a product of weights [pixels, cells seen] and columns [.., channels].
 // Layout: channels-last in 16-byte vectors, or planar, by fours where these are aligned. A block takes a rectangle of
 // pixels, a chunk of channels after the other; warps share out the columns, then tiles of 16 pixels and rows. Traffic:
-// conv read and written once; taps lie in the L2 cache. A tap that is infinite or NaN makes NaN of its channel in all
+// conv read and written once, taps once a rectangle from the L2 cache: 1.5 times what must move. Instructions a vector:
+// 182, planar 249. A tap that is infinite or NaN makes NaN of its channel in all
 // pixels of the rectangle.
 template <class T, bool planar>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -155,8 +156,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     };
     read(top + warp / plan.tiles, target);
     if (thread < kChannels && int64_t{chunk} * kChannels + thread < args.O) {
-      const Epilogue<T> epilogue(args, int64_t{chunk} * kChannels + thread);
-      factors[thread] = epilogue.scale, factors[kChannels + thread] = epilogue.shift;
+      const FoldedNorm<T> norm(args.norm, args.norm_dtype, args.eps, int64_t{chunk} * kChannels + thread);
+      factors[thread] = norm.scale, factors[kChannels + thread] = norm.shift;
     }
 
     const int64_t own = static_cast<int64_t>(chunk) * kChannels + g * 4;

@@ -44,7 +44,8 @@ __device__ __forceinline__ void add_rectangle(const T* from, int64_t from_h, int
 // Channels-last pooling, first part: sums of segment cells [N, rows, columns, C], and the copy.
 // Layout: channels-last in 16-byte vectors (V > 1), or any strides (V == 1).
 // A block takes one cell and a chunk of channels: threads x over channels, y over the cell's pixels.
-// Traffic: input read once, concat written once, one accumulator a cell and channel written.
+// Traffic: input read once, concat written once, one accumulator a cell and channel written. Instructions a
+// vector: 38.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads, 3)
     pool_cells(const __grid_constant__ PyramidPoolArgs args, const __grid_constant__ Segments rows,
@@ -73,7 +74,8 @@ __global__ void __launch_bounds__(kThreads, 3)
 // Channels-last pooling, second part: the mean of each bin from the cells' sums.
 // Layout: cells [N, rows, columns, C] to pooled [N, P, C], V channels a thread.
 // A block takes blockDim.y bins, one a thread y (`alone`), or one bin; and a chunk of channels, threads x over these.
-// Traffic: each cell is read once a level and bin that holds it; they are few and lie in the L2 cache.
+// Traffic: each cell is read once a level and bin that holds it; they are few and lie in the L2 cache. Instructions
+// for a vector of the input: 8.
 template <class T, int V, bool alone>
 __global__ void __launch_bounds__(kThreads, 3)
     pool_bins(const __grid_constant__ PyramidPoolArgs args, const __grid_constant__ Segments rows,
@@ -141,7 +143,7 @@ struct PoolTables {
 // Layout: planar, any row stride, in units of 4, 2 or 1.
 // A team takes a plane; its threads over strips of rows x units of a row, then over segment cells, over row segments x
 // columns of bins, and over bins.
-// Traffic: input read once, concat written once, pooled written.
+// Traffic: input read once, concat written once, pooled written. Instructions a vector: 93.
 template <class T, int unit>
 __global__ void __launch_bounds__(kThreads, 4)
     pool_planes(const __grid_constant__ PyramidPoolArgs args, const __grid_constant__ Segments rows,

@@ -36,7 +36,8 @@ struct BackwardBlocks {
 // Layout: all in 16-byte vectors along r and c (`vectors`), or any alignment.
 // A block takes a tile of one of them.
 // Traffic: weights once a block of rows, pooled once a block of output channels, grad_reduced once a block of columns
-// of either, mostly from the L2 cache; both gradients are written once.
+// of either, mostly from the L2 cache; both gradients are written once. Read 2.9 times at
+// N = 16; instructions a product of two numbers: 0.12 by tensor cores.
 template <class T, bool vectors>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && vectors ? 2 : 1)
     reduce_backward(const __grid_constant__ PyramidReduceBackwardArgs args,

@@ -25,6 +25,28 @@ struct Part {
   int64_t channel;
 };
 
+// A block's tile: channels of one output channel and one part.
+struct Tile {
+  bool dense;
+  int level, channels;
+  int64_t o, first, part;  // the tile's first channel of the part's
+  int64_t in_weight;       // that of the weight's
+
+  // Number `number` of the tiles of `size` channels, output channel by output channel, the dense part's before the
+  // levels'.
+  __device__ __forceinline__ Tile(const PyramidSplitWeightArgs& args, int number, int size, int dense_tiles,
+                                  int level_tiles) {
+    const int tiles = dense_tiles + static_cast<int>(args.L) * level_tiles, index = number % tiles;
+    o = number / tiles;
+    dense = index < dense_tiles;
+    level = dense ? 0 : (index - dense_tiles) / level_tiles;
+    first = static_cast<int64_t>(dense ? index : (index - dense_tiles) % level_tiles) * size;
+    part = dense ? args.dense : args.R;
+    channels = static_cast<int>(min(static_cast<int64_t>(size), part - first));
+    in_weight = (dense ? args.first_dense : args.first_level + level * args.R) + first;
+  }
+};
+
 template <class T, class U>
 constexpr int kBoth = kVector<T> > kVector<U> ? kVector<T> : kVector<U>;  // elements that are whole vectors of both
 
@@ -35,7 +57,7 @@ __device__ __forceinline__ void convert(const T (&from)[V], U (&to)[V]) {
 }
 
 // A channels-last weight is rows of channels, of a tap each, and so are its parts. A thread copies a vector of channels
-// of several rows. Traffic: each element once.
+// of several rows. Traffic: each element once. Instructions a vector: 46.
 template <class T, class U, bool kForward>
 __global__ void __launch_bounds__(kThreads)
     split_rows(const __grid_constant__ PyramidSplitWeightArgs args, int row_blocks) {
@@ -77,27 +99,21 @@ __global__ void __launch_bounds__(kThreads)
 
 // Otherwise the taps of a channel lie together, in the weight and in its dense part: that is copied, and the levels'
 // parts change their order in shared memory, a block one output channel of one part. Traffic: each element once.
+// Instructions a vector: 85.
 template <class T, class U, bool kForward>
 __global__ void __launch_bounds__(kThreads)
     split_planes(const __grid_constant__ PyramidSplitWeightArgs args, int dense_tiles, int level_tiles) {
   constexpr int V = kBoth<T, U>;
   using From = std::conditional_t<kForward, T, U>;
   using To = std::conditional_t<kForward, U, T>;
-  PSP_DYNAMIC_SHARED(U, tile);
-  const int tiles = dense_tiles + static_cast<int>(args.L) * level_tiles;
-  const int index = static_cast<int>(blockIdx.x) % tiles;
-  const int64_t o = static_cast<int>(blockIdx.x) / tiles;
-  const bool dense = index < dense_tiles;
-  const int level = dense ? 0 : (index - dense_tiles) / level_tiles;
-  const int64_t c0 = static_cast<int64_t>(dense ? index : (index - dense_tiles) % level_tiles) * kChannels;
-  const int64_t part = dense ? args.dense : args.R, C = args.dense + args.L * args.R;
-  const int channels = static_cast<int>(min(int64_t{kChannels}, part - c0)), taps = static_cast<int>(args.taps);
-  T* const weight = static_cast<T*>(args.weight) +
-                    (o * C + (dense ? args.first_dense : args.first_level + level * args.R) + c0) * taps;
-  const int vectors = channels * taps / V;
+  PSP_DYNAMIC_SHARED(U, shared);
+  const Tile tile(args, static_cast<int>(blockIdx.x), kChannels, dense_tiles, level_tiles);
+  const int64_t C = args.dense + args.L * args.R;
+  const int taps = static_cast<int>(args.taps), vectors = tile.channels * taps / V;
+  T* const weight = static_cast<T*>(args.weight) + (tile.o * C + tile.in_weight) * taps;
 
-  if (dense) {
-    U* const target = static_cast<U*>(args.dense_weight) + (o * part + c0) * taps;
+  if (tile.dense) {
+    U* const target = static_cast<U*>(args.dense_weight) + (tile.o * tile.part + tile.first) * taps;
     for (int i = static_cast<int>(threadIdx.x); i < vectors; i += kThreads) {
       From read[V];
       To values[V];
@@ -108,14 +124,15 @@ __global__ void __launch_bounds__(kThreads)
     }
     return;
   }
-  const int of_tap = channels / V;  // vectors
+  const int of_tap = tile.channels / V;  // vectors
   const auto matrix = [&](int i) {
     const int t = i / of_tap;
-    return static_cast<U*>(args.matrices) + ((level * args.taps + t) * args.O + o) * part + c0 + (i - t * of_tap) * V;
+    const int64_t row = (tile.level * args.taps + t) * args.O + tile.o;
+    return static_cast<U*>(args.matrices) + row * tile.part + tile.first + (i - t * of_tap) * V;
   };
   const auto in_tile = [&](int i, int v) -> U& {
     const int t = i / of_tap;
-    return tile[((i - t * of_tap) * V + v) * taps + t];
+    return shared[((i - t * of_tap) * V + v) * taps + t];
   };
   for (int i = static_cast<int>(threadIdx.x); i < vectors; i += kThreads) {
     if constexpr (kForward) {
@@ -123,7 +140,7 @@ __global__ void __launch_bounds__(kThreads)
       U values[V];
       load(weight + i * V, read);
       convert(read, values);
-      store_shared(tile + i * V, values);
+      store_shared(shared + i * V, values);
     } else {
       U read[V];
       load(matrix(i), read);
@@ -141,7 +158,7 @@ __global__ void __launch_bounds__(kThreads)
     } else {
       U read[V];
       T values[V];
-      load(tile + i * V, read);
+      load(shared + i * V, read);
       convert(read, values);
       store(weight + i * V, values);
     }
@@ -153,29 +170,23 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, class U, bool kForward>
 __global__ void __launch_bounds__(kThreads) split_elements(const __grid_constant__ PyramidSplitWeightArgs args,
                                                            int dense_tiles, int level_tiles, int tap_tiles) {
-  PSP_SHARED(U, tile, kTile * (kTileTaps + 1));
-  const int tiles = dense_tiles + static_cast<int>(args.L) * level_tiles;
+  PSP_SHARED(U, shared, kTile * (kTileTaps + 1));
   const int t0 = static_cast<int>(blockIdx.x) % tap_tiles * kTileTaps;
-  const int index = static_cast<int>(blockIdx.x) / tap_tiles % tiles;
-  const int64_t o = static_cast<int>(blockIdx.x) / tap_tiles / tiles;
-  const bool dense = index < dense_tiles;
-  const int level = dense ? 0 : (index - dense_tiles) / level_tiles;
-  const int c0 = (dense ? index : (index - dense_tiles) % level_tiles) * kTile;
-  const int64_t first = (dense ? args.first_dense : args.first_level + level * args.R) + c0;
-  const int64_t part = dense ? args.dense : args.R, C = args.dense + args.L * args.R;
-  const int channels = static_cast<int>(min(int64_t{kTile}, part - c0));
-  const int taps = static_cast<int>(min(int64_t{kTileTaps}, args.taps - t0));
+  const Tile tile(args, static_cast<int>(blockIdx.x) / tap_tiles, kTile, dense_tiles, level_tiles);
+  const int64_t C = args.dense + args.L * args.R;
+  const int channels = tile.channels, taps = static_cast<int>(min(int64_t{kTileTaps}, args.taps - t0));
 
   T* const weight = static_cast<T*>(args.weight);
-  U* const target = static_cast<U*>(dense ? args.dense_weight : args.matrices);
+  U* const target = static_cast<U*>(tile.dense ? args.dense_weight : args.matrices);
   const auto of_weight = [&](int c, int t) -> T& {
-    return args.channels_last ? weight[(o * args.taps + t0 + t) * C + first + c]
-                              : weight[(o * C + first + c) * args.taps + t0 + t];
+    return args.channels_last ? weight[(tile.o * args.taps + t0 + t) * C + tile.in_weight + c]
+                              : weight[(tile.o * C + tile.in_weight + c) * args.taps + t0 + t];
   };
   const auto of_part = [&](int c, int t) -> U& {
-    if (!dense) return target[((level * args.taps + t0 + t) * args.O + o) * part + c0 + c];
-    return args.channels_last ? target[(o * args.taps + t0 + t) * part + c0 + c]
-                              : target[(o * part + c0 + c) * args.taps + t0 + t];
+    const int64_t channel = tile.first + c;
+    if (!tile.dense) return target[((tile.level * args.taps + t0 + t) * args.O + tile.o) * tile.part + channel];
+    return args.channels_last ? target[(tile.o * args.taps + t0 + t) * tile.part + channel]
+                              : target[(tile.o * tile.part + channel) * args.taps + t0 + t];
   };
   const auto for_elements = [&](bool by_channels, const auto& f) {  // in the order of memory
     for (int i = static_cast<int>(threadIdx.x); i < channels * taps; i += kThreads) {
@@ -186,21 +197,21 @@ __global__ void __launch_bounds__(kThreads) split_elements(const __grid_constant
       }
     }
   };
-  const bool weight_by_channels = args.channels_last, part_by_channels = args.channels_last || !dense;
+  const bool weight_by_channels = args.channels_last, part_by_channels = args.channels_last || !tile.dense;
 
   if constexpr (kForward) {
     for_elements(weight_by_channels, [&](int c, int t) {
-      tile[c * (kTileTaps + 1) + t] = narrow<U>(static_cast<acc_t<U>>(widen(of_weight(c, t))));
+      shared[c * (kTileTaps + 1) + t] = narrow<U>(static_cast<acc_t<U>>(widen(of_weight(c, t))));
     });
   } else {
-    for_elements(part_by_channels, [&](int c, int t) { tile[c * (kTileTaps + 1) + t] = of_part(c, t); });
+    for_elements(part_by_channels, [&](int c, int t) { shared[c * (kTileTaps + 1) + t] = of_part(c, t); });
   }
   __syncthreads();
   if constexpr (kForward) {
-    for_elements(part_by_channels, [&](int c, int t) { of_part(c, t) = tile[c * (kTileTaps + 1) + t]; });
+    for_elements(part_by_channels, [&](int c, int t) { of_part(c, t) = shared[c * (kTileTaps + 1) + t]; });
   } else {
     for_elements(weight_by_channels, [&](int c, int t) {
-      of_weight(c, t) = narrow<T>(static_cast<acc_t<T>>(widen(tile[c * (kTileTaps + 1) + t])));
+      of_weight(c, t) = narrow<T>(static_cast<acc_t<T>>(widen(shared[c * (kTileTaps + 1) + t])));
     });
   }
 }

@@ -2,9 +2,8 @@
 // along the other.
 #include <algorithm>
 
-#include "axis.cuh"
 #include "cells.cuh"
-#include "teams.cuh"
+#include "level_planes.cuh"
 
 namespace pspnet_fast::cuda {
 namespace {
@@ -58,7 +57,7 @@ struct Part {
 // Sums of each part [N, parts, 4, R]: its gradient weighted for (low, low), (low, next), (next, low), (next, next).
 // Layout: channels-last in units of V channels, at most 16 bytes, or any strides (V == 1).
 // A block takes one part and a chunk of channels: threads x over channels, y over the part's rows.
-// Traffic: grad_context read once, four accumulators a part and channel written.
+// Traffic: grad_context read once, four accumulators a part and channel written. Instructions a vector: 126.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads, 3)
     upsample_backward_parts(const __grid_constant__ PyramidUpsampleConcatBackwardArgs args,
@@ -134,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 // Channels-last backward, second part: each cell adds the sums of the parts around it.
 // Layout: parts [N, parts, 4, R] to grad_reduced [N, P, R].
 // A block takes one cell; threads over channels.
-// Traffic: each sum is read once; they are few and lie in the L2 cache.
+// Traffic: each sum is read once; they are few and lie in the L2 cache. Instructions for a vector of the gradient: 9.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 5)
     upsample_backward_cells(const __grid_constant__ PyramidUpsampleConcatBackwardArgs args,
@@ -194,21 +193,17 @@ struct UpsampleBackwardTables {
 // Planar backward, in one launch: rows are summed to rows of cells in registers, then those along their columns.
 // Layout: planar, any row stride, in units of 4, 2 or 1.
 // A team takes a plane; its threads over strips of rows x units of a row, then cells.
-// Traffic: grad_context read once, grad_reduced written.
+// Traffic: grad_context read once, grad_reduced written. Instructions a vector: 201.
 template <class T, int unit>
 __global__ void __launch_bounds__(kThreads, kNewer && sizeof(T) == 8 ? 3 : 4)
     upsample_backward_planes(const __grid_constant__ PyramidUpsampleConcatBackwardArgs args,
                              const __grid_constant__ UpsampleBackwardTables<acc_t<T>> tables, int planes) {
   using A = acc_t<T>;
   PSP_DYNAMIC_SHARED(unsigned char, shared);
-  const Levels& levels = args.levels;
   const int H = tables.H, W = tables.W, pitch = tables.pitch(), strips = tables.strips, units = W / unit;
   const Member member;
-  const int64_t channels = levels.count * args.R;
-  const BlockLevels own(member.first_plane(planes), planes * member.teams, args.R, levels.count);
-  for (int number = 0; number < own.count; ++number) {
-    const int level = own.level(number), bins_w = levels.bins_w[level];
-    const Axis<T> rows(levels.bins_h[level], H, args.align_corners), columns(bins_w, W, args.align_corners);
+  const BlockLevels own(member.first_plane(planes), planes * member.teams, args.R, args.levels.count);
+  for_each_level<T>(own, args, [&](int number, const Axis<T>& rows, const Axis<T>& columns) {
     auto* const shares = reinterpret_cast<CellShare<A>*>(shared + number * tables.level_bytes());
     auto* const starts = reinterpret_cast<int*>(shares + H + W);
     for (int y = member.block_rank(); y < H; y += member.block_threads()) {
@@ -217,22 +212,22 @@ __global__ void __launch_bounds__(kThreads, kNewer && sizeof(T) == 8 ? 3 : 4)
     for (int x = member.block_rank(); x < W; x += member.block_threads()) {
       shares[H + x] = share_of(columns.at(x));
     }
-    for (int j = member.block_rank(); j <= bins_w; j += member.block_threads()) starts[j] = columns.start(j);
-  }
+    for (int j = member.block_rank(); j <= columns.bins; j += member.block_threads()) starts[j] = columns.start(j);
+  });
   __syncthreads();
 
   A* const sums = reinterpret_cast<A*>(shared + tables.block_bytes(own.count) + member.team * tables.team_bytes());
   const int stride = static_cast<int>(args.grad_context.stride_h);
   for (int turn = 0; turn < planes; ++turn) {
-    const int64_t plane = member.plane(turn, planes);
-    if (plane >= args.N * channels) return;
-    const int64_t n = plane / channels, channel = plane - n * channels;
-    const int level = static_cast<int>(channel / args.R), bins_h = levels.bins_h[level], bins_w = levels.bins_w[level];
+    const int64_t number = member.plane(turn, planes);
+    if (number >= args.N * args.levels.count * args.R) return;
+    const LevelPlane plane(args.levels, args.R, number);
+    const int bins_h = plane.bins_h, bins_w = plane.bins_w;
     const auto* const rows =
-        reinterpret_cast<const CellShare<A>*>(shared + own.number(level) * tables.level_bytes());  // [H]
-    const CellShare<A>* const columns = rows + H;                                                  // [W]
-    const int* const starts = reinterpret_cast<const int*>(columns + W);                           // [bins_w + 1]
-    const T* const map = pixel<const T>(args.grad_context, n, channel, 0, 0);
+        reinterpret_cast<const CellShare<A>*>(shared + own.number(plane.level) * tables.level_bytes());  // [H]
+    const CellShare<A>* const columns = rows + H;                                                        // [W]
+    const int* const starts = reinterpret_cast<const int*>(columns + W);                                 // [bins_w + 1]
+    const T* const map = pixel<const T>(args.grad_context, plane.n, plane.channel, 0, 0);
 
     for (int at = member.rank; at < strips * units; at += member.threads) {
       const int strip = at / units, x = (at - strip * units) * unit;
@@ -241,6 +236,7 @@ __global__ void __launch_bounds__(kThreads, kNewer && sizeof(T) == 8 ? 3 : 4)
       Unit<A, unit> own_sum = {}, next_sum = {};  // of the cell that the row lies after, and of the next
       int cell = 0;
       const auto move_to = [&](int target) {
+#pragma unroll 1
         for (; cell < target; ++cell, to += pitch) {
           store_unit<Memory::kShared>(to, own_sum);
           own_sum = next_sum;
@@ -271,8 +267,7 @@ __global__ void __launch_bounds__(kThreads, kNewer && sizeof(T) == 8 ? 3 : 4)
     }
     member.sync();
 
-    const int64_t first = n * levels.first[levels.count] + levels.first[level];
-    T* const to = static_cast<T*>(args.grad_reduced) + first * args.R + (channel - level * args.R);
+    T* const to = static_cast<T*>(args.grad_reduced) + plane.first_cell;
     const int cells = bins_h * bins_w;
     int lanes = 1;  // of a warp that share a cell
     while (lanes < kWarp && 2 * lanes * cells <= kWarp) lanes *= 2;

@@ -124,25 +124,6 @@ struct Member {
   }
 };
 
-// The levels of a block's planes, of R channels each: `count` from `first` on, the first level after the last.
-struct BlockLevels {
-  int first, count, levels;
-
-  __device__ __forceinline__ BlockLevels(int64_t plane, int planes, int64_t R, int levels)
-      : first(static_cast<int>(plane / R % levels)),
-        count(static_cast<int>(min((plane % R + planes - 1) / R + 1, static_cast<int64_t>(levels)))),
-        levels(levels) {}
-  __device__ __forceinline__ int level(int number) const {
-    return first + number < levels ? first + number : first + number - levels;
-  }
-  __device__ __forceinline__ int number(int level) const {
-    return level < first ? level - first + levels : level - first;
-  }
-  static int most(int64_t planes, int64_t R, int levels) {
-    return static_cast<int>(std::min((planes + R - 2) / R + 1, static_cast<int64_t>(levels)));
-  }
-};
-
 // A thread's units of a plane: every `threads`-th, row by row.
 struct UnitWalk {
   int units, step_y, step_x, y, x;  // of a row; x in units

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads, 2) argmax_pixels(const __grid_consta
 // The same up, in float. A block takes a strip of columns, a thread one column.
 // Layout: logits of any strides.
 // Traffic: classes and confidence written once; a block reads the logits around it once.
-// Instructions a class and pixel, at 8 pixels a column: 5, and 5 a class to interpolate.
+// Instructions a class and pixel, at 8 pixels a column: 5, and 5 a class to interpolate; in all 8 for K = 150.
 template <class T, class Class>
 __global__ void __launch_bounds__(kColumnThreads, kNewer ? 5 : 7)
     argmax_columns(const __grid_constant__ UpsampleArgmaxArgs args, ColumnShare share) {

@@ -49,15 +49,15 @@ __device__ __forceinline__ void fill_columns(const UpsampleCrossEntropyBackwardA
                                              Whole<acc_t<T>> whole, const Stripe& stripe, const Axis<T>& rows,
                                              const Axis<T>& columns, int first_class, F greatest_of) {
   using A = acc_t<T>;
-  constexpr int kBatch = 3;  // pixels of a thread whose loads are on their way at once
+  constexpr int kPixels = 3;  // of a thread whose loads are on their way at once
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, i = thread % kRows;
   const A lambda = rows.weight_of_next(min(stripe.top + i, rows.size - 1));
-  for (int first = thread; first - lane < stripe.columns * kRows; first += kBatch * share.threads) {
-    int64_t pixels[kBatch];
-    int targets[kBatch];
-    A lse[kBatch];
+  for (int first = thread; first - lane < stripe.columns * kRows; first += kPixels * share.threads) {
+    int64_t pixels[kPixels];
+    int targets[kPixels];
+    A lse[kPixels];
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
+    for (int b = 0; b < kPixels; ++b) {
       const int number = (first + b * share.threads) / kRows;
       const bool is_pixel = number < stripe.columns && i < stripe.rows;
       pixels[b] = is_pixel ? (stripe.n * args.H + stripe.top + i) * args.W + stripe.left + number : -1;
@@ -65,7 +65,7 @@ __device__ __forceinline__ void fill_columns(const UpsampleCrossEntropyBackwardA
     }
     targets_of(args, pixels, targets);
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
+    for (int b = 0; b < kPixels; ++b) {
       const int to = first + b * share.threads, number = to / kRows;
       if (to - lane >= stripe.columns * kRows) break;
       const int x = stripe.left + min(number, stripe.columns - 1);
@@ -116,7 +116,8 @@ __device__ __forceinline__ unsigned bytes_that_are(unsigned byte, const unsigned
 // slow way: it is no part of the loop over columns, and added after it. Layout: logits and grad_logits of any strides.
 // A block takes share.rows rows of logits and the cells around them, from top to bottom.
 // Traffic: each pixel's terms and logits are read by the blocks whose cells hold it (1.2 times at N = 16).
-// Instructions a class and pixel, at 8 pixels a column: 4, and 35 a column, 25 more where a warp has its targets.
+// Instructions a class and pixel, at 8 pixels a column: 4, and 35 a column, 25 more where a warp has its targets; with
+// halo, terms of pixels and idle lanes 22 for K = 150.
 template <class T>
 __global__ void __launch_bounds__(kBound<acc_t<T>>, kNewer ? 1 : kResident<acc_t<T>> / kBound<acc_t<T>>)
     cross_entropy_backward(const __grid_constant__ UpsampleCrossEntropyBackwardArgs args, Share share,
@@ -167,12 +168,12 @@ __global__ void __launch_bounds__(kBound<acc_t<T>>, kNewer ? 1 : kResident<acc_t
   };
   const int first_cell = max(first_row - 1, 0);
   const auto read_row = [&](int row) {
-    constexpr int kBatch = 4;
+    constexpr int kLogits = 4;  // of a thread that are on their way at once
     for (Place to = first_place; to.slot < slots;) {
-      T logits[kBatch];
+      T logits[kLogits];
       Place from = to;
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
+      for (int b = 0; b < kLogits; ++b) {
         const Place place = {min(from.slot, slots - 1), from.j};
         const int of_class = min(class_of(place.slot), static_cast<int>(args.K) - 1);
         const int column = min(max(column_of(place) - 1, 0), w - 1);
@@ -180,7 +181,7 @@ __global__ void __launch_bounds__(kBound<acc_t<T>>, kNewer ? 1 : kResident<acc_t
         step(from, stretch);
       }
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b, step(to, stretch)) {
+      for (int b = 0; b < kLogits; ++b, step(to, stretch)) {
         if (to.slot >= slots) break;
         const A most = shared.greatest[(row - first_cell) * all + column_of(to) - first_column];
         shared.powers[(row % 2 * stretch + to.j) * threads + to.slot] = power_of(widen(logits[b]), most);

@@ -64,6 +64,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // the column's rows of logits: interpolated, these bound a pixel's logits, and no maximum is needed.
 // Layout: logits and probabilities of any strides.
 // Traffic: probabilities read and written once, which takes the time; a block reads the logits around it once.
+// Instructions a class and pixel: 22 for K = 150.
 template <class T>
 __global__ void __launch_bounds__(kColumnThreads, kNewer ? 4 : 5)
     softmax_columns(const __grid_constant__ UpsampleSoftmaxAccumulateArgs args, ColumnShare share) {

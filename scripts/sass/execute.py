@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
+from known import refuse_unknown
 from machine_code import Instruction, Kernel
 from memory import WARP, Array, DeviceMemory, SharedMemory, sectors, wavefronts
 from operands import Registers, predicate, split
@@ -69,6 +70,7 @@ class Executor:
         return self.steps[i]  # type: ignore[return-value]
 
     def compile(self, instruction: Instruction) -> Step:
+        refuse_unknown(instruction)
         if instruction.operation in SPECIAL:
             return SPECIAL[instruction.operation](self, instruction, split(instruction.operands))
         do = decode(instruction)

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 
 import numpy as np
+from known import expect
 from machine_code import Instruction
 from operands import (
     COMPARE,
     F32,
     F64,
     I64,
+    REGISTER,
     U32,
     U64,
     Array,
@@ -47,11 +49,16 @@ def compare_floats(_: Instruction, operands: list[str], modifiers: set[str]) -> 
     return do
 
 
+def without_denormals(value: Array) -> Array:
+    return np.where(np.abs(value) < np.finfo(F32).tiny, np.copysign(F32(0), value), value)
+
+
 def float_result(operands: list[str], modifiers: set[str], compute: Callable[..., Array]) -> Do:
     write, reads = writer(operands[0]), [floating(text) for text in operands[1:] if not is_predicate(text)]
+    flush = without_denormals if "FTZ" in modifiers else np.asarray
 
     def do(r: Registers, mask: Array) -> None:
-        value = np.asarray(compute(*(read(r) for read in reads)), F32)
+        value = flush(np.asarray(compute(*(flush(read(r)) for read in reads)), F32))
         if "SAT" in modifiers:
             value = np.where(np.isnan(value), F32(0), np.clip(value, F32(0), F32(1)))
         write(r, mask, value.view(U32))
@@ -60,7 +67,23 @@ def float_result(operands: list[str], modifiers: set[str], compute: Callable[...
 
 
 def fma(_: Instruction, operands: list[str], modifiers: set[str]) -> Do:
-    return float_result(operands, modifiers, lambda a, b, c: (a.astype(F64) * b.astype(F64) + c).astype(F32))
+    """Rounded to the nearest, or down (RM), up (RP) or towards zero (RZ)."""
+    directed = modifiers & {"RM", "RP", "RZ"}
+
+    def compute(a: Array, b: Array, c: Array) -> Array:
+        product = a.astype(F64) * b.astype(F64)  # exact
+        total = product + c
+        value = total.astype(F32)
+        if not directed:
+            return value
+        of_c = total - product
+        lost = (product - (total - of_c)) + (c - of_c)  # what rounding to double took
+        beyond = (value - total) - lost  # of the exact sum
+        down = np.where(beyond > 0, np.nextafter(value, F32(-np.inf)), value)
+        up = np.where(beyond < 0, np.nextafter(value, F32(np.inf)), value)
+        return down if "RM" in directed else up if "RP" in directed else np.where(value > 0, down, up)
+
+    return float_result(operands, modifiers, compute)
 
 
 def special(_: Instruction, operands: list[str], modifiers: set[str]) -> Do:
@@ -109,17 +132,20 @@ def pack(_: Instruction, operands: list[str], modifiers: set[str]) -> Do:
     return lambda r, mask: write(r, mask, low32(narrow(high(r)) << U64(16) | narrow(low(r))))
 
 
-def to_integer(_: Instruction, operands: list[str], modifiers: set[str]) -> Do:
+def to_integer(instruction: Instruction, operands: list[str], modifiers: set[str]) -> Do:
     write, read = writer(operands[0]), floating(operands[1])
     turn = {"TRUNC": np.trunc, "FLOOR": np.floor, "CEIL": np.ceil}
     round_ = next((turn[m] for m in turn if m in modifiers), np.rint)
     low, high = (0, 2**32 - 1) if "U32" in modifiers else (-(2**31), 2**31 - 1)
+    expect(instruction, "NTZ" in modifiers or bool(modifiers & {"U64", "S64"}))
+    unknown = F64(0 if "NTZ" in modifiers else 2.0**63 if "U64" in modifiers else -(2.0**63))  # of NaN
     if modifiers & {"U64", "S64"}:
         low, high = (0, 2**64 - 2048) if "U64" in modifiers else (-(2**63), 2**63 - 1024)
     write_high = writer(next_register(operands[0])) if modifiers & {"U64", "S64"} else None
 
     def do(r: Registers, mask: Array) -> None:
-        value = np.nan_to_num(np.clip(round_(read(r).astype(F64)), low, high))
+        value = np.clip(round_(read(r).astype(F64)), low, high)
+        value = np.where(np.isnan(value), unknown, value)
         bits = value.astype(U64) if low == 0 else value.astype(I64).view(U64)
         write(r, mask, low32(bits))
         if write_high is not None:
@@ -137,7 +163,8 @@ def from_integer(_: Instruction, operands: list[str], modifiers: set[str]) -> Do
         exact = bits if modifiers & {"U32", "U64"} else bits.view(I64) if pair else as_signed(bits)
         value = exact.astype(F32)
         if "RP" in modifiers:
-            value = np.where(value.astype(F64) < exact, np.nextafter(value, F32(np.inf)), value)
+            below = (value < 2.0**63) & (value.astype(exact.dtype) < exact)
+            value = np.where(below, np.nextafter(value, F32(np.inf)), value)
         write(r, mask, np.asarray(value, F32).view(U32))
 
     return do
@@ -155,8 +182,10 @@ def division_is_extreme(_: Instruction, operands: list[str], modifiers: set[str]
 
 
 def half_immediates(instruction: Instruction, operands: list[str], modifiers: set[str]) -> Do:
+    """HFMA2 as a move of two constants, or what it is."""
     if operands[1:3] != ["-RZ", "RZ"]:
         return half_fma(instruction, operands, modifiers)
+    expect(instruction, len(operands) == 5 and not modifiers - {"MMA"})
     write, value = writer(operands[0]), U32(half_pair(operands[3], operands[4]))
     return lambda r, mask: write(r, mask, value)
 
@@ -184,6 +213,7 @@ def halves(text: str, bfloat: bool) -> Callable[[Registers], tuple[Array, Array]
 def half_fma(instruction: Instruction, operands: list[str], modifiers: set[str]) -> Do:
     """HFMA2, HADD2, HMUL2 on two halves; HADD2.F32 widens one."""
     bfloat = bool(modifiers & {"BF16", "BF16_V2"})
+    expect(instruction, all(REGISTER.match(text) for text in operands[1:]))
     write, reads = writer(operands[0]), [halves(text, bfloat) for text in operands[1:]]
     if "F32" in modifiers:
         return lambda r, mask: write(r, mask, (reads[0](r)[0] + reads[1](r)[0]).view(U32))

@@ -1,6 +1,7 @@
 """Integer operations of the machine code, moves and predicates (semantics.py)."""
 
 import numpy as np
+from known import expect
 from machine_code import Instruction
 from operands import (
     COMPARE,
@@ -136,10 +137,11 @@ def shift(_: Instruction, operands: list[str], modifiers: set[str]) -> Do:
     return do
 
 
-def logic(_: Instruction, operands: list[str], modifiers: set[str]) -> Do:
+def logic(instruction: Instruction, operands: list[str], modifiers: set[str]) -> Do:
     put = None
     if is_predicate(operands[0]):
         put, operands = writer(operands[0]), operands[1:]
+    expect(instruction, operands[5:] in ([], ["!PT"], ["!UPT"]))
     write, (a, b, c), table = writer(operands[0]), (integer(t) for t in operands[1:4]), int(operands[4], 0)
 
     def do(r: Registers, mask: Array) -> None:
@@ -204,6 +206,8 @@ def least_integer(instruction: Instruction, operands: list[str], modifiers: set[
         value, *others = (view(value) for value in values)
         for other in others:
             value = np.where(least(r), np.minimum(value, other), np.maximum(value, other))
+        if "RELU" in modifiers:
+            value = np.maximum(value, 0)
         write(r, mask, low32(np.asarray(value).astype(I64).view(U64)))
 
     return do
@@ -244,10 +248,10 @@ def absolute(_: Instruction, operands: list[str], modifiers: set[str]) -> Do:
     return lambda r, mask: write(r, mask, low32(np.abs(as_signed(read(r))).view(U64)))
 
 
-def zeros(_: Instruction, operands: list[str], modifiers: set[str]) -> Do:
-    if operands[1] != "SRZ":
-        raise NotImplementedError(f"CS2R of {operands[1]}")
-    writes = [writer(operands[0])] + ([] if "32" in modifiers else [writer(next_register(operands[0]))])
+def zeros(instruction: Instruction, operands: list[str], modifiers: set[str]) -> Do:
+    """CS2R of a pair of registers, and of no clock."""
+    expect(instruction, operands[1:] == ["SRZ"])
+    writes = [writer(operands[0]), writer(next_register(operands[0]))]
 
     def do(r: Registers, mask: Array) -> None:
         for write in writes:
@@ -256,7 +260,8 @@ def zeros(_: Instruction, operands: list[str], modifiers: set[str]) -> Do:
     return do
 
 
-def pack_predicates(_: Instruction, operands: list[str], modifiers: set[str]) -> Do:
+def pack_predicates(instruction: Instruction, operands: list[str], modifiers: set[str]) -> Do:
+    expect(instruction, operands[1] == "PR")
     write, keep, which = writer(operands[0]), integer(operands[2]), int(operands[3], 0)
 
     def do(r: Registers, mask: Array) -> None:
@@ -266,11 +271,14 @@ def pack_predicates(_: Instruction, operands: list[str], modifiers: set[str]) ->
     return do
 
 
-def unpack_predicates(_: Instruction, operands: list[str], modifiers: set[str]) -> Do:
-    read, which = integer(operands[1]), int(operands[2], 0)
+def unpack_predicates(instruction: Instruction, operands: list[str], modifiers: set[str]) -> Do:
+    """The bits of a mask, out of a register's lowest byte or that which is named (.B3)."""
+    expect(instruction, operands[0] == "PR")
+    register, _, byte = operands[1].partition(".")
+    read, which, shift = integer(register), int(operands[2], 0), U64(8 * int(byte[1:] or "0"))
 
     def do(r: Registers, mask: Array) -> None:
-        bits = read(r)
+        bits = read(r) >> shift
         for i in range(7):
             if which >> i & 1:
                 np.copyto(r.predicates[i], (bits >> U64(i) & U64(1)).astype(bool), where=mask)
@@ -283,8 +291,9 @@ def population(_: Instruction, operands: list[str], modifiers: set[str]) -> Do:
     return lambda r, mask: write(r, mask, np.bitwise_count(low32(read(r))))
 
 
-def leading(_: Instruction, operands: list[str], modifiers: set[str]) -> Do:
+def leading(instruction: Instruction, operands: list[str], modifiers: set[str]) -> Do:
     """The position of the highest bit, or with SH its distance from bit 31."""
+    expect(instruction, "U32" in modifiers)
     write, read = writer(operands[0]), integer(operands[1])
 
     def do(r: Registers, mask: Array) -> None:

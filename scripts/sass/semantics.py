@@ -1,7 +1,8 @@
 """What each operation of the machine code computes; memory and control flow are in steps.py.
 
 NVIDIA documents the operations by name alone (CUDA Binary Utilities). What they do was read from what nvcc makes of
-known sources, and is shown to be right by results: tests/test_sass.py runs the kernels and compares.
+known sources, and is shown to be right by results: tests/test_sass.py runs the kernels and compares. A modifier that
+known.py does not list never comes here.
 """
 
 from collections.abc import Callable

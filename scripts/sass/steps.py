@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from floats import from_float16
+from known import expect
 from machine_code import Instruction
 from memory import WARP, Array, load, store
 from operands import address, integer, is_predicate, low32, next_register, number, predicate, writer
@@ -23,6 +24,7 @@ def access_size(instruction: Instruction) -> int:
 
 
 def load_step(_: "Executor", instruction: Instruction, operands: list[str]) -> Step:
+    expect(instruction, len(operands) == 2)
     size, where = access_size(instruction), address(operands[1])
     writes = [writer(next_register(operands[0], i)) for i in range(max(1, size // 4))]
     signed, shared = {"S8": np.int8, "S16": np.int16}, instruction.operation == "LDS"
@@ -81,14 +83,14 @@ def copy_step(_: "Executor", instruction: Instruction, operands: list[str]) -> S
 
 
 def add_step(_: "Executor", instruction: Instruction, operands: list[str]) -> Step:
-    """Atomic additions without a result; POPC.INC adds one."""
+    """Atomic additions of integers, whose result is not asked for; POPC.INC adds one."""
     shared = instruction.operation == "ATOMS"
+    expect(instruction, not shared or operands[0] == "RZ")
     where = address(operands[1] if shared else operands[0])
     one = "INC" in instruction.modifiers
     value = None if one else integer(operands[-1], pair="64" in instruction.modifiers)
     kind = np.uint64 if "64" in instruction.modifiers else np.uint32
-    if "ADD" not in instruction.modifiers and not one:
-        raise NotImplementedError(str(instruction))
+    expect(instruction, one or "ADD" in instruction.modifiers)
 
     def step(block: "Block", mask: Array) -> None:
         addresses = where(block.registers)
@@ -128,15 +130,19 @@ def special_register(_: "Executor", instruction: Instruction, operands: list[str
 
 
 def shuffle(_: "Executor", instruction: Instruction, operands: list[str]) -> Step:
-    put, to, value, by = writer(operands[0]), writer(operands[1]), integer(operands[2]), integer(operands[3])
+    put, to, value, by, limit = writer(operands[0]), writer(operands[1]), *(integer(text) for text in operands[2:])
     mode = instruction.modifiers[0]
+    whole_warp = np.uint64(0 if mode == "UP" else WARP - 1)
 
     def step(block: "Block", mask: Array) -> None:
         lane = np.arange(block.size) % WARP
+        expect(instruction, bool((np.broadcast_to(limit(block.registers), block.size)[mask] == whole_warp).all()))
         shift = by(block.registers).astype(np.int64)
         source = {"BFLY": lane ^ shift, "IDX": shift % WARP, "UP": lane - shift, "DOWN": lane + shift}[mode]
         inside = (source >= 0) & (source < WARP)
         source = np.where(inside, source, lane) + block.warp * WARP
+        if not mask[source[mask]].all():
+            raise RuntimeError(f"{instruction} takes the value of a lane that is elsewhere")
         to(block.registers, mask, low32(np.broadcast_to(value(block.registers), block.size))[source])
         put(block.registers, mask, inside)
 
@@ -144,6 +150,7 @@ def shuffle(_: "Executor", instruction: Instruction, operands: list[str]) -> Ste
 
 
 def vote(_: "Executor", instruction: Instruction, operands: list[str]) -> Step:
+    expect(instruction, len(operands) in (2, 3))
     ballot = None if is_predicate(operands[0]) else writer(operands[0])
     put, read = writer(operands[-2]), predicate(operands[-1])
     every = "ALL" in instruction.modifiers
@@ -166,10 +173,8 @@ def vote(_: "Executor", instruction: Instruction, operands: list[str]) -> Step:
 
 def tensor_product(_: "Executor", instruction: Instruction, operands: list[str]) -> Step:
     """HMMA.16816.F32: D (16 x 8) = A (16 x 16) B (16 x 8) + C, spread over a warp's registers as PTX documents."""
-    if "16816" not in instruction.modifiers or "F32" not in instruction.modifiers:
-        raise NotImplementedError(str(instruction))
-    names = [text.split(".")[0] for text in operands[:4]]
-    d, a, b, c = (number("R", name[1:]) for name in names)
+    expect(instruction, {"16816", "F32"} <= set(instruction.modifiers) and len(operands) == 4)
+    d, a, b, c = (number("R", name[1:]) for name in operands)
     bfloat = "BF16" in instruction.modifiers
 
     def step(block: "Block", mask: Array) -> None:
@@ -224,9 +229,8 @@ def nothing(*_: object) -> Step:
 
 def branch(executor: "Executor", instruction: Instruction, operands: list[str]) -> Step:
     target = executor.kernel.target(instruction)
-    if target is None:
-        raise NotImplementedError(str(instruction))
-    if "DIV" in instruction.modifiers:  # where a warp's lanes are not all here
+    expect(instruction, target is not None and len(operands) <= 2)
+    if "DIV" in instruction.modifiers:  # where a warp's lanes are not all here, to WARPSYNC.COLLECTIVE
 
         def diverged(block: "Block", mask: Array) -> None:
             whole = mask.reshape(-1, 32).all(axis=1).repeat(32)
@@ -252,7 +256,9 @@ def come_back(executor: "Executor", instruction: Instruction, operands: list[str
     return step
 
 
-def leave(*_: object) -> Step:
+def leave(_: "Executor", instruction: Instruction, operands: list[str]) -> Step:
+    expect(instruction, not operands)
+
     def step(block: "Block", mask: Array) -> None:
         block.at[mask] = DONE
         block.release()
@@ -265,6 +271,7 @@ def barrier_number(operands: list[str]) -> int:
 
 
 def set_meeting(_: "Executor", instruction: Instruction, operands: list[str]) -> Step:
+    expect(instruction, len(operands) == 2)
     which = barrier_number(operands)
 
     def step(block: "Block", mask: Array) -> None:
@@ -275,12 +282,14 @@ def set_meeting(_: "Executor", instruction: Instruction, operands: list[str]) ->
 
 
 def meet(_: "Executor", instruction: Instruction, operands: list[str]) -> Step:
+    expect(instruction, len(operands) == 1)
     which = barrier_number(operands)
     return lambda block, mask: block.wait(mask & (block.barriers[which] > 0), which)
 
 
 def break_off(_: "Executor", instruction: Instruction, operands: list[str]) -> Step:
-    which = barrier_number(operands[-1:])
+    expect(instruction, len(operands) == 1)
+    which = barrier_number(operands)
 
     def step(block: "Block", mask: Array) -> None:
         block.barriers[which][mask] = 0
@@ -289,14 +298,17 @@ def break_off(_: "Executor", instruction: Instruction, operands: list[str]) -> S
     return step
 
 
-def wait_step(which: int) -> Callable[..., Step]:
-    return lambda *_: lambda block, mask: block.wait(mask, which)
+def synchronize(_: "Executor", instruction: Instruction, operands: list[str]) -> Step:
+    """WARPSYNC.ALL, and BAR of all threads of the block."""
+    block_wide = instruction.operation == "BAR"
+    expect(instruction, operands == (["0x0"] if block_wide else []))
+    return lambda block, mask: block.wait(mask, 17 if block_wide else 16)
 
 
 CONTROL = {"BRA", "CALL", "RET", "EXIT", "BSYNC", "BREAK", "WARPSYNC", "BAR"}
 SPECIAL: dict[str, Callable[["Executor", Instruction, list[str]], Step]] = {
-    **dict.fromkeys(("LDG", "LDS", "LD"), load_step),
-    **dict.fromkeys(("STG", "STS", "ST"), store_step),
+    **dict.fromkeys(("LDG", "LDS"), load_step),
+    **dict.fromkeys(("STG", "STS"), store_step),
     **dict.fromkeys(("RED", "REDG", "ATOMS"), add_step),
     **dict.fromkeys(("LDC", "ULDC"), constant_step),
     **dict.fromkeys(("S2R", "S2UR"), special_register),
@@ -312,6 +324,6 @@ SPECIAL: dict[str, Callable[["Executor", Instruction, list[str]], Step]] = {
     "BSSY": set_meeting,
     "BSYNC": meet,
     "BREAK": break_off,
-    "WARPSYNC": wait_step(16),
-    "BAR": wait_step(17),
+    "WARPSYNC": synchronize,
+    "BAR": synchronize,
 }
