@@ -6,6 +6,7 @@ from .head import FusedPSPHead
 from .losses import UpsampleCrossEntropyLoss
 from .models import PSPNet
 from .modules import FusedPPM
+from .region_losses import UpsampleDiceLoss, UpsampleLovaszLoss
 from .upsample_concat import FusedUpsampleConcat
 
 __version__ = "0.1.0"
@@ -15,6 +16,8 @@ __all__ = [
     "FusedUpsampleConcat",
     "PSPNet",
     "UpsampleCrossEntropyLoss",
+    "UpsampleDiceLoss",
+    "UpsampleLovaszLoss",
     "fuse",
     "ops",
     "reference",
