@@ -23,19 +23,13 @@ from pspnet_fast.training import ConfigError, Interrupted
 from pspnet_fast.training.checkpoint import load_checkpoint
 from pspnet_fast.training.distributed import World, leave
 from pspnet_fast.training.loading import places_of, train_loader, val_loader
-from pspnet_fast.training.report import Report, read_log
+from pspnet_fast.training.report import read_log
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_curves")
 STEPS = replace(CONFIG, iterations=5, batch_size=4, val_every=5, class_weights=[1.0, 0.5, 2.0])
 # Where batch norms see parts of a batch, two parts are not the whole: here those of the backbone are frozen, and the
 # head has other ones.
 RUNS = {"whole": {}, "parts": {"frozen_norms": True, "ema": 0.5, "optimizer": "adamw", "lr": 0.001}}
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half the time of a toy run."""
-    monkeypatch.setattr(Report, "draw_curves", lambda _: None)
 
 
 def five_steps(root: Path, out: Path, name: str, parts: int = 1) -> None:

@@ -64,6 +64,7 @@ def test_fit_learns_and_leaves_its_files(root: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_tensorboard_scalars(root: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -76,6 +77,7 @@ def test_tensorboard_scalars(root: Path, tmp_path: Path) -> None:
     assert f"val_iou/{NAMES[0]}" in events.Tags()["scalars"]
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_same_seed_same_weights_and_other_seed_others(root: Path, tmp_path: Path) -> None:
     config = replace(CONFIG, epochs=1)
     first, again, other = (
@@ -104,6 +106,7 @@ def test_diverged_loss_stops(root: Path, tmp_path: Path) -> None:
     assert_equal_states(finite["model"], PSPNet(len(NAMES), ToyBackbone(), bins=(1, 2)).state_dict())
 
 
+@pytest.mark.usefixtures("no_curves")
 @pytest.mark.parametrize("option", ["bf16", "channels_last"])
 def test_options_keep_learning(root: Path, tmp_path: Path, option: str) -> None:
     model, result = train(root, tmp_path, replace(CONFIG, epochs=3, **{option: True}))
@@ -113,6 +116,7 @@ def test_options_keep_learning(root: Path, tmp_path: Path, option: str) -> None:
         assert model.cls[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.usefixtures("no_curves")
 @pytest.mark.parametrize("split", ["train", "val", "both"])
 def test_split_without_labels_is_said_once(tmp_path: Path, split: str) -> None:
     train_set, val_set = (Items(4, 255 if split in (name, "both") else 0) for name in ("train", "val"))
@@ -151,6 +155,7 @@ def test_numbers_of_classes(root: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_checkpoint_describes_its_model(root: Path, tmp_path: Path) -> None:
     arguments = {"backbone": "resnet18", "stem": "conv7", "output_stride": 16, "bins": (1, 2), "head_channels": 8}
     model = PSPNet(len(NAMES), **arguments)

@@ -19,7 +19,7 @@ from pspnet_fast.training.checkpoint import load_checkpoint
 from pspnet_fast.training.loading import train_loader
 from pspnet_fast.training.report import read_log
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_curves")
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +170,6 @@ def test_checkpoint_of_an_older_version(root: Path, straight: Path, tmp_path: Pa
 def test_killed_run_goes_on_to_the_same_bits(root: Path, tmp_path: Path, name: str) -> None:
     config = replace(RUNS[name], epochs=4)
     train(root, tmp_path / "straight", config)
-    kills, _ = kill_and_resume(root, tmp_path / "killed", config, seed=0, kills=3, delay=1.0)
+    kills, _ = kill_and_resume(root, tmp_path / "killed", config, seed=0, kills=3, delay=0.5)
     assert kills > 0
     assert_same_runs(tmp_path / "straight", tmp_path / "killed")

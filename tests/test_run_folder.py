@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-import subprocess
-import sys
+import multiprocessing
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from pspnet_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from pspnet_fast.training.report import read_log
 from pspnet_fast.training.run_folder import locked
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_curves")
 
 
 @pytest.fixture(scope="module")
@@ -181,24 +181,26 @@ def test_resume_with_a_damaged_log(finished: tuple[Path, Path], tmp_path: Path, 
     assert epochs == ([1, 2] if log == "cut" else [2])
 
 
+def hold(folder: Path, held: Any) -> None:
+    with locked(folder):
+        held.set()
+        time.sleep(600)
+
+
 def test_a_folder_belongs_to_one_process(root: Path, tmp_path: Path) -> None:
     with locked(tmp_path), pytest.raises(ValueError, match="another process is training into"):
         train(root, tmp_path)
-    code = f"""from pathlib import Path
-from pspnet_fast.training.run_folder import locked
-with locked(Path({str(tmp_path)!r})):
-    print("held", flush=True)
-    input()
-"""
-    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match="another process is training into"), locked(tmp_path):
-            pass
-        process.kill()
-        process.wait()
-        with locked(tmp_path):
-            pass
+    fork = multiprocessing.get_context("fork")
+    held = fork.Event()
+    process = fork.Process(target=hold, args=(tmp_path, held))
+    process.start()
+    assert held.wait(60)
+    with pytest.raises(ValueError, match="another process is training into"), locked(tmp_path):
+        pass
+    process.kill()
+    process.join()
+    with locked(tmp_path):
+        pass
     assert list(tmp_path.iterdir()) == []
 
 

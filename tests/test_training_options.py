@@ -19,23 +19,17 @@ from pspnet_fast.training import Callback, ConfigError, TrainConfig, TrainResult
 from pspnet_fast.training.checkpoint import load_checkpoint
 from pspnet_fast.training.distributed import World
 from pspnet_fast.training.protocol import describe
-from pspnet_fast.training.report import Report, read_log
+from pspnet_fast.training.report import read_log
 from pspnet_fast.training.step import Step
 from pspnet_fast.training.times import Times
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_curves")
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_toy_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half the time of a toy run."""
-    monkeypatch.setattr(Report, "draw_curves", lambda _: None)
 
 
 def test_averaged_weights_are_validated_and_saved(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
