@@ -14,6 +14,14 @@ LOSSES = {"dice": UpsampleDiceLoss, "lovasz": UpsampleLovaszLoss}
 every_loss = pytest.mark.parametrize("name", LOSSES)
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request) -> torch.device:
+    """These losses have no kernels of their own."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU on this machine")
+    return torch.device(request.param)
+
+
 def dice(probabilities: Tensor, target: Tensor, squared: bool = False) -> Tensor:
     """Of (pixels, K), as it is defined, over the classes that there are."""
     own = F.one_hot(target, probabilities.size(1)).to(probabilities.dtype)
@@ -60,14 +68,14 @@ def with_gradient(function, logits: Tensor, *arguments: object) -> tuple[Tensor,
 @pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("size", [(25, 19), (4, 3), (1, 1), (3, 8)])
 @pytest.mark.parametrize("band", [1, 1000, 1 << 22])  # rows one by one, some at a time, all
-def test_equals_the_composition(name, align_corners, size, band, monkeypatch):
+def test_equals_the_composition(name, align_corners, size, band, monkeypatch, device):
     monkeypatch.setattr(region_losses, "_BAND", band)
-    logits, target = pixels(size=size)
+    logits, target = (tensor.to(device) for tensor in pixels(size=size))
     target[0, 0, 0] = 0
     loss = LOSSES[name](align_corners=align_corners)
     ours = with_gradient(loss, logits, target)
-    expected = with_gradient(lambda z, t: composed(name, z, t, align_corners), logits, target)
-    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-13)
+    expected = with_gradient(lambda z, t: composed(name, z, t, align_corners), logits.cpu(), target.cpu())
+    torch.testing.assert_close([value.cpu() for value in ours], list(expected), rtol=1e-10, atol=1e-13)
 
 
 def test_dice_of_squares():
@@ -105,11 +113,15 @@ def test_ignored_pixels(name):
 
 
 @every_loss
-def test_what_is_no_number_or_class_shows(name):
-    logits, target = pixels()
+def test_what_is_no_number_or_class_shows(name, device):
+    logits, target = (tensor.to(device) for tensor in pixels())
     for wrong in (5, -1):
+        bad = target.index_fill(1, torch.tensor(3, device=device), wrong)
+        if device.type == "cuda":
+            assert LOSSES[name]()(logits, bad).isnan()
+            continue
         with pytest.raises(IndexError, match=rf"target must be from 0 to 4 or ignore_index 255, but holds {wrong}"):
-            LOSSES[name]()(logits, target.index_fill(1, torch.tensor(3), wrong))
+            LOSSES[name]()(logits, bad)
     with pytest.raises(ValueError, match="target must have shape"):
         LOSSES[name]()(logits, target[0])
     logits[0, 0, 0, 0] = torch.nan
