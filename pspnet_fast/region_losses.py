@@ -230,10 +230,10 @@ def _lovasz_of_class(probability: Tensor, target: Tensor, k: int, count: int) ->
     hit = own.flatten()[order]
     hits = hit.cumsum(0)  # whole numbers
     # With every pixel taken for wrong the Jaccard loss grows: one of the class leaves the intersection, another joins
-    # the union. These are the differences of the published code, without its cancellation.
+    # the union. These are the differences of the published code, without its cancellation. Ignored pixels, which come
+    # once no pixel of the class is left, add nothing.
     union = (torch.arange(count + 1, count + 1 + len(hits), device=hits.device) - hits).to(errors.dtype)
     growth = torch.where(hit, 1 / union, (count - hits) / (union * (union - 1)))
-    growth = growth.masked_fill_(errors < 0, 0)  # not "unless at least 0": NaN must show
     value = (errors.clamp_(min=0) * growth).sum(dtype=torch.float64)
     slope = torch.empty_like(growth)
     slope[order] = torch.where(hit, -growth, growth)
