@@ -64,7 +64,6 @@ def test_fit_learns_and_leaves_its_files(root: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
 
 
-@pytest.mark.usefixtures("no_curves")
 def test_tensorboard_scalars(root: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -77,7 +76,6 @@ def test_tensorboard_scalars(root: Path, tmp_path: Path) -> None:
     assert f"val_iou/{NAMES[0]}" in events.Tags()["scalars"]
 
 
-@pytest.mark.usefixtures("no_curves")
 def test_same_seed_same_weights_and_other_seed_others(root: Path, tmp_path: Path) -> None:
     config = replace(CONFIG, epochs=1)
     first, again, other = (
