@@ -109,6 +109,22 @@ def test_a_signal_to_one_process_stops_both_after_the_same_iteration(tmp_path: P
     assert (checkpoint["step"], checkpoint["history"]) == (3, [])  # looked at where an epoch ends
 
 
+def killed_run(root: Path, out: Path) -> None:
+    class Dying(ListDataset):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            if os.environ["RANK"] == "1" and index == places_of(12, 4, 0, 2)[1][1]:  # of the third iteration
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getitem__(index)
+
+    train(root, out, STEPS, dataset=Dying)
+
+
+def test_a_process_that_is_killed_ends_the_other_with_an_error(tmp_path: Path) -> None:
+    """Also without a launcher that would do it."""
+    root = write_toy_data(tmp_path / "data", train=12)
+    assert two_processes(killed_run, root, tmp_path / "run") == [1, -signal.SIGKILL]
+
+
 def test_a_process_that_fails_ends_the_run_with_its_error(tmp_path: Path) -> None:
     """As a user starts it, and within seconds: nothing waits for the process that has gone."""
     root = write_toy_data(tmp_path / "data")

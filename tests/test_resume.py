@@ -156,7 +156,7 @@ def test_checkpoint_of_an_older_version(root: Path, straight: Path, tmp_path: Pa
     path = tmp_path / "checkpoint.pt"
     state = load_checkpoint(path)
     del state["iterations"]
-    for name in ("accumulate", "optimizer", "ema", "val_every", "head", "min_lr", "deterministic"):
+    for name in ("accumulate", "optimizer", "ema", "val_every", "head", "min_lr", "deterministic", "dice"):
         del state["config"][name]
     torch.save({**state, "format": 2, "rng": {"cpu": torch.get_rng_state()}}, path)
     with pytest.raises(ResumeError, match=r"train.optimizer was 'sgd', now 'adamw'; train.ema was None, now 0.5"):

@@ -132,6 +132,20 @@ def test_gradients_are_clipped_together() -> None:
     assert moved.norm().item() == pytest.approx(0.01, rel=1e-4)
 
 
+def test_float16_leaves_out_iterations_whose_gradients_overflow() -> None:
+    trained = Step(toy().float(), replace(CONFIG, fp16=True, clip_norm=1.0), CPU, World())
+    trained.train()
+    before = {name: value.clone() for name, value in trained.model.named_parameters()}
+    for scale, overflows in ((2.0**127, True), (2.0**10, False)):
+        trained.scaler.load_state_dict({**trained.scaler.state_dict(), "scale": scale})
+        values = trained([batch()], Times(CPU))
+        assert values.isfinite().all()
+        assert trained.scaler.get_scale() == (scale / 2 if overflows else scale)
+        for name, value in trained.model.named_parameters():
+            assert value.isfinite().all()
+            assert torch.equal(value, before[name]) is overflows, name
+
+
 def test_averaged_weights() -> None:
     model, averages = toy(), None
     trained = Step(model, replace(CONFIG, ema=0.75), CPU, World())
