@@ -68,7 +68,7 @@ def with_gradient(function, logits: Tensor, *arguments: object) -> tuple[Tensor,
 @pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("size", [(25, 19), (4, 3), (1, 1), (3, 8)])
 @pytest.mark.parametrize("band", [1, 1000, 1 << 22])  # rows one by one, some at a time, all
-def test_equals_the_composition(name, align_corners, size, band, monkeypatch, device):
+def test_equals_the_composition(device, name, align_corners, size, band, monkeypatch):
     monkeypatch.setattr(region_losses, "_BAND", band)
     logits, target = (tensor.to(device) for tensor in pixels(size=size))
     target[0, 0, 0] = 0
@@ -113,7 +113,7 @@ def test_ignored_pixels(name):
 
 
 @every_loss
-def test_what_is_no_number_or_class_shows(name, device):
+def test_what_is_no_number_or_class_shows(device, name):
     logits, target = (tensor.to(device) for tensor in pixels())
     for wrong in (5, -1):
         bad = target.index_fill(1, torch.tensor(3, device=device), wrong)
