@@ -14,7 +14,37 @@ from .reference import wide
 _BAND = 1 << 22  # elements of upsampled logits at once
 
 
-class UpsampleDiceLoss(nn.Module):
+class _UpsampleRegionLoss(nn.Module):
+    """What both losses do with their arguments."""
+
+    def __init__(self, align_corners: bool, ignore_index: int) -> None:
+        super().__init__()
+        self.align_corners, self.ignore_index = align_corners, ignore_index
+
+    @torch.compiler.disable
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss of logits (N, K, h, w) against class indices (N, H, W), of an integer type.
+
+        Returns:
+            A number in float32 for logits of 16 or 32 bits, else float64.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
+            IndexError: on a CPU, a target that is neither a class nor ignore_index; on a GPU the loss is NaN.
+        """
+        target, bad = _checked(logits, target, self.ignore_index)
+        values = wide(logits)
+        return torch.where(bad, torch.nan, self._loss(values, target)).to(values.dtype)
+
+    def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"align_corners={self.align_corners}, ignore_index={self.ignore_index}"
+
+
+class UpsampleDiceLoss(_UpsampleRegionLoss):
     """Soft Dice loss of logits (N, K, h, w), upsampled bilinearly, against targets (N, H, W).
 
     1 - 2 * sum(p * t) / (sum(p) + sum(t)), the mean over the classes that any target has; without one it is 0. p is the
@@ -31,33 +61,21 @@ class UpsampleDiceLoss(nn.Module):
     """
 
     def __init__(self, *, align_corners: bool = True, ignore_index: int = 255, squared: bool = False) -> None:
-        super().__init__()
-        self.align_corners, self.ignore_index, self.squared = align_corners, ignore_index, squared
+        super().__init__(align_corners, ignore_index)
+        self.squared = squared
 
-    @torch.compiler.disable
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The loss of logits (N, K, h, w) against class indices (N, H, W), of an integer type.
-
-        Returns:
-            A number in float32 for logits of 16 or 32 bits, else float64.
-
-        Raises:
-            TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
-            IndexError: on a CPU, a target that is neither a class nor ignore_index; on a GPU the loss is NaN.
-        """
-        target, bad = _checked(logits, target, self.ignore_index)
-        predicted, hit, labelled = _ClassSums.apply(wide(logits), target, self.align_corners, self.squared)
+    def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        predicted, hit, labelled = _ClassSums.apply(logits, target, self.align_corners, self.squared)
         present = labelled > 0
         dice = 2 * hit / torch.where(present, predicted + labelled, 1)
-        loss = torch.where(present, 1 - dice, 0).sum() / present.sum().clamp(min=1)
-        return torch.where(bad, torch.nan, loss).to(wide(logits).dtype)
+        return torch.where(present, 1 - dice, 0).sum() / present.sum().clamp(min=1)
 
     def extra_repr(self) -> str:
         """The arguments."""
-        return f"align_corners={self.align_corners}, ignore_index={self.ignore_index}, squared={self.squared}"
+        return f"{super().extra_repr()}, squared={self.squared}"
 
 
-class UpsampleLovaszLoss(nn.Module):
+class UpsampleLovaszLoss(_UpsampleRegionLoss):
     """Lovasz-softmax loss of logits (N, K, h, w), upsampled bilinearly, against targets (N, H, W).
 
     The mean over the classes that any target has of the Lovasz extension of their Jaccard loss, over the pixels of the
@@ -73,27 +91,10 @@ class UpsampleLovaszLoss(nn.Module):
     """
 
     def __init__(self, *, align_corners: bool = True, ignore_index: int = 255) -> None:
-        super().__init__()
-        self.align_corners, self.ignore_index = align_corners, ignore_index
+        super().__init__(align_corners, ignore_index)
 
-    @torch.compiler.disable
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The loss of logits (N, K, h, w) against class indices (N, H, W), of an integer type.
-
-        Returns:
-            A number in float32 for logits of 16 or 32 bits, else float64.
-
-        Raises:
-            TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
-            IndexError: on a CPU, a target that is neither a class nor ignore_index; on a GPU the loss is NaN.
-        """
-        target, bad = _checked(logits, target, self.ignore_index)
-        loss = _LovaszSoftmax.apply(wide(logits), target, self.align_corners)
-        return torch.where(bad, torch.nan, loss)
-
-    def extra_repr(self) -> str:
-        """The arguments."""
-        return f"align_corners={self.align_corners}, ignore_index={self.ignore_index}"
+    def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        return _LovaszSoftmax.apply(logits, target, self.align_corners)
 
 
 _NOTHING = -1  # the class of an ignored pixel
