@@ -8,6 +8,7 @@ from .head import FusedPSPHead
 from .losses import UpsampleCrossEntropyLoss
 from .models import PSPNet
 from .modules import FusedPPM
+from .region_losses import UpsampleDiceLoss, UpsampleLovaszLoss
 from .upsample_concat import FusedUpsampleConcat
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ __all__ = [
     "FusedUpsampleConcat",
     "PSPNet",
     "UpsampleCrossEntropyLoss",
+    "UpsampleDiceLoss",
+    "UpsampleLovaszLoss",
     "fuse",
     "ops",
     "reference",

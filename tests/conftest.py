@@ -95,6 +95,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training runs draw no curves: half the time of a toy run."""
+    from pspnet_fast.training.report import Report
+
+    monkeypatch.setattr(Report, "draw_curves", lambda _: None)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """The same random values in every run."""

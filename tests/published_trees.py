@@ -80,6 +80,21 @@ def camvid_full(root: Path) -> None:
         write_label(root / f"LabeledApproved_full/{name}_L.png", colors)
 
 
+def camvid_31(root: Path) -> None:
+    colors = np.array([(64, 128, 64), (192, 0, 128), (64, 192, 0), (0, 0, 0)])  # Animal, Archway, Wall, Void
+    for name in itertools.chain(*CAMVID_FRAMES.values()):
+        write_image(root / f"images/{name}.png")
+        write_label(root / f"labels/{name}_L.png", colors)
+
+
+def cocostuff10k(root: Path) -> None:
+    for split, count in (("train2014", 4), ("test2014", 2)):
+        for index in range(count):
+            stem = f"COCO_train2014_{index:012}"
+            write_image(root / f"images/{split}/{stem}.jpg", index)
+            write_label(root / f"annotations/{split}/{stem}_labelTrainIds.png", [0, 1, 2, 171])
+
+
 def cocostuff(root: Path) -> None:
     for split, count in (("train2017", 4), ("val2017", 2)):
         for index in range(count):
@@ -107,6 +122,8 @@ TREES = {
     "voc_aug": voc_aug,
     "camvid": camvid,
     "camvid_full": camvid_full,
+    "camvid_31": camvid_31,
     "cocostuff": cocostuff,
+    "cocostuff10k": cocostuff10k,
     "folders": folders,
 }

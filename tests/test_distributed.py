@@ -23,19 +23,13 @@ from pspnet_fast.training import ConfigError, Interrupted
 from pspnet_fast.training.checkpoint import load_checkpoint
 from pspnet_fast.training.distributed import World, leave
 from pspnet_fast.training.loading import places_of, train_loader, val_loader
-from pspnet_fast.training.report import Report, read_log
+from pspnet_fast.training.report import read_log
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_curves")
 STEPS = replace(CONFIG, iterations=5, batch_size=4, val_every=5, class_weights=[1.0, 0.5, 2.0])
 # Where batch norms see parts of a batch, two parts are not the whole: here those of the backbone are frozen, and the
 # head has other ones.
 RUNS = {"whole": {}, "parts": {"frozen_norms": True, "ema": 0.5, "optimizer": "adamw", "lr": 0.001}}
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half the time of a toy run."""
-    monkeypatch.setattr(Report, "draw_curves", lambda _: None)
 
 
 def five_steps(root: Path, out: Path, name: str, parts: int = 1) -> None:
@@ -113,6 +107,22 @@ def test_a_signal_to_one_process_stops_both_after_the_same_iteration(tmp_path: P
     assert two_processes(stopped_run, root, tmp_path / "run") == [0, 0]
     checkpoint = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
     assert (checkpoint["step"], checkpoint["history"]) == (3, [])  # looked at where an epoch ends
+
+
+def killed_run(root: Path, out: Path) -> None:
+    class Dying(ListDataset):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            if os.environ["RANK"] == "1" and index == places_of(12, 4, 0, 2)[1][1]:  # of the third iteration
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getitem__(index)
+
+    train(root, out, STEPS, dataset=Dying)
+
+
+def test_a_process_that_is_killed_ends_the_other_with_an_error(tmp_path: Path) -> None:
+    """Also without a launcher that would do it."""
+    root = write_toy_data(tmp_path / "data", train=12)
+    assert two_processes(killed_run, root, tmp_path / "run") == [1, -signal.SIGKILL]
 
 
 def test_a_process_that_fails_ends_the_run_with_its_error(tmp_path: Path) -> None:

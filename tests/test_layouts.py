@@ -7,7 +7,7 @@ import pytest
 from published_trees import CAMVID_FRAMES, SIZE, TREES, write_image, write_label
 
 from pspnet_fast.cli.common import pair_dataset, read_classes
-from pspnet_fast.data.conventions import CLASSES
+from pspnet_fast.data.conventions import CLASSES, classes_by_color
 from pspnet_fast.data.layouts import LAYOUTS, read_published_classes
 from pspnet_fast.data.list_dataset import PairDataset
 from pspnet_fast.data.transforms import EvalTransform
@@ -33,7 +33,9 @@ EXPECTED = {  # layout: images of train and val, classes of the four pixels that
     "voc_aug": (4, 2, [0, 1, 20, 255]),
     "camvid": (4, 2, [0, 1, 10, 255]),
     "camvid_full": (5, 2, [0, 1, 10, 255]),
+    "camvid_31": (5, 2, [0, 1, 30, 255]),
     "cocostuff": (4, 2, [0, 10, 11, 170]),
+    "cocostuff10k": (4, 2, [255, 0, 1, 170]),
     "folders": (4, 2, [0, 1, 255, 255]),
 }
 
@@ -61,12 +63,13 @@ def test_pairs_and_classes(tmp_path: Path, layout: str) -> None:
     ("ade20k", "wall", "flag", (92, 0, 255)),
     ("voc", "background", "tvmonitor", (0, 64, 128)),
     ("camvid", "sky", "bicyclist", (0, 128, 192)),
+    ("camvid_31", "Animal", "Wall", (64, 192, 0)),
     ("cocostuff", "person", "wood", None),
 ])  # fmt: skip
 def test_names_and_colours(tmp_path: Path, layout: str, first: str, last: str, color: tuple | None) -> None:
     names, colors = read_published_classes(layout)
     assert (names[0], names[-1], colors and colors[-1]) == (first, last, color)
-    assert len(set(names)) == len(names) == CLASSES[layout]
+    assert len(set(names)) == len(names) == CLASSES.get(layout, 31)
     TREES[layout](tmp_path)
     data = DataConfig(root=str(tmp_path), layout=layout)
     assert read_classes(data)[0] == names
@@ -120,11 +123,21 @@ def test_voc_with_the_additional_annotations(tmp_path: Path) -> None:
     assert stems(open_set(tmp_path, "train", layout="voc_aug")) == ["2010_000001", "2008_1"]
 
 
+def test_camvid_with_its_void_as_a_class(tmp_path: Path) -> None:
+    names, colors = read_published_classes("camvid_31")
+    assert set(colors) | {(0, 0, 0)} == set(classes_by_color("camvid"))
+    TREES["camvid_31"](tmp_path)
+    (tmp_path / "names.txt").write_text("\n".join([*names, "Void"]))
+    (tmp_path / "colors.txt").write_text("".join("{} {} {}\n".format(*color) for color in [*colors, (0, 0, 0)]))
+    dataset = open_set(tmp_path, "train", layout="camvid_31", labels="color", remap={"0 0 0": 31})
+    assert dataset.read(0)[1].ravel()[:4].tolist() == [0, 1, 30, 31]
+
+
 @pytest.mark.parametrize("split", CAMVID_FRAMES)
 def test_camvid_is_split_by_its_sequences(tmp_path: Path, split: str) -> None:
     TREES["camvid_full"](tmp_path)
     assert stems(open_set(tmp_path, "val", layout="camvid_full", val_split=split)) == CAMVID_FRAMES[split]
-    with pytest.raises(ValueError, match=r"camvid_full has the splits train, val and test, got 'valid'"):
+    with pytest.raises(ValueError, match=r"CamVid has the splits train, val and test, got 'valid'"):
         open_set(tmp_path, "val", layout="camvid_full", val_split="valid")
 
 

@@ -129,6 +129,7 @@ def test_diverged_loss_stops(root: Path, tmp_path: Path) -> None:
     assert_equal_states(finite["model"], PSPNet(len(NAMES), ToyBackbone(), bins=(1, 2)).state_dict())
 
 
+@pytest.mark.usefixtures("no_curves")
 @pytest.mark.parametrize("option", ["bf16", "channels_last"])
 def test_options_keep_learning(root: Path, tmp_path: Path, option: str) -> None:
     model, result = train(root, tmp_path, replace(CONFIG, epochs=3, **{option: True}))
@@ -138,6 +139,7 @@ def test_options_keep_learning(root: Path, tmp_path: Path, option: str) -> None:
         assert model.cls[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.usefixtures("no_curves")
 @pytest.mark.parametrize("split", ["train", "val", "both"])
 def test_split_without_labels_is_said_once(tmp_path: Path, split: str) -> None:
     train_set, val_set = (Items(4, 255 if split in (name, "both") else 0) for name in ("train", "val"))
@@ -176,6 +178,7 @@ def test_numbers_of_classes(root: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_checkpoint_describes_its_model(root: Path, tmp_path: Path) -> None:
     arguments = {"backbone": "resnet18", "stem": "conv7", "output_stride": 16, "bins": (1, 2), "head_channels": 8}
     model = PSPNet(len(NAMES), **arguments)

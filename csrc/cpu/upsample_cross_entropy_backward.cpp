@@ -7,15 +7,20 @@ namespace {
 
 constexpr int64_t kTileRows = 8;  // lines of pixels whose tables are in hand at once
 
-// A unit is a block of rows of logits with the pixels between. Its first row gets a part from the block before, too:
-// these two parts go to `shared` and are added in a second pass.
+// A unit is one or more neighbouring blocks of rows of logits with the pixels between. A block's first row gets a part
+// from the block before, too, and these two parts are added whether one unit has both or not: the bits depend on the
+// blocks, which a map's size decides, not on how many images share out the threads. What two units have of a row goes
+// to `shared` and is added in a second pass.
 template <class T>
 struct CrossEntropyBackward : CrossEntropyBase<T, UpsampleCrossEntropyBackwardArgs> {
   using Base = CrossEntropyBase<T, UpsampleCrossEntropyBackwardArgs>;
   using Base::Base, Base::a;
   using typename Base::acc_t;
   static constexpr int64_t kColumns = Tile<acc_t>::kColumns, kTogether = 4;  // classes folded at once
-  acc_t* shared = nullptr;  // [N, blocks, 2, K, w]: of a block's first row, from this block and the one before
+  int64_t spans = 1;                                                         // units of an image
+  acc_t* shared = nullptr;  // [N, spans, 2, K, w]: of a unit's first row, from this unit and the one before
+
+  PSP_INLINE int64_t first_block(int64_t span) const { return span * this->blocks / spans; }
 
   // Some lines of a tile: what the classes of a pixel have in common.
   struct alignas(64) Tables {
@@ -31,34 +36,43 @@ struct CrossEntropyBackward : CrossEntropyBase<T, UpsampleCrossEntropyBackwardAr
     const int64_t line = a.K * a.w, tile_line = (a.K + kTogether - 1) / kTogether * kTogether * kColumns;
     Scratch<acc_t> above(tile_line), below(tile_line), rows;
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t n = unit / this->blocks, block = unit % this->blocks;
-      const int64_t first = this->first_row(block), last = this->first_row(block + 1);
-      rows.assign((last - first + 1) * line, acc_t(0));
+      const int64_t n = unit / spans, block = first_block(unit % spans), end_block = first_block(unit % spans + 1);
+      const int64_t first = this->first_row(block), last = this->first_row(end_block);
+      rows.assign((last - first + end_block - block) * line, acc_t(0));  // a line more than a block's own, of the next
       for (int64_t column = 0; column < a.W; column += kColumns) {
         const Tile<acc_t> tile(this->columns, column);
         for (Row<acc_t>& row : logits.rows) row.index = -1;
-        std::fill(above.begin(), above.end(), acc_t(0));
-        for (int64_t i = first; i < last; ++i) {
-          std::fill(below.begin(), below.end(), acc_t(0));
-          const int64_t bottom = this->rows.begin[i + 1];
-          if (this->rows.begin[i] < bottom) this->template read<kBytes>(logits, tile, n, i);
-          acc_t* const under = logits.low == logits.high ? above.data() : below.data();
-          for (int64_t y = this->rows.begin[i]; y < bottom; y += kTileRows) {
-            const int64_t count = std::min(kTileRows, bottom - y);
-            if (!fill(tables, tile, n, y, count)) continue;
-            if (logits.clamped()) add_exactly(tables, tile, n, y, count, above.data(), under);
-            add<kBytes>(*logits.low, *logits.high, tile, tables, y, count, above.data(), under);
+        acc_t* to = rows.data();
+        for (int64_t b = block; b < end_block; ++b) {
+          std::fill(above.begin(), above.end(), acc_t(0));
+          for (int64_t i = this->first_row(b); i < this->first_row(b + 1); ++i, to += line) {
+            std::fill(below.begin(), below.end(), acc_t(0));
+            const int64_t bottom = this->rows.begin[i + 1];
+            if (this->rows.begin[i] < bottom) this->template read<kBytes>(logits, tile, n, i);
+            acc_t* const under = logits.low == logits.high ? above.data() : below.data();
+            for (int64_t y = this->rows.begin[i]; y < bottom; y += kTileRows) {
+              const int64_t count = std::min(kTileRows, bottom - y);
+              if (!fill(tables, tile, n, y, count)) continue;
+              if (logits.clamped()) add_exactly(tables, tile, n, y, count, above.data(), under);
+              add<kBytes>(*logits.low, *logits.high, tile, tables, y, count, above.data(), under);
+            }
+            fold<kBytes>(tile, above.data(), to);
+            std::swap(above, below);
           }
-          fold<kBytes>(tile, above.data(), &rows[(i - first) * line]);
-          std::swap(above, below);
+          fold<kBytes>(tile, above.data(), to);
+          to += line;
         }
-        fold<kBytes>(tile, above.data(), &rows[(last - first) * line]);
       }
-      for (int64_t i = first; i < last; ++i) {
-        const acc_t* row = &rows[(i - first) * line];
-        if (i == first && block > 0) {
-          std::copy(row, row + line, shared + 2 * unit * line);
-        } else {
+      acc_t* row = rows.data();
+      for (int64_t b = block; b < end_block; ++b, row += line) {
+        for (int64_t i = this->first_row(b); i < this->first_row(b + 1); ++i, row += line) {
+          if (i == first && b > 0) {
+            std::copy(row, row + line, shared + 2 * unit * line);
+            continue;
+          }
+          if (b > block && i == this->first_row(b)) {
+            for (int64_t k = 0; k < line; ++k) row[k] += row[k - line];
+          }
           write(row, n, i);
         }
       }
@@ -223,7 +237,7 @@ struct CrossEntropyBackward : CrossEntropyBase<T, UpsampleCrossEntropyBackwardAr
   }
 };
 
-// Second pass: the rows between two blocks; a unit is a block.
+// Second pass: the rows between two units.
 template <class T>
 struct AddShared {
   const CrossEntropyBackward<T>& first;
@@ -232,11 +246,11 @@ struct AddShared {
     const int64_t line = first.a.K * first.a.w;
     Scratch<acc_type<T>> row(line);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t n = unit / first.blocks, block = unit % first.blocks;
-      if (block == 0) continue;
+      const int64_t n = unit / first.spans, span = unit % first.spans;
+      if (span == 0) continue;
       const acc_type<T>* parts = first.shared + 2 * unit * line;
       for (int64_t k = 0; k < line; ++k) row[k] = parts[k] + parts[line + k];
-      first.write(row.data(), n, first.first_row(block));
+      first.write(row.data(), n, first.first_row(first.first_block(span)));
     }
   }
 };
@@ -247,17 +261,18 @@ void upsample_cross_entropy_backward(const UpsampleCrossEntropyBackwardArgs& a) 
   dispatch(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     // Blocks enough for many threads, as long as what they share stays small.
-    constexpr int64_t kBlocks = 32, kSharedBytes = int64_t{4} << 20;
+    constexpr int64_t kBlocks = 16, kSharedBytes = int64_t{4} << 20;
     CrossEntropyBackward<T> task(a, 1);
     const int64_t unit_elements = 2 * a.w * a.K;
     const int64_t most =
         std::max<int64_t>(4, kSharedBytes / (unit_elements * static_cast<int64_t>(sizeof(acc_type<T>))));
-    task.blocks = std::clamp<int64_t>(std::min(kBlocks, most) / a.N, 1, a.h);
-    const int64_t units = a.N * task.blocks;
-    Scratch<acc_type<T>> shared(task.blocks > 1 ? units * unit_elements : 0);
+    task.blocks = std::min({kBlocks, most, a.h});
+    task.spans = std::max<int64_t>(task.blocks / a.N, 1);
+    const int64_t units = a.N * task.spans;
+    Scratch<acc_type<T>> shared(task.spans > 1 ? units * unit_elements : 0);
     task.shared = shared.data();
     parallel(units, task);
-    if (task.blocks > 1) parallel(units, AddShared<T>{task});
+    if (task.spans > 1) parallel(units, AddShared<T>{task});
   });
 }
 

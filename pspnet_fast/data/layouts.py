@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
+from pspnet_fast.data import IGNORE_INDEX
 from pspnet_fast.data.images import SUFFIXES
 from pspnet_fast.data.lists import Color, read_lines
 
@@ -30,6 +31,7 @@ class Layout:
         lists: files with a name a line, which choose among the images; the first that exists.
         chosen: whether a name is in a split that no file lists; it raises ValueError for a split that is none.
         rest: a split that is, where no file lists it, all labels but those of another.
+        remap: what data.remap is where the user gives none.
     """
 
     images: Patterns
@@ -39,6 +41,7 @@ class Layout:
     lists: Patterns = ()
     chosen: Callable[[str, str], bool] | None = None
     rest: tuple[str, str] | None = None
+    remap: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def convention(self) -> str:
@@ -58,12 +61,14 @@ def _camvid_split(name: str, split: str) -> bool:
     else:
         part = "test" if sequence == "Seq05VD" or (sequence == "0001TP" and frame > 8520) else "train"
     if split not in ("train", "val", "test"):
-        raise ValueError(f"data.layout=camvid_full has the splits train, val and test, got {split!r}")
+        raise ValueError(f"CamVid has the splits train, val and test, got {split!r}")
     return part == split
 
 
 _VOC_LISTS = ("ImageSets/Segmentation/{split}.txt",)
 _GTS = ("gtFine", "gtCoarse")
+_CAMVID_IMAGES = ("701_StillsRaw_full/{name}.png", "images/{name}.png")
+_CAMVID_LABELS = ("LabeledApproved_full/{name}_L.png", "labels/{name}_L.png")
 
 LAYOUTS = {
     "cityscapes": Layout(
@@ -103,11 +108,19 @@ LAYOUTS = {
         "camvid",
     ),
     "camvid_full": Layout(
-        ("701_StillsRaw_full/{name}.png", "images/{name}.png"),
-        {"camvid": ("LabeledApproved_full/{name}_L.png", "labels/{name}_L.png")},
+        _CAMVID_IMAGES,
+        {"camvid": _CAMVID_LABELS},
         ("train", "val"),
         "camvid",
         chosen=_camvid_split,
+    ),
+    "camvid_31": Layout(
+        _CAMVID_IMAGES,
+        {"color": _CAMVID_LABELS},
+        ("train", "val"),
+        "camvid_31",
+        chosen=_camvid_split,
+        remap={"0 0 0": IGNORE_INDEX},
     ),
     "cocostuff": Layout(
         ("images/{split}/{name}.jpg", "{split}/{name}.jpg"),
@@ -116,6 +129,12 @@ LAYOUTS = {
             "index": ("annotations/{split}/{name}_labelTrainIds.png",),
         },
         ("train2017", "val2017"),
+        "cocostuff",
+    ),
+    "cocostuff10k": Layout(  # as mmsegmentation's converter writes it: 0 is unlabelled
+        ("images/{split}/{name}.jpg",),
+        {"from_one": ("annotations/{split}/{name}_labelTrainIds.png",)},
+        ("train2014", "test2014"),
         "cocostuff",
     ),
     "folders": Layout(

@@ -45,8 +45,10 @@ def pyramid_reduce(
         relu: whether to clamp the result at 0.
 
     Returns:
-        (N, P, R) in the dtype of pooled; products are summed in float32 (float64 for float64), in a fixed order.
-        Derivatives of any order, forward-mode and torch.func: docs/derivatives.md.
+        (N, P, R) in the dtype of pooled; products are summed in float32 (float64 for float64), in a fixed order:
+        the same bits on every run, and for an image alone and in a batch, but on a GPU below float64, where many rows
+        are multiplied in other tiles than few. Derivatives of any order, forward-mode and torch.func:
+        docs/derivatives.md.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device; norm or relu where a gradient is

@@ -72,7 +72,7 @@ def upsample_cross_entropy(
         RuntimeError: out of memory.
     """
     check_map("logits", logits)
-    _check_target(target, logits)
+    check_target(target, logits)
     if size is not None and check_size(size) != tuple(target.shape[1:]):
         raise ValueError(f"size must be that of target, {tuple(target.shape[1:])}, but is {tuple(size)}")
     accumulator = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -94,13 +94,13 @@ def upsample_cross_entropy(
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, but is {reduction!r}")
     # compiled code has no anomaly mode; torch 2.11 cannot even compile the question
     if target.device.type != "cpu" and not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
-        _check_values(target, logits.size(1), ignore_index)
+        check_values(target, logits.size(1), ignore_index)
     number = REDUCTIONS.index(reduction)
     loss, _, _ = _forward(logits, target, weight, align_corners, ignore_index, label_smoothing, number)
     return loss
 
 
-def _check_target(target: Tensor, logits: Tensor) -> None:
+def check_target(target: Tensor, logits: Tensor) -> None:
     if not isinstance(target, Tensor) or target.dtype not in TARGETS:
         kind = target.dtype if isinstance(target, Tensor) else type(target).__name__
         raise TypeError(f"target must be a Tensor of uint8, int16, int32 or int64, but is {kind}")
@@ -113,7 +113,7 @@ def _check_target(target: Tensor, logits: Tensor) -> None:
         raise ValueError(f"target must be on the device of logits, {logits.device}, but is on {target.device}")
 
 
-def _check_values(target: Tensor, classes: int, ignore_index: int) -> None:
+def check_values(target: Tensor, classes: int, ignore_index: int) -> None:
     bad = target[((target < 0) | (target >= classes)) & (target != ignore_index)]
     if bad.numel() > 0:
         raise IndexError(

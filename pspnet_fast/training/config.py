@@ -133,6 +133,8 @@ class DataConfig:
         layout = None if self.layout is None else LAYOUTS[self.layout]
         if self.labels == _LAYOUTS_OWN:
             self.labels = "index" if layout is None or self.remap else layout.convention
+        if layout is not None and self.labels == layout.convention and not self.remap:
+            self.remap = dict(layout.remap)
         if layout is None:
             for name in ("train_split", "val_split", "images", "label_files"):
                 value = getattr(self, name)

@@ -30,6 +30,9 @@ TRAIN_RULES = {
     "train.clip_norm": ABOVE_0,
     "train.ema": Rule("above 0 and below 1", lambda value: 0 < value < 1),
     "train.aux_weight": at_least(0),
+    "train.cross_entropy": at_least(0),
+    "train.dice": at_least(0),
+    "train.lovasz": at_least(0),
     "train.label_smoothing": Rule("from 0 to 1", lambda value: 0 <= value <= 1),
     "train.class_weights": Rule(
         "at least 0 each and not all 0", lambda value: min(value, default=-1) >= 0 and max(value) > 0
@@ -96,12 +99,18 @@ class TrainConfig:
     """Decay an iteration of averaged weights, which are validated and saved in best.pt; null keeps none."""
     aux_weight: float = 0.4
     """Factor of the auxiliary loss."""
+    cross_entropy: float = 1.0
+    """Factor of the cross entropy, for both losses."""
+    dice: float = 0.0
+    """Factor of the soft Dice loss beside it, of each part's pixels, for both losses."""
+    lovasz: float = 0.0
+    """Likewise, of the Lovasz-softmax loss; it sorts the pixels for each class, which takes its time."""
     average_ignored: bool = False
     """Whether the mean of the loss counts ignored pixels as 0 (mmsegmentation's default, smp), or leaves them out."""
     label_smoothing: float = 0.0
     """Share of the target that goes to all classes alike."""
     class_weights: list[float] | None = None
-    """A factor a class, for both losses."""
+    """A factor a class of the cross entropy, for both losses."""
     ohem: bool = False
     """Only hard pixels count (online hard example mining), for both losses."""
     ohem_threshold: float = 0.7
@@ -133,6 +142,12 @@ class TrainConfig:
         check_rules("train", self, TRAIN_RULES)
         check(self.batch_size % self.accumulate == 0, "train.accumulate", self.accumulate, "a divisor of batch_size")
         check(self.min_lr <= self.lr, "train.min_lr", self.min_lr, f"at most train.lr = {self.lr}")
+        check(
+            max(self.cross_entropy, self.dice, self.lovasz) > 0,
+            "train.cross_entropy",
+            self.cross_entropy,
+            "above 0 without train.dice or train.lovasz",
+        )
         check(not (self.fp16 and self.bf16), "train.fp16", True, "false where train.bf16 is true")
         check(
             not (self.average_ignored and (self.ohem or self.class_weights)),

@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pspnet_fast.data import IGNORE_INDEX
 from pspnet_fast.losses import UpsampleCrossEntropyLoss
+from pspnet_fast.region_losses import UpsampleDiceLoss, UpsampleLovaszLoss
 from pspnet_fast.training.config_train import HEAD, TrainConfig
 
 
@@ -63,6 +64,22 @@ def make_loss(config: TrainConfig, align_corners: bool) -> UpsampleCrossEntropyL
         threshold=config.ohem_threshold,
         min_kept=config.ohem_min_kept,
     )
+
+
+class RegionLoss(nn.Module):
+    """The Dice and Lovasz-softmax losses that ``config`` asks for, times their factors, at the label's size."""
+
+    def __init__(self, config: TrainConfig, align_corners: bool) -> None:
+        super().__init__()
+        terms = [
+            (config.dice, UpsampleDiceLoss(align_corners=align_corners, ignore_index=IGNORE_INDEX)),
+            (config.lovasz, UpsampleLovaszLoss(align_corners=align_corners, ignore_index=IGNORE_INDEX)),
+        ]
+        self._terms = [(factor, loss) for factor, loss in terms if factor > 0]
+
+    def forward(self, logits: Tensor, label: Tensor) -> Tensor:
+        """Logits (N, K, h, w), label (N, H, W) -> a number."""
+        return torch.stack([factor * loss(logits, label) for factor, loss in self._terms]).sum()
 
 
 def pspnet_loss(loss: nn.Module, outputs: Mapping[str, Tensor], label: Tensor, aux_weight: float) -> Tensor:

@@ -61,7 +61,11 @@ def _loss(config: TrainConfig) -> str:
         )
     weights = ", weighted by class" if config.class_weights else ""
     smoothing = f", label smoothing {config.label_smoothing:g}" if config.label_smoothing else ""
-    return f"cross entropy{weights}{smoothing}, {mean}, plus {config.aux_weight:g} times that of the auxiliary head"
+    factor = "" if config.cross_entropy == 1 else f"{config.cross_entropy:g} times "
+    terms = [f"{factor}cross entropy{weights}{smoothing}, {mean}"] if config.cross_entropy else []
+    regions = [("Dice", config.dice), ("Lovasz-softmax", config.lovasz)]
+    terms += [f"{weight:g} times the {name} loss, mean over parts and processes" for name, weight in regions if weight]
+    return f"{'; '.join(terms)}; plus {config.aux_weight:g} times that of the auxiliary head"
 
 
 def _numbers(config: TrainConfig) -> str:

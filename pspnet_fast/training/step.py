@@ -1,7 +1,7 @@
 """One iteration of training: forward and backward of each part of a batch, then the optimiser."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from pspnet_fast.data import IGNORE_INDEX
 from pspnet_fast.training.config_train import TrainConfig
 from pspnet_fast.training.distributed import World
 from pspnet_fast.training.loading import Item
-from pspnet_fast.training.optimizer import backbone_norms, make_loss, make_optimizer, pspnet_loss
+from pspnet_fast.training.optimizer import RegionLoss, backbone_norms, make_loss, make_optimizer, pspnet_loss
 from pspnet_fast.training.times import Times
 
 
@@ -38,6 +38,7 @@ class Step:
         parameters = next(model.parameters())
         self._dtype = parameters.dtype
         self._criterion = make_loss(config, bool(model.align_corners)).to(device)
+        self._regions = RegionLoss(config, bool(model.align_corners)) if max(config.dice, config.lovasz) > 0 else None
         self._class_weights: Tensor | None = self._criterion.get_buffer("weight") if config.class_weights else None
         self.optimizer = make_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.fp16)
@@ -61,7 +62,8 @@ class Step:
         """Train on one batch, this process's share of it, in parts.
 
         The loss is the mean over the labelled pixels of all parts and processes; but with ``ohem`` the mean of the
-        parts' means. Nothing waits for the device.
+        parts' means, and so are the Dice and Lovasz losses, which are no sums over pixels. But for Lovasz nothing waits
+        for the device.
 
         Returns:
             (2,) float64 on the device: the share of this process in the loss, and 1 if any pixel has a label.
@@ -77,16 +79,16 @@ class Step:
         count = self._world.sum(torch.stack([self._count(labels) for _, labels in batches]).sum(0))
         divisor = torch.where(count > 0, count, 1)[0]
         labelled = count[1] > 0
+        shares = len(parts) * self._world.size
         if config.ohem:
-            divisor = torch.full_like(divisor, len(parts) * self._world.size)
+            divisor = torch.full_like(divisor, shares)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for place, (images, labels) in enumerate(batches, 1):
             with self._reducing(place == len(batches)):
                 with torch.autocast(self._device.type, self._autocast_dtype, enabled=config.bf16 or config.fp16):
                     outputs = self._network(images)
-                loss = pspnet_loss(self._criterion, outputs, labels, config.aux_weight)
-                loss = loss / divisor.to(loss.dtype)
+                loss = self._loss(outputs, labels, divisor, shares)
                 times.mark("forward")
                 # DistributedDataParallel averages the gradients of the processes, whose sum is meant
                 self.scaler.scale(self._world.size * loss).backward()
@@ -110,6 +112,16 @@ class Step:
     @property
     def _autocast_dtype(self) -> torch.dtype:
         return torch.float16 if self._config.fp16 else torch.bfloat16
+
+    def _loss(self, outputs: Mapping[str, Tensor], labels: Tensor, divisor: Tensor, shares: int) -> Tensor:
+        """The share of a part in the loss: of its sum over all pixels, and of as many means as there are parts."""
+        config, terms = self._config, []
+        if config.cross_entropy > 0:
+            loss = pspnet_loss(self._criterion, outputs, labels, config.aux_weight)
+            terms.append(config.cross_entropy * loss / divisor.to(loss.dtype))
+        if self._regions is not None:
+            terms.append(pspnet_loss(self._regions, outputs, labels, config.aux_weight) / shares)
+        return torch.stack(terms).sum()
 
     def _count(self, labels: Tensor) -> Tensor:
         """(2,): what the sum of the losses of these labels is divided by, and how many pixels have one."""
