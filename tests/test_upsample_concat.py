@@ -70,6 +70,16 @@ def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(ours[name], truth, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("last", [(0,), (1, 2, 3), (0, 1, 2, 3), ()], ids=str)
+@pytest.mark.parametrize("training", [False, True])
+def test_the_layout_is_that_of_the_concatenation(last, training):
+    """Of the result, and so of its gradient: torch's convolutions can take several times as long in the other."""
+    ours, stock = (module.train(training) for module in pair(dtype=torch.float32))
+    maps = [make("channels_last" if i in last else "contiguous", torch.float32)[i] for i in range(4)]
+    results = [module(maps) for module in (ours, stock)]
+    assert results[0].stride() == results[1].stride()
+
+
 @pytest.mark.parametrize("mode", ["training", "evaluation", "inference"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(

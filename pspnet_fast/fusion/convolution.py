@@ -82,6 +82,10 @@ class Convolution:
         norm: Any = (*rest[-4:], self.eps) if self.eps is not None else None
         weight, bias = rest[0], rest[1] if len(rest) in (2, 6) else None
         kernel = (weight.size(2), weight.size(3))
+        # Channels-last where the concatenation would be: torch's convolutions, their gradients above all, can take
+        # several times as long in one of the two layouts, so that none is slower than it was.
+        is_last = all(_is_channels_last(part, s) for part, s in zip(self.parts, sources, strict=True))
+        layout = torch.channels_last if is_last else torch.contiguous_format
         channels, start = [], 0
         for part in self.parts:
             channels.append((start, part.channels))
@@ -109,7 +113,8 @@ class Convolution:
         output = None
         if first is not None:
             padding = tuple(k // 2 * d for k, d in zip(kernel, self.dilation, strict=True))
-            output = F.conv2d(maps[0] if len(maps) == 1 else torch.cat(maps, 1), first, bias, 1, padding, self.dilation)
+            map = (maps[0] if len(maps) == 1 else torch.cat(maps, 1)).contiguous(memory_format=layout)
+            output = F.conv2d(map, first, bias, 1, padding, self.dilation)
             bias = None
         for i, product in products.items():
             if not self.low[i]:
@@ -132,7 +137,9 @@ class Convolution:
                 of_level[least] = _product(of_level[least]) + _at_the_middle(bias.to(self.dtype), kernel)
             taps = [_concatenated([of_level[i] for i in group]) for group in alike.values()]
         if output is None:
-            output, is_sum = self._new(sources, weight), False
+            shape = (sources[0][0].size(0), weight.size(0), *self.size)
+            output = torch.empty(shape, dtype=self.dtype, device=weight.device, memory_format=layout)
+            is_sum = False
         else:
             is_sum = True
         for number, (upsampling, group) in enumerate(alike.items()):
@@ -150,13 +157,6 @@ class Convolution:
                 accumulate=is_sum or number > 0,
             )
         return output
-
-    def _new(self, sources: list[list[Tensor]], weight: Tensor) -> Tensor:
-        """Memory for the result: channels-last where a convolution of the concatenation would be."""
-        is_last = all(_is_channels_last(part, s) for part, s in zip(self.parts, sources, strict=True))
-        shape = (sources[0][0].size(0), weight.size(0), *self.size)
-        layout = torch.channels_last if is_last else torch.contiguous_format
-        return torch.empty(shape, dtype=self.dtype, device=weight.device, memory_format=layout)
 
 
 def _size(part: Part, sources: Sequence[Tensor]) -> tuple[int, int]:
