@@ -10,6 +10,7 @@ from limits import largest_file
 from toy_command import Workspace, assert_one_line, run
 from toy_data import COLORS, SIZE
 
+from pspnet_fast.inference import memory
 from pspnet_fast.inference.plan import ENDS
 from pspnet_fast.inference.predict import Prediction, Predictor
 from pspnet_fast.inference.videos import VideoReader, VideoWriter
@@ -294,3 +295,22 @@ def test_predict_in_windows(work: Workspace, tmp_path: Path, monkeypatch: pytest
     assert f"Warning: {image}: out of memory as a whole; in windows of 33x33 (height x width)" in result.stderr
     for out in ("chosen", "forced"):
         assert (cv2.imread(str(tmp_path / out / "val_1.png"), cv2.IMREAD_UNCHANGED) == expected).all()
+
+
+def test_predict_refuses_what_will_not_fit(work: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it is tried: where Linux has no memory left it ends the process."""
+    image = work.data / "val_1.png"
+    predictor = Predictor.from_checkpoint(work.checkpoint, "cpu")
+    expected = predictor(image)
+    left = memory.available()
+    assert left is None or 0 < left < 2**50
+    monkeypatch.setattr("pspnet_fast.inference.predict._SMALL", 0)
+    monkeypatch.setattr(memory, "available", lambda: 10**12)
+    assert (predictor(image) == expected).all()
+    monkeypatch.setattr(memory, "available", lambda: 0)
+    with pytest.raises(MemoryError, match=r"an image of \d+x\d+ pixels needs \S+ MB, of which .* for one whole image"):
+        predictor(image)
+    result = run("predict", image, "--checkpoint", work.checkpoint, "--out", tmp_path / "out", "--labels")
+    assert f"Warning: {image}: out of memory as a whole; in windows of 33x33 (height x width)" in result.stderr
+    assert_one_line(result, 1, f"{image}: out of memory; a smaller --crop takes less")
+    assert not list((tmp_path / "out").iterdir())

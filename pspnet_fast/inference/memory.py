@@ -120,6 +120,37 @@ def fit(segmenter: Segmenter, cost: Cost, images: int, height: int, width: int, 
     return Plan(chosen, int(fixed + at_once * one), int(common + (maps if host else 0)) if gpu else 0)
 
 
+def fit_what_is_free(segmenter: Segmenter, cost: Cost, images: int, height: int, width: int) -> Segmenter:
+    """The same with the batch that fits into the memory that this machine has left.
+
+    For a CPU: where Linux has no memory left it ends a process, with nothing that could be caught.
+
+    Raises:
+        MemoryError: even one window at a time does not fit; the message says what is needed.
+    """
+    free = available()
+    if free is None:
+        return segmenter
+    try:
+        return fit(segmenter, cost, images, height, width, _resident() + free).segmenter
+    except ValueError as error:
+        raise MemoryError(str(error)) from None
+
+
+def available() -> int | None:
+    """Bytes that Linux, or the limit of a container, still gives without swapping; None on other systems."""
+    try:
+        free = _kilobytes(Path("/proc/meminfo"))["MemAvailable"]
+    except (OSError, KeyError):
+        return None
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError, KeyError):  # no container; no limit is "max"
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+        free = min(free, limit - used + int(cached))
+    return max(free, 0)
+
+
 def _forward(segmenter: Segmenter, cost: Cost, height: int, width: int) -> float:
     """Of one window, or of one image at its largest scale."""
     if segmenter.protocol.crop is not None:
@@ -197,5 +228,11 @@ def _resident() -> int:
 
 def _status(field: str) -> int:
     """A size that Linux keeps of this process. (getrusage's would be that of its parent, if greater.)"""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[field].split()[0]) * 1024
+    return _kilobytes(Path("/proc/self/status"))[field]
+
+
+def _kilobytes(path: Path) -> dict[str, int]:
+    """The sizes in a file of Linux' /proc, in bytes."""
+    return {
+        name: int(size) * 1024 for name, size in re.findall(r"^(\w+):[ \t]*(\d+) kB$", path.read_text(), re.MULTILINE)
+    }

@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -16,10 +17,14 @@ from pspnet_fast import ops
 from pspnet_fast.data import IGNORE_INDEX
 from pspnet_fast.data.images import Image, read_image
 from pspnet_fast.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from pspnet_fast.inference.memory import Cost, fit_what_is_free, measure
 from pspnet_fast.inference.protocol import Protocol
 from pspnet_fast.inference.render import palette
 from pspnet_fast.inference.sliding import Segmenter
 from pspnet_fast.models import PSPNet
+
+_SMALL = 1 << 21  # pixels that any machine has the memory for
+_PROBE = (512, 512)  # size of the image by which the memory for larger ones is estimated
 
 
 def predict_labels(model: nn.Module, images: Tensor) -> Tensor:
@@ -174,6 +179,7 @@ class Predictor:
 
         Raises:
             ValueError: images of another shape, or of several sizes.
+            MemoryError: on Linux, on a CPU, where they will not fit into the memory that is left.
         """
         if not images:
             return []
@@ -187,6 +193,18 @@ class Predictor:
             for index in range(len(images))
         ]
 
+    @property
+    def _segmenter(self) -> Segmenter:
+        return Segmenter(self.model, len(self.class_names), self.mean, self.std, self.protocol)
+
+    @cached_property
+    def _cost(self) -> Cost | None:
+        """What the model takes; None on a GPU, which tells that its memory is full, and where it cannot be measured."""
+        try:
+            return measure(self._segmenter, *_PROBE) if self.device.type == "cpu" else None
+        except ValueError:
+            return None
+
     def _maps(
         self, images: Sequence[Image], confidence: bool, probabilities: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -195,7 +213,9 @@ class Predictor:
         Here alone it is settled how an image becomes maps.
         """
         _check(images)
-        segmenter = Segmenter(self.model, len(self.class_names), self.mean, self.std, self.protocol)
+        segmenter, (height, width) = self._segmenter, images[0].shape[:2]
+        if len(images) * height * width > _SMALL and self._cost is not None:
+            segmenter = fit_what_is_free(segmenter, self._cost, len(images), height, width)
         classes, certain = segmenter(images, confidence)
         every = torch.cat([band for _, band in segmenter.bands(images)], 2) if probabilities else None
         return classes, certain, every
