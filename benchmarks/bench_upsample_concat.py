@@ -32,7 +32,25 @@ HEADS = {  # of images of 512x512
     "HRNet-W48-OCR's conv3x3": Head((48, 96, 192, 384), (128, 64, 32, 16), 512, 3),
     "DeepLabV3+, dense": Head((48, 256), (128, 32), 256, 3),
 }
-DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One of HEADS in one dtype and memory format."""
+
+    name: str
+    dtype: torch.dtype
+    memory_format: torch.memory_format
+
+    def __str__(self) -> str:
+        return f"{self.name}, {str(self.dtype).removeprefix('torch.')} {LAYOUTS[self.memory_format]}"
+
+    @property
+    def head(self) -> Head:
+        return HEADS[self.name]
+
+
+CASES = [Case(name, dtype, layout) for name in HEADS for dtype in (torch.float32, torch.bfloat16) for layout in LAYOUTS]
 
 
 class Stock(nn.Module):
@@ -47,73 +65,45 @@ class Stock(nn.Module):
         return self.layers(torch.cat([maps[0], *(F.interpolate(z, size, mode="bilinear") for z in maps[1:])], 1))
 
 
-def make(
-    implementation: str, head: Head, dtype: torch.dtype, layout: torch.memory_format, device: torch.device
-) -> tuple[nn.Module, list[Tensor]]:
+def make(implementation: str, case: Case, device: torch.device) -> tuple[nn.Module, list[Tensor]]:
     """The module and its maps."""
+    head = case.head
     conv = nn.Conv2d(sum(head.channels), head.out_channels, head.kernel_size, padding="same", bias=False)
     layers = conv, nn.BatchNorm2d(head.out_channels), nn.ReLU()
     module: nn.Module = FusedUpsampleConcat(*layers) if implementation == "fused" else Stock(*layers)
     if implementation == "compile":
         module.compile(dynamic=False)
     maps = [
-        torch.randn(1, channels, size, size, device=device, dtype=dtype).contiguous(memory_format=layout)
+        torch.randn(1, channels, size, size, device=device, dtype=case.dtype).contiguous(
+            memory_format=case.memory_format
+        )
         for channels, size in zip(head.channels, head.sizes, strict=True)
     ]
-    return module.to(device, dtype, memory_format=layout), maps
+    return module.to(device, case.dtype, memory_format=case.memory_format), maps
 
 
-def comparison(table: str, name: str, dtype: torch.dtype, layout: torch.memory_format, passes: int) -> Comparison:
+def comparison(table: str, case: Case, passes: int) -> Comparison:
     """With the bytes of maps, weight and result, and the operations of the convolution at low resolution."""
-    head = HEADS[name]
-    cells = [size * size for size in head.sizes]
-    taps = head.out_channels * head.kernel_size**2
-    elements = sum(c * n for c, n in zip(head.channels, cells, strict=True)) + head.out_channels * cells[0]
-    operations = 2 * taps * sum(c * n for c, n in zip(head.channels, cells, strict=True))
-    case = f"{name}, {str(dtype).removeprefix('torch.')} {LAYOUTS[layout]}"
-    floor_bytes = passes * (elements + taps * sum(head.channels)) * dtype.itemsize
-    return Comparison(table, case, floor_bytes, head.target, passes * operations, dtype)
+    head, taps = case.head, case.head.out_channels * case.head.kernel_size**2
+    elements = sum(c * size * size for c, size in zip(head.channels, head.sizes, strict=True))
+    written = head.out_channels * head.sizes[0] ** 2
+    floor_bytes = passes * (elements + written + taps * sum(head.channels)) * case.dtype.itemsize
+    return Comparison(table, str(case), floor_bytes, head.target, passes * 2 * taps * elements, case.dtype)
 
 
-every_case = [
-    pytest.mark.parametrize("implementation", IMPLEMENTATIONS),
-    pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUTS.values()),
-    pytest.mark.parametrize("dtype", DTYPES, ids=str),
-    pytest.mark.parametrize("name", HEADS),
-]
-
-
-def for_every_case(test: Callable[..., None]) -> Callable[..., None]:
-    for mark in every_case:
-        test = mark(test)
-    return test
-
-
-@for_every_case
-def test_evaluation(
-    measure: Callable[..., None],
-    device: torch.device,
-    name: str,
-    dtype: torch.dtype,
-    layout: torch.memory_format,
-    implementation: str,
-) -> None:
-    module, maps = make(implementation, HEADS[name], dtype, layout, device)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_evaluation(measure: Callable[..., None], device: torch.device, case: Case, implementation: str) -> None:
+    module, maps = make(implementation, case, device)
     module.eval()
     with torch.no_grad():
-        measure(comparison(EVALUATION, name, dtype, layout, 1), implementation, lambda: module(maps))
+        measure(comparison(EVALUATION, case, 1), implementation, lambda: module(maps))
 
 
-@for_every_case
-def test_training(
-    measure: Callable[..., None],
-    device: torch.device,
-    name: str,
-    dtype: torch.dtype,
-    layout: torch.memory_format,
-    implementation: str,
-) -> None:
-    module, maps = make(implementation, HEADS[name], dtype, layout, device)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_training(measure: Callable[..., None], device: torch.device, case: Case, implementation: str) -> None:
+    module, maps = make(implementation, case, device)
     for map in maps:
         map.requires_grad_()
     grad = torch.randn_like(module(maps))
@@ -123,5 +113,4 @@ def test_training(
         for map in maps:
             map.grad = None
 
-    against = comparison(TRAINING, name, dtype, layout, 3)
-    measure(against, implementation, lambda: module(maps).backward(grad), forget_gradients)
+    measure(comparison(TRAINING, case, 3), implementation, lambda: module(maps).backward(grad), forget_gradients)
