@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # these need the extras of pspnet_fast[train]; the commands i
     from pspnet_fast.data.layouts import Pairs
     from pspnet_fast.data.list_dataset import PairDataset
     from pspnet_fast.inference.predict import Predictor
+    from pspnet_fast.inference.protocol import Protocol
     from pspnet_fast.training.config import DataConfig
 
 
@@ -178,6 +179,23 @@ def validation_set(data: "DataConfig", classes: int, mean: Sequence[float], std:
     from pspnet_fast.data.transforms import EvalTransform
 
     return pair_dataset(data, "val", classes, EvalTransform(mean, std, data.val_crop))
+
+
+def chosen_protocol(preset: str, changes: Mapping[str, Any]) -> "Protocol":
+    """A preset with what options change of it: None changes nothing, a crop of one number is both.
+
+    Raises:
+        click.UsageError: an option has a value that the protocol does not allow; the message names it.
+    """
+    from pspnet_fast.inference.protocol import Protocol
+
+    given = {name: value for name, value in changes.items() if value is not None}
+    if len(given.get("crop", ())) == 1:
+        given["crop"] *= 2
+    try:
+        return Protocol.of(preset, **given)
+    except ValueError as error:
+        raise click.UsageError(f"--{str(error).replace('_', '-', 1)}") from None
 
 
 def load_predictor(checkpoint: Path, device: str) -> "Predictor":

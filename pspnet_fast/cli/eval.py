@@ -11,6 +11,7 @@ from pspnet_fast.cli.common import (
     FILE,
     FOLDER,
     Numbers,
+    chosen_protocol,
     data_path,
     load_predictor,
     pair_dataset,
@@ -127,7 +128,7 @@ def evaluate(
     if out is None and (save or gallery):
         raise click.UsageError("--save and --gallery write files: name a folder with --out")
     settings, world = load_config(config, overrides), World.from_environment()
-    rule = _protocol(protocol, changes)
+    rule = chosen_protocol(protocol, changes)
     device = choose_device(settings.train.device, world.local_rank)
     predictor = load_predictor(checkpoint, str(device))
     names, _ = read_classes(settings.data)
@@ -176,18 +177,6 @@ def evaluate(
         # One window at a time is what surely fits.
         results.write(record, replace(segmenter, batch=1, host=True) if memory else segmenter, gallery)
     click.echo(to_json(record) if as_json else _summary(table(record), record, results))
-
-
-def _protocol(preset: str, changes: dict[str, Any]) -> "Protocol":
-    from pspnet_fast.inference.protocol import Protocol
-
-    given = {name: value for name, value in changes.items() if value is not None}
-    if len(given.get("crop", ())) == 1:
-        given["crop"] *= 2
-    try:
-        return Protocol.of(preset, **given)
-    except ValueError as error:
-        raise click.UsageError(f"--{str(error).replace('_', '-', 1)}") from None
 
 
 def _pixels(settings: "Config", classes: int, mean: Sequence[float]) -> "PairDataset":

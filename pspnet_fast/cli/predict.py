@@ -3,16 +3,12 @@
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from pspnet_fast.cli.common import ANY, FILE, FOLDER, Numbers, load_predictor
+from pspnet_fast.cli.common import ANY, FILE, FOLDER, Numbers, chosen_protocol, load_predictor
 from pspnet_fast.cli.group import Stopped, sentence
 from pspnet_fast.out_of_memory import is_out_of_memory
-
-if TYPE_CHECKING:
-    from pspnet_fast.inference.protocol import Protocol
 
 
 @click.command()
@@ -75,7 +71,7 @@ def predict(
         raise DataError("; ".join(map(sentence, failed)))
     predictor = load_predictor(checkpoint, device)
     if crop:
-        predictor = replace(predictor, protocol=_windows(crop))
+        predictor = replace(predictor, protocol=chosen_protocol("whole", {"crop": crop}))
     out.mkdir(parents=True, exist_ok=True)
     pictures = [task for task in tasks if not task.is_video]
     videos = [task for task in tasks if task.is_video]
@@ -112,12 +108,3 @@ def predict(
     click.echo(f"{told()}, {speed:.2f} images/s")
     if failed:
         raise DataError("; ".join(map(sentence, failed)))
-
-
-def _windows(crop: tuple[int, ...]) -> "Protocol":
-    from pspnet_fast.inference.protocol import Protocol
-
-    try:
-        return Protocol.of("whole", crop=crop * (2 if len(crop) == 1 else 1))
-    except ValueError as error:
-        raise click.UsageError(f"--{error}") from None
