@@ -4,7 +4,7 @@ import contextlib
 import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import cases
 import pytest
@@ -18,8 +18,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or deterministic 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("operators")
     group.addoption("--device", choices=DEVICES, help="only the tests that run on this one")
-    help = "few cases of each test: each value of each parameter with each dtype"
+    help = "few cases of each test: each value of each parameter, and each dtype with each layout"
     group.addoption("--sample", type=int, metavar="SEED", help=help)
+    group.addoption("--dtypes", type=lambda names: names.split(","), help="only the tests of these, as float32,float64")
     group.addoption("--twice", action="store_true", help="call each operator twice and compare the bits")
     group.addoption("--no-poison", action="store_true", help="leave fresh memory as it is, for tools that watch it")
 
@@ -39,10 +40,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)  # of what -k has left
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """--device and --sample, which leaves enough to run every instance of every kernel."""
+    """--device, --dtypes and --sample, which leaves enough to run every kernel in every dtype and layout."""
     chosen = items
     if device := config.getoption("--device"):
         chosen = [item for item in chosen if parameters(item).get("device") == device]
+    if dtypes := config.getoption("--dtypes"):
+        chosen = [item for item in chosen if of_dtypes(item, dtypes)]
     if (seed := config.getoption("--sample")) is not None:
         chosen = sample(chosen, seed)
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
@@ -53,14 +56,20 @@ def parameters(item: pytest.Item) -> dict[str, object]:
     return item.callspec.params if hasattr(item, "callspec") else {}
 
 
+def of_dtypes(item: pytest.Item, dtypes: Sequence[str]) -> bool:
+    dtype = parameters(item).get("dtype", torch.float32)
+    return str(dtype).removeprefix("torch.") in dtypes or not isinstance(dtype, torch.dtype)
+
+
 def sample(items: list[pytest.Item], seed: int) -> list[pytest.Item]:
     seen: set[tuple[str, ...]] = set()
     kept: set[pytest.Item] = set()
     for item in random.Random(seed).sample(items, len(items)):
-        test, dtype = item.nodeid.split("[")[0], str(parameters(item).get("dtype"))
-        values = {(test, dtype), *((test, dtype, name, repr(value)) for name, value in parameters(item).items())}
-        if not values <= seen:
-            seen |= values
+        test, values = item.nodeid.split("[")[0], {name: repr(value) for name, value in parameters(item).items()}
+        shown = {(test,), (test, str(values.get("dtype")), str(values.get("layout")))}
+        shown |= {(test, *value) for value in values.items()}
+        if not shown <= seen:
+            seen |= shown
             kept.add(item)
     return [item for item in items if item in kept]
 

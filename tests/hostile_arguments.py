@@ -1,4 +1,4 @@
-"""Calls operators through torch.ops with arguments that nobody should give: `python hostile_arguments.py [OPERATOR ...]`.
+"""Calls operators through torch.ops with arguments that nobody should give: `hostile_arguments.py [OPERATOR ...]`.
 
 They may raise, with a sentence; they may not end the process, nor write outside their arguments. Each runs in a process
 of its own, since what is tested for would end it; prints what failed. `--cuda-on-cpu` runs the CUDA sources in place of

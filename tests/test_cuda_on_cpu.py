@@ -68,9 +68,10 @@ def test_planted_bug_is_found(number):
 
 
 def run_sample(mode: str, files: list[str]) -> subprocess.CompletedProcess[str]:
-    """A sample of some operators' tests that runs every instance of every kernel; another one in each mode."""
+    """A sample of some operators' tests that runs every kernel; another one in each mode."""
     sanitizer = MODES[mode][0]
     options = ["--device=cuda_on_cpu", f"--sample={list(MODES).index(mode)}"]
+    options += [f"--dtypes={','.join(backend.DTYPES[sanitizer])}"]
     options += ["-k", "not opcheck and not gradcheck and not compile and not same_bits"]  # no other calls, only more
     return run(
         mode,

@@ -26,6 +26,10 @@ SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-fsanitize=thread"],
 }
+# Those whose kernels are compiled, and whose tests run: under a sanitizer each takes a minute to build. The two of 16
+# bits share their code.
+ALL_DTYPES = ("float32", "float64", "bfloat16", "float16")
+DTYPES = {"none": ALL_DTYPES, "address": ("float32", "float64", "float16"), "thread": ALL_DTYPES[:3]}
 NAMESPACE = "pspnet_fast_cuda_on_cpu"
 # No strict aliasing: 16-byte accesses read elements as uint4, as nvcc allows. -Wno-unknown-pragmas: #pragma unroll.
 # Sums of products become fused multiply-adds, as nvcc makes them; g++ does so with its expensive optimizations only.
@@ -80,11 +84,12 @@ def preload(sanitizer: str) -> str:
 
 @cache
 def build_operators(sanitizer: str = "none") -> Path:
-    """The library that registers every operator under torch.ops.pspnet_fast_cuda_on_cpu, for CPU tensors."""
+    """The library that registers every operator under torch.ops.pspnet_fast_cuda_on_cpu, for CPU tensors of DTYPES."""
     torch_flags = ["-DPSPNET_FAST_CUDA_ON_CPU", f"-DPSPNET_FAST_NAMESPACE={NAMESPACE}"]
     torch_flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-Wno-missing-field-initializers"]
     torch_flags += [f"-isystem{path}" for path in include_paths()]
-    units = {source: [] for source in sources()}
+    dtypes = sum(1 << ALL_DTYPES.index(dtype) for dtype in DTYPES[sanitizer])
+    units = {source: [f"-DPSPNET_FAST_DTYPES={dtypes}"] for source in sources()}
     bindings = [*sorted((ROOT / "csrc").glob("*.cpp")), ROOT / "csrc" / "cpu" / "isa.cpp"]
     units |= {source: torch_flags for source in bindings}
     libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-lc10", "-shared"]
