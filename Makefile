@@ -1,5 +1,6 @@
 # make demo   trains the demo's two models on the embedded scenes; writes runs/demo/
 # make test   formatting, types, CUDA compile check where nvcc exists, all tests
+# make test-fast   for daily work: the tests of the CPU's kernels, a sample of them, and of the rest what is quick
 # make test-peers   fuse on segmentation_models_pytorch and transformers, in an environment of their own, .venv-peers
 # They set themselves up: a virtual environment in .venv with the pinned torch, and the compiled kernels.
 PYTHON ?= python3
@@ -8,14 +9,19 @@ BIN := .venv/bin
 PROCESSES ?= 2
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test test-peers lint types check-cuda bench test-abi format clean
+.PHONY: demo test test-fast test-peers lint types check-cuda bench test-abi format clean
 
 demo: .venv/installed
 	$(BIN)/python -m pspnet_fast.demo --out runs/demo
 
+# two architectures are enough every day, the oldest and the one whose machine code is read
+test: ARCHITECTURES = 80 90
 test: lint types check-cuda
-	@echo "tests: half an hour on 2 cores"
+	@echo "tests: a quarter of an hour on 2 cores"
 	OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 $(BIN)/python -m pytest -n $(PROCESSES)
+
+test-fast: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --fast
 
 test-peers: .venv-peers/installed
 	PYTHONPATH=$(CURDIR) .venv-peers/bin/python -m pytest tests/peers
@@ -31,7 +37,7 @@ types: .venv/installed
 
 # no GPU is needed, and no CUDA build of torch in the environment; downloads two, a gigabyte, into build/
 check-cuda: .venv/installed
-	@PYTHON=$(BIN)/python scripts/check_cuda.sh || { [ $$? -eq 3 ] && echo "check-cuda: skipped"; }
+	@ARCHITECTURES="$(ARCHITECTURES)" PYTHON=$(BIN)/python scripts/check_cuda.sh || { [ $$? -eq 3 ] && echo "check-cuda: skipped"; }
 
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks

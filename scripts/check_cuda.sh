@@ -4,7 +4,8 @@
 # Prints what each kernel uses on each architecture and judges its machine code (check_cuda.py), executes that on the CPU
 # for some of the benchmarks' cases, predicts their time and compares their instructions with a budget (sass/predict.py).
 # A source is compiled again when it, what it includes, the flags or nvcc have changed (build/check_cuda/NAME.key).
-# usage: scripts/check_cuda.sh [REPORT.json, else build/cuda_static.json]   (CUDA_HOME, PYTHON; exit 3: there is no nvcc)
+# usage: scripts/check_cuda.sh [REPORT.json, else build/cuda_static.json]   (exit 3: there is no nvcc)
+# environment: CUDA_HOME, PYTHON, ARCHITECTURES="80 90 100 120": 90 must be among them, whose machine code is read
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,13 +22,14 @@ for what in HALF_OPERATORS HALF_CONVERSIONS BFLOAT16_CONVERSIONS HALF2_OPERATORS
   torch_flags+=" -D__CUDA_NO_${what}__"
 done
 
+ARCHITECTURES=${ARCHITECTURES:-80 90 100 120}
 out=build/check_cuda
 mkdir -p "$out"
 for log in "$out"/*.log; do  # of sources that are gone
   name=$(basename "$log" .log)
   [ -e "csrc/cuda/$name.cu" ] || rm -f "$out/$name".*
 done
-common=$(cat scripts/check_cuda.sh csrc/*.h csrc/cuda/*.cuh <("$cuda/bin/nvcc" --version) | sha256sum)
+common=$(echo "$ARCHITECTURES" | cat - scripts/check_cuda.sh csrc/*.h csrc/cuda/*.cuh <("$cuda/bin/nvcc" --version) | sha256sum)
 compile() {
   name=$(basename "$1" .cu)
   key=$(echo "$common" | cat - "$1" | sha256sum)
@@ -35,7 +37,7 @@ compile() {
   rm -f "$out/$name".*
   echo "check_cuda: $1"
   gencode=()
-  for arch in 80 90 100 120; do gencode+=(-gencode "arch=compute_$arch,code=sm_$arch"); done
+  for arch in $ARCHITECTURES; do gencode+=(-gencode "arch=compute_$arch,code=sm_$arch"); done
   # shellcheck disable=SC2086  # several options
   if ! "$cuda/bin/nvcc" -std=c++17 -O3 $torch_flags "${gencode[@]}" -lineinfo -Werror all-warnings -Xcompiler -fPIC,-Wall,-Wextra \
     -Xptxas -v,-warn-spills,-warn-lmem-usage -c "$1" -o "$out/$name.o" >"$out/$name.log" 2>&1; then
@@ -45,7 +47,7 @@ compile() {
   echo "$key" >"$out/$name.key"
 }
 export -f compile
-export cuda out torch_flags common
+export ARCHITECTURES cuda out torch_flags common
 # shellcheck disable=SC2012  # names without spaces; the longest first, so that all cores are busy until the end
 ls -S csrc/cuda/*.cu | tr '\n' '\0' | xargs -0 -P "$(nproc)" -I{} bash -c 'set -euo pipefail; compile {}'
 

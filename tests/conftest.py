@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import signal
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import cases
@@ -12,6 +13,21 @@ import torch
 from twice import Twice
 
 DEVICES = ["cpu", "cuda_on_cpu", "cuda"]
+# What --fast leaves out: processes started and killed, compilers, sanitizers, machine code, trainings to the end.
+SLOW = (
+    *(
+        "aliasing",
+        "build",
+        "camvid",
+        "cli_process",
+        "cuda_on_cpu",
+        "demo",
+        "distributed",
+        "documents",
+        "hostile_arguments",
+    ),
+    *("instruction_sets", "kept_memory", "memory", "out_of_memory", "report_browser", "resume", "sass", "verify_gpu"),
+)
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or deterministic mode refuses cuBLAS
 
 
@@ -20,6 +36,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", choices=DEVICES, help="only the tests that run on this one")
     help = "few cases of each test: each value of each parameter, and each dtype with each layout"
     group.addoption("--sample", type=int, metavar="SEED", help=help)
+    help = "for daily work: the CPU's kernels on such a sample, without compilers, processes and long trainings"
+    group.addoption("--fast", action="store_true", help=help)
     group.addoption("--dtypes", type=lambda names: names.split(","), help="only the tests of these, as float32,float64")
     group.addoption("--twice", action="store_true", help="call each operator twice and compare the bits")
     group.addoption("--no-poison", action="store_true", help="leave fresh memory as it is, for tools that watch it")
@@ -30,7 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--sample") is not None:
         cases.make_smaller()
-    on_cpu = config.getoption("--device") in (None, "cuda_on_cpu")
+    on_cpu = config.getoption("--device") in (None, "cuda_on_cpu") and not config.getoption("--fast")
     if on_cpu and config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
         from cuda_on_cpu import backend
 
@@ -40,8 +58,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)  # of what -k has left
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """--device, --dtypes and --sample, which leaves enough to run every kernel in every dtype and layout."""
+    """--fast, --device, --dtypes and --sample, which leaves enough to run every kernel in every dtype and layout."""
     chosen = items
+    if config.getoption("--fast"):
+        chosen = sample([item for item in chosen if is_fast(item)], 0)
     if device := config.getoption("--device"):
         chosen = [item for item in chosen if parameters(item).get("device") == device]
     if dtypes := config.getoption("--dtypes"):
@@ -54,6 +74,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def parameters(item: pytest.Item) -> dict[str, object]:
     return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def is_fast(item: pytest.Item) -> bool:
+    slow = item.path.stem.removeprefix("test_") in SLOW or "peers" in item.path.parts or "compile" in item.name
+    return not slow and parameters(item).get("device") in (None, "cpu")
 
 
 def of_dtypes(item: pytest.Item, dtypes: Sequence[str]) -> bool:
@@ -72,6 +97,15 @@ def sample(items: list[pytest.Item], seed: int) -> list[pytest.Item]:
             seen |= shown
             kept.add(item)
     return [item for item in items if item in kept]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line for each reason to skip, not for each place that gives it."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", ())
+    )
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"skipped {count}: {reason}")
 
 
 @pytest.fixture(params=DEVICES)
