@@ -85,7 +85,8 @@ def test_convolutions_start_kaiming_normal() -> None:
     [
         ("stem", "deep", "'deep64', 'deep32', 'conv7'"),
         ("dilation", "none", "'full', 'contracted'"),
-        ("output_stride", 32, "8, 16"),
+        ("output_stride", 64, "8, 16, 32"),
+        ("stages", 1, "2, 3, 4"),
     ],
 )
 def test_errors_name_argument_value_and_allowed(argument: str, value: object, allowed: str) -> None:

@@ -1,0 +1,1 @@
+"""Checkpoints of other packages, as models of this one. See docs/convert.md."""
