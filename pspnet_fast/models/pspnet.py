@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from pspnet_fast.head import psp_head
+from pspnet_fast.models.hub import Pretrained
 from pspnet_fast.models.recompute import recomputed
 from pspnet_fast.models.resnet import NormLayer, ResNet, initialise_convolutions, resnet
 from pspnet_fast.modules import Concat, FusedPPM
@@ -32,7 +33,7 @@ def _head(
     )
 
 
-class PSPNet(nn.Module):
+class PSPNet(Pretrained):
     """PSPNet whose pyramid pooling module is :class:`pspnet_fast.FusedPPM`.
 
     Names and shapes of the weights with ``stem="deep64"`` are those of semseg (``layer0`` .. ``layer4``, ``ppm``,
@@ -61,6 +62,8 @@ class PSPNet(nn.Module):
     Attributes:
         config: the arguments but ``classes`` as plain data, which build the model again: ``PSPNet(classes, **config)``.
             None with a backbone given as a module or another norm than BatchNorm2d, which are no plain data.
+        metadata: plain data that is saved with the weights, such as ``class_names``; empty at first. See
+            :meth:`save_pretrained`, :meth:`from_pretrained` and :meth:`push_to_hub`.
         recompute: whether training computes the backbone's activations again in the backward pass instead of keeping
             them: less memory, a third more time, the same results. False at first.
 
@@ -111,6 +114,7 @@ class PSPNet(nn.Module):
             if kernel < 1 or kernel % 2 == 0:
                 raise ValueError(f"{name} must be odd and at least 1, got {kernel}")
         self.config: dict[str, Any] | None = None
+        self.metadata: dict[str, Any] = {}
         if isinstance(backbone, str):
             if norm_layer is nn.BatchNorm2d:
                 self.config = {
