@@ -16,15 +16,8 @@ if MISSING := [name for name in PACKAGES if importlib.util.find_spec(name) is No
 import packages  # noqa: E402, F401  # makes torchvision importable
 import timm  # noqa: E402
 import torchvision  # noqa: E402
+from packages import randomise  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """Batch norms that are no identities."""
-    for name, value in model.state_dict().items():
-        if value.is_floating_point() and value.dim() == 1:
-            value.copy_(torch.rand_like(value) + 0.5 if "mean" not in name and "bias" not in name else value + 0.1)
-    return model.eval()
 
 
 @pytest.mark.parametrize(
