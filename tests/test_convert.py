@@ -186,7 +186,8 @@ def test_backbone_alone(tmp_path: Path) -> None:
     torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, path)
     with pytest.raises(ValueError, match="is a backbone without a head; name the number of classes"):
         convert(path)
-    model, report = convert(path, "semseg", classes=7)
+    model, report = convert(path, "semseg", class_names=list("abcdefg"))
+    assert model.classes == 7
     assert "WARNING: the file holds a backbone alone: pyramid and classifier are random" in str(report)
     assert torch.equal(model.layer0[0].weight, state["conv1.weight"])  # type: ignore[index]
     assert {name.partition(".")[0] for name in report.missing} == {"ppm", "cls", "aux"}
@@ -196,6 +197,27 @@ def test_backbone_alone(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="the model is not trained: pyramid and classifier are random"):
         Predictor.from_checkpoint(tmp_path / "start")
     assert "**Not trained:" in (tmp_path / "start" / "README.md").read_text()
+
+
+@torch.no_grad()
+def test_one_output_becomes_two_classes(tmp_path: Path) -> None:
+    """Whose greater one is what a sigmoid above 0.5 is; argmax over one output would call every pixel 0."""
+    torch.manual_seed(1)
+    one = PSPNet(1, "resnet18").eval()
+    torch.save({"state_dict": {f"model.{name}": value for name, value in one.state_dict().items()}}, tmp_path / "w.pth")
+    two, report = convert(tmp_path / "w.pth", class_names=["ground", "tree"])
+    image = torch.randn(IMAGE)
+    z, logits = one(image)["out"], two(image)["out"]
+    torch.testing.assert_close(logits.softmax(1)[:, 1:], z.sigmoid())
+    assert "one output, taken as that of a sigmoid, became two classes" in str(report)
+    assert "random" not in str(report)
+
+
+def test_entries_that_no_model_has(tmp_path: Path) -> None:
+    state = small(tmp_path)
+    torch.save({**state, "module.cls.4.bias": state["cls.4.bias"]}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"two entries are cls.4.bias but for what stands before it"):
+        convert(tmp_path / "w.pth")
 
 
 def test_bgr(tmp_path: Path) -> None:
@@ -209,7 +231,9 @@ def test_bgr(tmp_path: Path) -> None:
     assert "was turned to take RGB" in str(report)
 
 
-CFG = "align_corners=True, strides=(1, 2, 2, 2), dilations=(1, 1, 1, 1), contract_dilation=True, pool_scales=(1, 3)"
+CFG = """align_corners=True, strides=(
+    1, 2, 2, 2,
+), dilations=(1, 1, 1, 1), contract_dilation=True, pool_scales=(1, 3)"""
 
 
 def test_what_mmsegmentation_says_of_itself(tmp_path: Path) -> None:
@@ -262,6 +286,7 @@ def test_own_checkpoint(tmp_path: Path) -> None:
         ({"ppm.features.4.1.weight": torch.ones(128, 512, 1, 1)}, r"has 5 levels, bins are \[1, 2, 3, 6\]"),
         ({"layer0.0.weight": torch.ones(16, 3, 3, 3)}, "its stem has 3 convolutions of 16, 64, 128 channels; known"),
         ({"cls.0.weight": None}, "its head lacks cls.0.weight"),
+        ({"cls.0.bias": torch.ones(2)}, "nothing is known: cls.0.bias"),
     ],
 )
 def test_what_does_not_fit(tmp_path: Path, changes: dict[str, object], message: str) -> None:
@@ -272,9 +297,10 @@ def test_what_does_not_fit(tmp_path: Path, changes: dict[str, object], message: 
 
 def test_not_strict(tmp_path: Path) -> None:
     small(tmp_path, **{"layer3.1.conv2.weight": None, "extra.weight": torch.ones(1)})
-    _, report = convert(tmp_path / WEIGHTS, strict=False)
+    model, report = convert(tmp_path / WEIGHTS, strict=False)
     assert (report.missing, report.unknown) == (["layer3.1.conv2.weight"], ["extra.weight"])
     assert "WARNING: " in str(report)
+    assert model.metadata["untrained"] == "layer3.1.conv2.weight are random"
 
 
 class Evil:

@@ -26,6 +26,9 @@ _COMMON_BINS = "1,2,3,6"
 @click.option("--dilation", type=click.Choice(["full", "contracted"]), help="Of the first block of a dilated stage.")
 @click.option("--output-stride", type=click.Choice(["8", "16", "32"]), help="8 unless the checkpoint tells.")
 @click.option("--bins", type=Numbers(int, "N[,N...]"), help=f"Sizes of the pyramid's grids; {_COMMON_BINS} is assumed.")
+@click.option(
+    "--concat", type=click.Choice(["input_first", "input_last"]), help="The features before the levels or after."
+)
 @click.option("--mean", type=Numbers(float, "R,G,B"), help="Of images in 0..1, in place of the source's.")
 @click.option("--std", type=Numbers(float, "R,G,B"), help="Likewise.")
 @click.option("--bgr", is_flag=True, help="The source takes BGR (and so do --mean, --std); the result takes RGB.")

@@ -1,6 +1,6 @@
 """Arguments of PSPNet that the shapes of its weights tell, and what conversion does to their values."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -72,18 +72,35 @@ def fold_biases(weights: dict[str, Tensor]) -> list[str]:
     for name in [name for name in weights if name.startswith(("ppm.", "cls.", "aux.")) and name.endswith(".bias")]:
         layer, _, index = name.removesuffix(".bias").rpartition(".")
         mean = f"{layer}.{int(index) + 1}.running_mean"
-        if index in "01" and mean in weights:
+        if index in "01" and mean in weights and weights[mean].shape == weights[name].shape:
             weights[mean] = (weights[mean].double() - weights.pop(name).double()).to(weights[mean].dtype)
             folded.append(name)
     return folded
 
 
-def reverse_levels(weights: dict[str, Tensor], bins: Sequence[int]) -> None:
-    """Reorder the bottleneck's input channels from [features, last bin .. first] to [features, first .. last]."""
+def reverse_levels(weights: dict[str, Tensor], levels: int) -> None:
+    """Reorder the bottleneck's input channels from [features, last bin .. first] to [features, first .. last].
+
+    Raises:
+        ValueError: it has not as many.
+    """
     weight = weights["cls.0.weight"]
-    features = weights["ppm.features.0.1.weight"].size(1)
-    first, *levels = weight.split([features, *[(weight.size(1) - features) // len(bins)] * len(bins)], 1)
-    weights["cls.0.weight"] = torch.cat([first, *levels[::-1]], 1)
+    channels, features = weights["ppm.features.0.1.weight"].shape[:2]
+    if weight.size(1) != features + levels * channels:
+        raise ValueError(
+            f"the bottleneck has {weight.size(1)} channels, for {features} and {levels} levels of {channels}"
+        )
+    first, *parts = weight.split([features, *[channels] * levels], 1)
+    weights["cls.0.weight"] = torch.cat([first, *parts[::-1]], 1)
+
+
+def add_background(weights: dict[str, Tensor]) -> None:
+    """Make two classes of one output z that is meant for a sigmoid: logits (0, z), whose softmax is 1 - sigmoid(z) and
+    sigmoid(z).
+    """
+    for name in [f"{layer}.{tensor}" for layer in CLASSIFIERS for tensor in ("weight", "bias")]:
+        if name in weights:
+            weights[name] = torch.cat([torch.zeros_like(weights[name]), weights[name]])
 
 
 def turn_colors(weights: dict[str, Tensor]) -> None:

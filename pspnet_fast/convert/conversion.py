@@ -11,6 +11,7 @@ from pspnet_fast.convert import mmseg
 from pspnet_fast.convert.architecture import (
     BINS,
     CLASSIFIERS,
+    add_background,
     count_classes,
     count_levels,
     describe,
@@ -27,7 +28,7 @@ from pspnet_fast.convert.sources import SOURCES, recognise
 from pspnet_fast.convert.weights import Weights, read_weights
 from pspnet_fast.models.pspnet import PSPNet
 
-CONVENTIONS = ("dilation", "output_stride", "align_corners", "bins")
+CONVENTIONS = ("dilation", "output_stride", "align_corners", "bins", "concat")
 
 
 class Conversion(NamedTuple):
@@ -62,7 +63,7 @@ def convert(
         bgr: whether the source's model takes BGR images; its first convolution is turned, so that the result takes RGB.
             mean and std are then those of B, G and R.
         strict: raise where something of the model stays unset, or an entry is unknown.
-        conventions: dilation, output_stride, align_corners, bins of :class:`PSPNet`, in place of the source's.
+        conventions: dilation, output_stride, align_corners, bins, concat of :class:`PSPNet`, in place of the source's.
 
     Raises:
         FileNotFoundError: no such file.
@@ -85,12 +86,14 @@ def convert(
     of = _source(source, tensors, path)
     renamed = of.rename(tensors, path)
     report = Report(of.title, dropped=renamed.dropped, unknown=renamed.unknown)
+    if classes is None and class_names is not None and count_classes(renamed.weights) is None:
+        classes = len(class_names)
     model = _build(of, renamed, weights, classes, given, report)
     if bgr:
         turn_colors(renamed.weights)
         report.changed.append("the first convolution was turned to take RGB instead of BGR images")
     _load(model, renamed, report)
-    _check(path, report, strict)
+    _check(path, model, report, strict)
     metadata = _metadata(of, weights, report, settings, bgr)
     _describe_classes(model, report, metadata)
     model.eval()
@@ -125,6 +128,9 @@ def _build(
         )
     if whole and (levels := count_levels(shapes)) != len(arguments.setdefault("bins", BINS)):
         raise ValueError(f"{path}: has {levels} levels, bins are {arguments['bins']}; name as many bins")
+    if count_classes(shapes) == 1 and classes in (None, 2):
+        add_background(shapes)
+        report.changed.append("one output, taken as that of a sigmoid, became two classes: 1 where it is above 0.5")
     own_classes = count_classes(shapes)
     if classes is None and own_classes is None:
         raise ValueError(f"{path}: is a backbone without a head; name the number of classes")
@@ -148,7 +154,7 @@ def _build(
     if folded := fold_biases(shapes):
         report.changed.append(f"{len(folded)} biases were folded into running means: {shortened(folded)}")
     if of.reversed_levels and whole:
-        reverse_levels(shapes, arguments["bins"])
+        reverse_levels(shapes, len(arguments["bins"]))
         report.changed.append("the bottleneck's channels were reordered: its levels stood in reverse")
     for name in [name for name in shapes if name.startswith(("layer3.", "layer4.")) and not hasattr(model, name[:6])]:
         del shapes[name]
@@ -167,7 +173,7 @@ def _tell(
     """Which conventions are known, and which are taken for granted."""
     dilated = config["output_stride"] < 2 ** (config["stages"] + 1)
     names = [name for name in CONVENTIONS if name != "dilation" or dilated] if whole else ["dilation"]
-    for name in [*names, "concat"] if config["concat"] != "input_first" else names:
+    for name in names:
         value = f"{name}={config[name]}"
         if name in given:
             report.known.append(f"{value}, as was asked for")
@@ -203,7 +209,7 @@ def _load(model: PSPNet, renamed: Renamed, report: Report) -> None:
     report.unknown += [renamed.names[name] for name in renamed.weights if name not in own]
 
 
-def _check(path: Path, report: Report, strict: bool) -> None:
+def _check(path: Path, model: PSPNet, report: Report, strict: bool) -> None:
     """Raise where something stays unset; a head that is missing as a whole was said."""
     untrained = any("backbone alone" in warning for warning in report.warnings)
     missing = [name for name in report.missing if not (untrained and name.startswith(("ppm.", "cls.", "aux.")))]
@@ -222,6 +228,8 @@ def _check(path: Path, report: Report, strict: bool) -> None:
     if strict:
         raise ValueError(f"{text}; without strict the rest would be loaded, and the result would be another model")
     report.warnings.append(text)
+    if missing or report.mismatched:
+        model.metadata["untrained"] = f"{shortened([*missing, *report.mismatched])} are random"
 
 
 def _metadata(of: Source, weights: Weights, report: Report, settings: Mapping[str, Any], bgr: bool) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def read_meta(rest: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         aligned = set(re.findall(r"align_corners\s*=\s*(True|False)", text))
         if len(aligned) == 1:
             arguments["align_corners"] = aligned == {"True"}
-        if strides := re.search(r"strides\s*=\s*\(1,\s*2,\s*([12]),\s*([12])\)", text):
+        if strides := re.search(r"strides\s*=\s*\(\s*1,\s*2,\s*([12]),\s*([12])\s*,?\s*\)", text):
             arguments["output_stride"] = 8 * int(strides[1]) * int(strides[2])
         if "strides" in text and "dilations" in text:
             arguments["dilation"] = "contracted" if re.search(r"contract_dilation\s*=\s*True", text) else "full"

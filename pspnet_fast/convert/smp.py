@@ -12,6 +12,10 @@ SOURCE = Source(
         r"decoder\.conv\.([01])": r"cls.\1",
         r"segmentation_head\.0": "cls.4",
     },
-    unused={r"classification_head\.": "a classifier of the whole image", r"encoder\.fc\.": "ImageNet's classifier"},
+    unused={
+        r"classification_head\.": "a classifier of the whole image",
+        r"encoder\.fc\.": "ImageNet's classifier",
+        r"(mean|std)$": "the training script's normalisation: see that it is the one assumed",
+    },
     conventions={"dilation": "full", "align_corners": True, "concat": "input_last", "dropout": 0.2},
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pspnet_fast.convert.backbone import PREFIXES, own_name, recognise_stem, strip_prefixes
+from pspnet_fast.convert.backbone import own_name, recognise_stem, strip_prefixes
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -96,9 +96,15 @@ class Renamed:
 
 
 def unwrap(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without what DataParallel, torch.compile and trainers put before all of them."""
+    """Names without what DataParallel, torch.compile and trainers put before a model's.
+
+    Raises:
+        ValueError: two entries would have one name.
+    """
     names = list(weights)
-    for prefix in (p for p in PREFIXES * 2 if p in ("_orig_mod.", "module.", "model.")):
-        if all(name.startswith(prefix) for name in names):
-            names = [name.removeprefix(prefix) for name in names]
+    for prefix in ("_orig_mod.", "module.", "model.") * 2:
+        names = [name.removeprefix(prefix) for name in names]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two entries are {twice} but for what stands before it: give a file of one model")
     return dict(zip(names, weights.values(), strict=True))

@@ -80,6 +80,17 @@ def test_torchvision_segmentation(tmp_path: Path) -> None:
     assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+def test_smp_of_one_output(tmp_path: Path) -> None:
+    """As its examples train it, with the normalisation that their module holds."""
+    theirs = randomise(packages.of_smp("PSPNet", "resnet18", 1))
+    state = {f"model.{name}": value for name, value in theirs.state_dict().items()} | {"mean": torch.ones(1, 3, 1, 1)}
+    torch.save({"state_dict": state}, tmp_path / "weights.ckpt")
+    model, report = convert(tmp_path / "weights.ckpt")
+    assert model.classes == 2
+    assert "the same outputs" in report.self_test
+    assert "the training script's normalisation" in report.dropped["mean"]
+
+
 def test_a_wrong_result_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the self-test, should a table here be wrong."""
     theirs = randomise(packages.of_smp("PSPNet", "resnet18"))
