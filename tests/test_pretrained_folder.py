@@ -52,6 +52,8 @@ def test_what_is_no_plain_data(tmp_path: Path) -> None:
         ({"format": 2}, "is of format 2; this version reads 1"),
         ({"image": {"color_order": "BGR"}}, "image.color_order must be 'RGB', is 'BGR'"),
         ({"image": {"scale": 1}}, "image.scale must be 0.0039"),
+        ({"image": []}, r"image must be a mapping, is \[\]"),
+        ({"classes": "many"}, "classes must be a number, is 'many'"),
         ({"classes": 4}, "its weights are not those of the PSPNet it describes"),
         ({"model": {"backbone": "resnet18", "legs": 4}}, "its weights are not those of the PSPNet .*'legs'"),
         ({"model": {**SMALL, "stages": 7}}, "stages must be one of 2, 3, 4, got 7"),

@@ -87,9 +87,9 @@ def read_folder(folder: Path) -> tuple[int, dict[str, Any], dict[str, Tensor], d
         raise ValueError(f"{folder / CONFIG}: describes no model of pspnet_fast; expected {_WHAT}")
     if config.get("format") != FORMAT:
         raise ValueError(f"{folder / CONFIG}: is of format {config.get('format')}; this version reads {FORMAT}")
-    missing = [key for key in ("classes", "model", "image") if key not in config]
-    if missing:
-        raise ValueError(f"{folder / CONFIG}: lacks {', '.join(missing)}")
+    for key, kind, what in (("classes", int, "a number"), ("model", dict, "a mapping"), ("image", dict, "a mapping")):
+        if not isinstance(config.get(key), kind):
+            raise ValueError(f"{folder / CONFIG}: {key} must be {what}, is {config.get(key)!r}")
     image = config["image"]
     for name, value in _IMAGE.items():
         if image.get(name, value) != value:
