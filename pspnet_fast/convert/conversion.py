@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from pspnet_fast.convert import mmseg
@@ -29,6 +30,7 @@ from pspnet_fast.convert.weights import Weights, read_weights
 from pspnet_fast.models.pspnet import PSPNet
 
 CONVENTIONS = ("dilation", "output_stride", "align_corners", "bins", "concat")
+_COUNTER = "num_batches_tracked"  # of batch norms, which old versions of torch and Paddle do not count
 
 
 class Conversion(NamedTuple):
@@ -92,7 +94,7 @@ def convert(
     if bgr:
         turn_colors(renamed.weights)
         report.changed.append("the first convolution was turned to take RGB instead of BGR images")
-    _load(model, renamed, report)
+    model = _load(model, renamed, report)
     _check(path, model, report, strict)
     metadata = _metadata(of, weights, report, settings, bgr)
     _describe_classes(model, report, metadata)
@@ -115,7 +117,7 @@ def _source(name: str, tensors: Mapping[str, Tensor], path: Path) -> Source:
 def _build(
     of: Source, renamed: Renamed, weights: Weights, classes: int | None, given: Mapping[str, Any], report: Report
 ) -> PSPNet:
-    """The model that the shapes describe, with the source's conventions and those that were given; still random."""
+    """The model that the shapes describe, with the source's conventions and those that were given; without values."""
     shapes, path = renamed.weights, weights.path
     told = mmseg.read_meta(weights.rest)[0] if of.name == "mmseg" else {}
     arguments = {**of.conventions, **told, **given, **describe(shapes, path)}
@@ -134,7 +136,8 @@ def _build(
     own_classes = count_classes(shapes)
     if classes is None and own_classes is None:
         raise ValueError(f"{path}: is a backbone without a head; name the number of classes")
-    model = PSPNet(classes or own_classes or 0, **arguments)
+    with torch.device("meta"):
+        model = PSPNet(classes or own_classes or 0, **arguments)
     assert model.config is not None
     report.model = f"PSPNet, {arguments['backbone']}, stem {arguments['stem']}, {model.classes} classes"
     _tell(of, model.config, told, given, whole, report)
@@ -189,12 +192,23 @@ def _tell(
         report.known.append(f"{name}={config[name]}, by names and shapes")
 
 
-def _load(model: PSPNet, renamed: Renamed, report: Report) -> None:
+def _load(model: PSPNet, renamed: Renamed, report: Report) -> PSPNet:
+    """The same model with the file's values, and random ones where it has none."""
+    shapes = {name: value.shape for name, value in renamed.weights.items()}
+    unset = [name for name, value in model.state_dict().items() if shapes.get(name) != value.shape]
+    if all(name.endswith(_COUNTER) for name in unset):
+        model.to_empty(device="cpu")
+        for name in unset:
+            model.get_buffer(name).zero_()
+    else:
+        assert model.config is not None
+        metadata, model = model.metadata, PSPNet(model.classes, **model.config)
+        model.metadata = metadata
     own = model.state_dict()
     for name, value in own.items():
         tensor = renamed.weights.get(name)
         if tensor is None:
-            if name not in report.reinitialised and not name.endswith("num_batches_tracked"):
+            if name not in report.reinitialised and not name.endswith(_COUNTER):
                 report.missing.append(name)
         elif tensor.shape != value.shape:
             shapes = f"{tuple(tensor.shape)} in the file, {tuple(value.shape)} in the model"
@@ -207,6 +221,7 @@ def _load(model: PSPNet, renamed: Renamed, report: Report) -> None:
             if renamed.names[name] != name:
                 report.remapped[renamed.names[name]] = name
     report.unknown += [renamed.names[name] for name in renamed.weights if name not in own]
+    return model
 
 
 def _check(path: Path, model: PSPNet, report: Report, strict: bool) -> None:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from pspnet_fast.models import folder as files
@@ -58,8 +59,9 @@ class Pretrained(nn.Module):
             path = _download(str(folder), revision)
         classes, arguments, state, metadata = files.read_folder(path)
         try:
-            model = cls(classes, **arguments)
-            model.load_state_dict(state)
+            with torch.device("meta"):  # no random values, which all would be replaced
+                model = cls(classes, **arguments)
+            model.to_empty(device="cpu").load_state_dict(state)
         except (TypeError, RuntimeError, ValueError) as error:
             first = " ".join(str(error).split())[:200]
             raise ValueError(f"{path}: its weights are not those of the PSPNet it describes ({first})") from None
