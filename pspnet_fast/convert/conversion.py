@@ -211,8 +211,8 @@ def _load(model: PSPNet, renamed: Renamed, report: Report) -> PSPNet:
             if name not in report.reinitialised and not name.endswith(_COUNTER):
                 report.missing.append(name)
         elif tensor.shape != value.shape:
-            shapes = f"{tuple(tensor.shape)} in the file, {tuple(value.shape)} in the model"
-            report.mismatched.append(f"{renamed.names[name]} ({shapes})")
+            both = f"{tuple(tensor.shape)} in the file, {tuple(value.shape)} in the model"
+            report.mismatched.append(f"{renamed.names[name]} ({both})")
         elif tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{renamed.names[name]}: holds numbers that are not finite")
         else:
