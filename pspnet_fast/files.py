@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -65,6 +66,32 @@ def check_space(folder: Path, needed: int, what: str) -> None:
     if free < needed:
         reason = f"no space for {what}: {megabytes(needed)} needed, {megabytes(free)} free"
         raise OSError(errno.ENOSPC, reason, str(folder))
+
+
+def wrong_archive(path: Path) -> str | None:
+    """What is wrong with a file of torch.save before torch looks at it; None if nothing is seen.
+
+    torch checks no checksums: damaged weights would load.
+    """
+    with path.open("rb") as file:
+        begin = file.read(64)
+    if not begin:
+        return "is empty"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if not any(name.endswith("/data.pkl") for name in archive.namelist()):
+                return "is a zip archive, but none that torch.save wrote"
+            try:
+                damaged = archive.testzip()
+            except (zipfile.BadZipFile, OSError, NotImplementedError):
+                damaged = "its table of contents"
+        return f"is damaged ({damaged} is not as it was written)" if damaged else None
+    if begin.startswith(b"PK"):
+        return "is damaged: its end is missing, so it was not copied or downloaded whole"
+    if begin.startswith(b"\x80"):
+        return None  # a pickle: what torch.save wrote before 1.6; torch says what is in it
+    text = all(byte in b"\t\n\r\f" or byte >= 32 for byte in begin)
+    return f"is damaged or no checkpoint: {'a text file' if text else 'no archive'} that begins with {begin[:24]!r}"
 
 
 def megabytes(count: int) -> str:

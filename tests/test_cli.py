@@ -43,6 +43,22 @@ def test_train_writes_the_run(work: Workspace) -> None:
         assert str(work.out / name) in work.trained.output
 
 
+def test_a_model_in_a_folder(work: Workspace, tmp_path: Path) -> None:
+    """convert makes one of a checkpoint, and eval measures it as it does the checkpoint."""
+    result = run("convert", work.checkpoint, "--out", tmp_path / "model", "--verbose")
+    assert result.exit_code == 0, result.output
+    assert "known: all conventions, by the checkpoint" in result.output
+    assert "layer0.0.weight -> layer0.0.weight" in result.output
+    scores = []
+    for checkpoint in (work.checkpoint, tmp_path / "model"):
+        result = run("eval", work.config, work.root, "--checkpoint", checkpoint, "--json", "--bootstrap", 0)
+        assert result.exit_code == 0, result.output
+        scores.append(json.loads(result.stdout))
+        for key in ("checkpoint", "time"):
+            del scores[-1][key]
+    assert scores[0] == scores[1]
+
+
 def test_pretrained_backbone(work: Workspace, tmp_path: Path) -> None:
     weights = tmp_path / "resnet18.pth"
     backbone = resnet("resnet18", stem="conv7")

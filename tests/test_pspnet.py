@@ -9,6 +9,7 @@ from torch import nn
 from toy_backbone import ToyBackbone
 
 from pspnet_fast import UpsampleCrossEntropyLoss
+from pspnet_fast import head as heads
 from pspnet_fast.models import PSPNet
 from pspnet_fast.models.small import SmallBackbone
 
@@ -134,6 +135,11 @@ def test_bfloat16_autocast_trains() -> None:
         ({"classes": 0}, "classes must be at least 1, got 0"),
         ({"dropout": 1.0}, "dropout must satisfy 0 <= dropout < 1, got 1.0"),
         ({"head_channels": 0}, "head_channels must be None or at least 1, got 0"),
+        ({"reduction_channels": 0}, "reduction_channels must be None or at least 1, got 0"),
+        ({"bottleneck_kernel": 2}, "bottleneck_kernel must be odd and at least 1, got 2"),
+        ({"classifier_kernel": -1}, "classifier_kernel must be odd and at least 1, got -1"),
+        ({"concat": "last"}, "concat must be one of 'input_first', 'input_last', but is 'last'"),
+        ({"stages": 2, "output_stride": 16}, "output_stride must be at most 8 with stages=2, is 16"),
         ({"backbone": nn.Identity()}, "lacks layer0, layer1, layer2, layer3, layer4, out_channels"),
         ({"backbone": "vgg"}, "backbone must be one of .* got 'vgg'"),
         ({"stem": "deep"}, "stem must be one of .* got 'deep'"),
@@ -144,7 +150,12 @@ def test_errors(arguments: dict[str, object], message: str) -> None:
         PSPNet(**{"classes": 3, "backbone": "resnet18", **arguments})
 
 
-@pytest.mark.parametrize("arguments", [{}, {"backbone": "resnet18", "stem": "conv7", "bins": None, "aux": False}])
+SMP = {"stages": 2, "concat": "input_last", "bin1_norm": False, "bottleneck_kernel": 1, "classifier_kernel": 3}
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"backbone": "resnet18", "stem": "conv7", "bins": None, "aux": False}, SMP, {"avg_down": True}]
+)
 def test_config_builds_the_model_again(arguments: dict) -> None:
     with torch.device("meta"):
         model = PSPNet(5, **arguments)
@@ -154,6 +165,28 @@ def test_config_builds_the_model_again(arguments: dict) -> None:
     assert again.config == model.config
     assert model.config is not None
     assert model.config.keys() == set(inspect.signature(PSPNet).parameters) - {"classes", "norm_layer"}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_heads_of_other_packages_run_fused(
+    training: bool, small_maps_as_large_ones: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And give what the concatenation gives: a 1x1 bottleneck, a level with a bias and no norm, the features last."""
+    fused, concat = (
+        PSPNet(3, "resnet18", stem="conv7", head=name, dropout=0, **SMP).double().train(training)  # type: ignore[arg-type]
+        for name in ("fused", "concat")
+    )
+    nn.init.normal_(fused.ppm.features[0][1].bias)
+    concat.load_state_dict(fused.state_dict())
+    image = torch.randn(2, 3, 64, 72, dtype=torch.float64)
+    runs, run = [], heads._fused
+    monkeypatch.setattr(heads, "_fused", lambda *arguments: runs.append(1) or run(*arguments))
+    ours, expected = fused(image), concat(image)
+    assert len(runs) == 1
+    assert ours.keys() == expected.keys() == ({"out", "aux"} if training else {"out"})
+    assert ours["out"].shape == (2, 3, 8, 9)
+    for name, value in ours.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-10)
 
 
 def test_config_of_what_is_no_plain_data() -> None:

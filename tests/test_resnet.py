@@ -18,6 +18,7 @@ def dilations(stage: nn.Module) -> list[int]:
         ("contracted", 8, [1] + [2] * 5, [2] + [4] * 2),  # torchvision, mmseg
         ("full", 16, [1] * 6, [2] * 3),
         ("contracted", 16, [1] * 6, [1] + [2] * 2),
+        ("full", 32, [1] * 6, [1] * 3),
     ],
 )
 def test_dilations_of_resnet50(dilation: str, output_stride: int, layer3: list[int], layer4: list[int]) -> None:
@@ -38,7 +39,7 @@ def test_contracted_dilation_samples_the_strided_network_on_a_finer_grid(name: s
         torch.testing.assert_close(fine(image)[..., ::2, ::2], coarse(image), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("output_stride", [8, 16])
+@pytest.mark.parametrize("output_stride", [8, 16, 32])
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (33, 47), (64, 65)])
 def test_features_cover_any_size(size: tuple[int, int], output_stride: int) -> None:
     model = resnet("resnet18", stem="conv7", output_stride=output_stride).eval()
@@ -72,6 +73,15 @@ def test_depths(name: str, blocks: list[int], out_channels: tuple[int, int]) -> 
     assert model.out_channels == out_channels
 
 
+@torch.no_grad()
+def test_avg_down_pools_what_is_there() -> None:
+    """Where a side is odd the last row is the mean of itself alone: the shortcut of constants is constant."""
+    shortcut = resnet("resnet18", stem="conv7", avg_down=True).layer2[0].downsample
+    pooled = shortcut[0](torch.arange(15.0).view(1, 1, 3, 5))
+    assert pooled[0, 0].tolist() == [[3, 5, 6.5], [10.5, 12.5, 14]]
+    assert isinstance(resnet("resnet50", avg_down=True).layer3[0].downsample[0], nn.Identity)  # no stride, no pooling
+
+
 def test_convolutions_start_kaiming_normal() -> None:
     torch.manual_seed(0)
     weight = resnet("resnet18").layer3[1].conv2.weight
@@ -85,7 +95,8 @@ def test_convolutions_start_kaiming_normal() -> None:
     [
         ("stem", "deep", "'deep64', 'deep32', 'conv7'"),
         ("dilation", "none", "'full', 'contracted'"),
-        ("output_stride", 32, "8, 16"),
+        ("output_stride", 64, "8, 16, 32"),
+        ("stages", 1, "2, 3, 4"),
     ],
 )
 def test_errors_name_argument_value_and_allowed(argument: str, value: object, allowed: str) -> None:

@@ -1,10 +1,11 @@
-"""Command line: ``pspnet-fast train | eval | eval-compare | predict | report | check-data | coco-labels | info``."""
+"""Command line: ``pspnet-fast COMMAND``; the commands stand at the end."""
 
 import click
 
 from pspnet_fast import __version__
 from pspnet_fast.cli.check_data import check_data
 from pspnet_fast.cli.coco_labels import coco_labels
+from pspnet_fast.cli.convert import convert
 from pspnet_fast.cli.eval import evaluate
 from pspnet_fast.cli.eval_compare import eval_compare
 from pspnet_fast.cli.group import EXTRAS, Group
@@ -31,5 +32,5 @@ def main(traceback: bool) -> None:
     """
 
 
-for command in (train, evaluate, eval_compare, predict, report, check_data, coco_labels, info):
+for command in (train, evaluate, eval_compare, predict, report, convert, check_data, coco_labels, info):
     main.add_command(command)

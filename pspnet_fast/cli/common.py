@@ -42,6 +42,7 @@ class Numbers(click.ParamType):
 
 ANY = _Path(path_type=Path)
 FILE = _Path(exists=True, dir_okay=False, path_type=Path)
+CHECKPOINT = _Path(exists=True, path_type=Path)  # a file, or the folder of a model
 FOLDER = _Path(file_okay=False, path_type=Path)
 NEW_FILE = _Path(dir_okay=False, path_type=Path)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pspnet_fast.cli.common import (
+    CHECKPOINT,
     FILE,
     FOLDER,
     Numbers,
@@ -60,7 +61,7 @@ class _Bytes(click.ParamType):
 @click.command("eval", short_help="Measure a checkpoint under a test protocol: scores by class, and means.")
 @click.argument("config", type=FILE)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--checkpoint", type=FILE, required=True, help="Model to measure.")
+@click.option("--checkpoint", type=CHECKPOINT, required=True, help="File of `train` or folder of `convert`.")
 @click.option(
     "--protocol",
     type=click.Choice(["whole", "semseg", "mmseg"]),

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from pspnet_fast.cli.common import ANY, FILE, FOLDER, Numbers, chosen_protocol, load_predictor
+from pspnet_fast.cli.common import ANY, CHECKPOINT, FOLDER, Numbers, chosen_protocol, load_predictor
 from pspnet_fast.cli.group import Stopped, sentence
 from pspnet_fast.out_of_memory import is_out_of_memory
 
 
 @click.command()
 @click.argument("images", nargs=-1, required=True, type=ANY)
-@click.option("--checkpoint", type=FILE, required=True, help="Model, as `pspnet-fast train` saved it.")
+@click.option("--checkpoint", type=CHECKPOINT, required=True, help="File of `train` or folder of `convert`.")
 @click.option("--out", type=FOLDER, required=True, help="Folder of the results.")
 @click.option("--overwrite", is_flag=True, help="Replace results that exist; images never are.")
 @click.option("--labels", is_flag=True, help="Write NAME.png: the class index of each pixel.")

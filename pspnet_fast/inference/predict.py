@@ -22,6 +22,7 @@ from pspnet_fast.inference.protocol import Protocol
 from pspnet_fast.inference.render import palette
 from pspnet_fast.inference.sliding import Segmenter
 from pspnet_fast.models import PSPNet
+from pspnet_fast.models.folder import as_checkpoint
 
 _SMALL = 1 << 21  # pixels that any machine has the memory for
 _PROBE = (512, 512)  # size of the image by which the memory for larger ones is estimated
@@ -79,12 +80,13 @@ class Predictor:
     def from_checkpoint(
         cls, checkpoint: str | os.PathLike[str] | Mapping[str, Any], device: str | torch.device = "auto"
     ) -> "Predictor":
-        """Build the model from a checkpoint of :func:`pspnet_fast.training.fit`; docs/checkpoints.md has its keys.
+        """Build the model from a checkpoint of :func:`pspnet_fast.training.fit` (docs/checkpoints.md has its keys), or
+        from a folder of ``PSPNet.save_pretrained`` or ``pspnet-fast convert``.
 
         Where the checkpoint names no colours, mean or std, it warns and takes generated colours and ImageNet's values.
 
         Args:
-            checkpoint: its file, or what ``load_checkpoint`` read of it.
+            checkpoint: its file or folder, or what ``load_checkpoint`` read of it.
             device: "auto" is CUDA where there is a GPU, else the CPU.
 
         Raises:
@@ -98,7 +100,8 @@ class Predictor:
 
         device = choose_device(str(device))
         if not isinstance(checkpoint, Mapping):
-            checkpoint = load_checkpoint(Path(checkpoint))
+            path = Path(checkpoint)
+            checkpoint = as_checkpoint(path) if path.is_dir() else load_checkpoint(path)
         metadata, class_names = checkpoint["metadata"], list(checkpoint["class_names"])
         if len(class_names) > IGNORE_INDEX:
             raise ValueError(
@@ -117,6 +120,8 @@ class Predictor:
         except (TypeError, RuntimeError) as error:
             first = " ".join(str(error).split())[:200]
             raise ValueError(f"the checkpoint's weights are not those of the PSPNet it describes ({first})") from None
+        if untrained := metadata.get("untrained"):
+            warnings.warn(f"the model is not trained: {untrained}", stacklevel=2)
         settings: dict[str, Any] = {
             "colors": palette(len(class_names)),
             "mean": list(IMAGENET_MEAN),

@@ -13,7 +13,8 @@ NormLayer = Callable[[int], nn.Module]
 
 STEMS = {"deep64": (64, 64, 128), "deep32": (32, 32, 64), "conv7": (64,)}
 DILATIONS = ("full", "contracted")
-OUTPUT_STRIDES = (8, 16)
+OUTPUT_STRIDES = (8, 16, 32)
+STAGES = (2, 3, 4)
 
 
 def check_choice(argument: str, value: object, allowed: Collection[object]) -> None:
@@ -35,11 +36,17 @@ def _conv3x3(in_channels: int, channels: int, stride: int = 1, dilation: int = 1
     return nn.Conv2d(in_channels, channels, 3, stride, padding=dilation, dilation=dilation, bias=False)
 
 
-def _shortcut(in_channels: int, channels: int, stride: int, norm_layer: NormLayer) -> nn.Sequential | None:
+def _shortcut(
+    in_channels: int, channels: int, stride: int, norm_layer: NormLayer, avg_down: bool
+) -> nn.Sequential | None:
     """Projection for the identity branch; None where the shapes already agree."""
     if stride == 1 and in_channels == channels:
         return None
-    return nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), norm_layer(channels))
+    if not avg_down:
+        return nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), norm_layer(channels))
+    # an odd side's last row is pooled too, by itself; the mean is of the pixels there are
+    pool = nn.Identity() if stride == 1 else nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
+    return nn.Sequential(pool, nn.Conv2d(in_channels, channels, 1, bias=False), norm_layer(channels))
 
 
 class BasicBlock(nn.Module):
@@ -48,7 +55,14 @@ class BasicBlock(nn.Module):
     expansion: ClassVar[int] = 1
 
     def __init__(
-        self, in_channels: int, channels: int, stride: int, first_dilation: int, dilation: int, norm_layer: NormLayer
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        first_dilation: int,
+        dilation: int,
+        norm_layer: NormLayer,
+        avg_down: bool,
     ) -> None:
         super().__init__()
         self.conv1 = _conv3x3(in_channels, channels, stride, first_dilation)
@@ -56,7 +70,7 @@ class BasicBlock(nn.Module):
         self.conv2 = _conv3x3(channels, channels, dilation=dilation)
         self.bn2 = norm_layer(channels)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = _shortcut(in_channels, channels, stride, norm_layer)
+        self.downsample = _shortcut(in_channels, channels, stride, norm_layer, avg_down)
 
     def forward(self, input: Tensor) -> Tensor:
         output = self.relu(self.bn1(self.conv1(input)))
@@ -70,7 +84,14 @@ class Bottleneck(nn.Module):
     expansion: ClassVar[int] = 4
 
     def __init__(
-        self, in_channels: int, channels: int, stride: int, first_dilation: int, dilation: int, norm_layer: NormLayer
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        first_dilation: int,
+        dilation: int,
+        norm_layer: NormLayer,
+        avg_down: bool,
     ) -> None:
         super().__init__()
         out_channels = channels * self.expansion
@@ -81,7 +102,7 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.bn3 = norm_layer(out_channels)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = _shortcut(in_channels, out_channels, stride, norm_layer)
+        self.downsample = _shortcut(in_channels, out_channels, stride, norm_layer, avg_down)
 
     def forward(self, input: Tensor) -> Tensor:
         output = self.relu(self.bn1(self.conv1(input)))
@@ -117,41 +138,65 @@ def _stem(stem: str, norm_layer: NormLayer) -> nn.Sequential:
 
 
 class ResNet(nn.Module):
-    """Feature extractor of a ResNet; see :func:`resnet`. ``out_channels`` are the channels of (layer3, layer4)."""
+    """Feature extractor of a ResNet; see :func:`resnet`.
 
-    def __init__(self, name: str, stem: str, dilation: str, output_stride: int, norm_layer: NormLayer) -> None:
+    Attributes:
+        stages: names of its children in the order in which they run, ``layer0`` .. ``layer4``.
+        out_channels: of the last stage but one, and of the last.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        stem: str,
+        dilation: str,
+        output_stride: int,
+        norm_layer: NormLayer,
+        avg_down: bool = False,
+        stages: int = 4,
+    ) -> None:
         super().__init__()
         check_choice("backbone", name, BACKBONES)
         check_choice("stem", stem, STEMS)
         check_choice("dilation", dilation, DILATIONS)
         check_choice("output_stride", output_stride, OUTPUT_STRIDES)
+        check_choice("stages", stages, STAGES)
+        if output_stride > 2 ** (stages + 1):
+            raise ValueError(
+                f"output_stride must be at most {2 ** (stages + 1)} with stages={stages}, is {output_stride}"
+            )
         block, blocks = BACKBONES[name]
 
         def stage(in_channels: int, channels: int, count: int, stride: int, first: int, rest: int) -> nn.Sequential:
             out_channels = channels * block.expansion
             return nn.Sequential(
-                block(in_channels, channels, stride, first, rest, norm_layer),
-                *(block(out_channels, channels, 1, rest, rest, norm_layer) for _ in range(count - 1)),
+                block(in_channels, channels, stride, first, rest, norm_layer, avg_down),
+                *(block(out_channels, channels, 1, rest, rest, norm_layer, avg_down) for _ in range(count - 1)),
             )
 
         # Each stride above the output stride is replaced by a doubled dilation. "contracted": the convolution that
         # lost its stride keeps the dilation before it, which samples the strided network exactly on a finer grid.
         stride3, dilation3 = (1, 2) if output_stride == 8 else (2, 1)
-        dilation4 = 2 * dilation3
+        stride4, dilation4 = (1, 2 * dilation3) if output_stride < 32 else (2, 1)
         first3, first4 = (dilation3, dilation4) if dilation == "full" else (1, dilation3)
 
         widths = [width * block.expansion for width in (64, 128, 256, 512)]
         self.layer0 = _stem(stem, norm_layer)
         self.layer1 = stage(STEMS[stem][-1], 64, blocks[0], 1, 1, 1)
         self.layer2 = stage(widths[0], 128, blocks[1], 2, 1, 1)
-        self.layer3 = stage(widths[1], 256, blocks[2], stride3, first3, dilation3)
-        self.layer4 = stage(widths[2], 512, blocks[3], 1, first4, dilation4)
-        self.out_channels = (widths[2], widths[3])
+        if stages > 2:
+            self.layer3 = stage(widths[1], 256, blocks[2], stride3, first3, dilation3)
+        if stages > 3:
+            self.layer4 = stage(widths[2], 512, blocks[3], stride4, first4, dilation4)
+        self.stages = tuple(f"layer{i}" for i in range(stages + 1))
+        self.out_channels = (widths[stages - 2], widths[stages - 1])
         initialise_convolutions(self)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, 3, H, W) -> features of layer4, (N, C, ceil(H / output_stride), ceil(W / output_stride))."""
-        return self.layer4(self.layer3(self.layer2(self.layer1(self.layer0(input)))))
+        """(N, 3, H, W) -> features of the last stage, (N, C, ceil(H / output_stride), ceil(W / output_stride))."""
+        for name in self.stages:
+            input = getattr(self, name)(input)
+        return input
 
 
 def resnet(
@@ -161,6 +206,8 @@ def resnet(
     dilation: str = "full",
     output_stride: int = 8,
     norm_layer: NormLayer = nn.BatchNorm2d,
+    avg_down: bool = False,
+    stages: int = 4,
 ) -> ResNet:
     """Build a ResNet without its classifier, with random weights.
 
@@ -171,10 +218,13 @@ def resnet(
         dilation: "full": every 3x3 of layer3 has dilation 2, of layer4 dilation 4 (semseg). "contracted": the 3x3 that
             carried the stride keeps the dilation of the layer before (torchvision, mmseg). The choice does not show in
             names or shapes of the weights, so weights trained with one load under the other and give other numbers.
-        output_stride: 8, or 16 (layer3 keeps its stride and has no dilation; layer4 has dilation 2).
+        output_stride: 8; 16 (layer3 keeps its stride and has no dilation; layer4 has dilation 2); or 32 (no dilation).
         norm_layer: makes the norm of ``n`` channels.
+        avg_down: whether shortcuts pool (2x2 means) where they would stride, as in ResNet-D (mmseg's V1d, PaddleSeg's
+            vd, timm's resnet50d).
+        stages: how many of the four stages after the stem there are: 2 ends with layer2, with output stride 8 (smp).
 
     Raises:
         ValueError: an argument is none of the above.
     """
-    return ResNet(name, stem, dilation, output_stride, norm_layer)
+    return ResNet(name, stem, dilation, output_stride, norm_layer, avg_down, stages)

@@ -1,7 +1,6 @@
 """Checkpoints: written whole or not at all, read as plain data (``weights_only=True``). See docs/checkpoints.md."""
 
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pspnet_fast.files import replacing
+from pspnet_fast.files import replacing, wrong_archive
 
 FORMAT = 3
 READABLE = (
@@ -43,7 +42,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: is a folder; {EXPECTED}")
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
-    if wrong := _wrong_archive(path):
+    if wrong := wrong_archive(path):
         raise ValueError(f"{path}: {wrong}; {EXPECTED}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -59,29 +58,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if missing := [key for key in KEYS if key not in state]:
         raise ValueError(f"{path}: is no whole checkpoint: it lacks {', '.join(missing)}; {EXPECTED}")
     return state
-
-
-def _wrong_archive(path: Path) -> str | None:
-    """What is wrong with the file before torch looks at it. torch checks no checksums: damaged weights would load."""
-    with path.open("rb") as file:
-        begin = file.read(64)
-    if not begin:
-        return "is empty"
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if not any(name.endswith("/data.pkl") for name in archive.namelist()):
-                return "is a zip archive, but none that torch.save wrote"
-            try:
-                damaged = archive.testzip()
-            except (zipfile.BadZipFile, OSError, NotImplementedError):
-                damaged = "its table of contents"
-        return f"is damaged ({damaged} is not as it was written)" if damaged else None
-    if begin.startswith(b"PK"):
-        return "is damaged: its end is missing, so it was not copied or downloaded whole"
-    if begin.startswith(b"\x80"):
-        return None  # a pickle: what torch.save wrote before 1.6; torch says what is in it
-    text = all(byte in b"\t\n\r\f" or byte >= 32 for byte in begin)
-    return f"is damaged or no checkpoint: {'a text file' if text else 'no archive'} that begins with {begin[:24]!r}"
 
 
 def _contents(state: Any) -> str:

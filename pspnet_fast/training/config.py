@@ -11,11 +11,13 @@ from typing import Any, get_args
 from pspnet_fast.data.conventions import CONVENTIONS, ORIENTATIONS, Remap
 from pspnet_fast.data.layouts import LAYOUTS
 from pspnet_fast.models.pspnet import Head
-from pspnet_fast.models.resnet import BACKBONES, DILATIONS, OUTPUT_STRIDES, STEMS
+from pspnet_fast.models.resnet import BACKBONES, DILATIONS, OUTPUT_STRIDES, STAGES, STEMS
+from pspnet_fast.modules import Concat
 from pspnet_fast.training.config_rules import SHARE, ConfigError, Rule, at_least, check, check_rules, one_of
 from pspnet_fast.training.config_train import TRAIN_RULES, TrainConfig
 
 _LAYOUTS_OWN = "auto"
+_ODD = Rule("odd and at least 1", lambda value: value >= 1 and value % 2 == 1)
 
 RULES = {
     "model.backbone": one_of(BACKBONES),
@@ -26,6 +28,11 @@ RULES = {
     "model.dropout": SHARE,
     "model.head": one_of(get_args(Head)),
     "model.head_channels": at_least(1),
+    "model.stages": one_of(STAGES),
+    "model.concat": one_of(get_args(Concat)),
+    "model.reduction_channels": at_least(1),
+    "model.bottleneck_kernel": _ODD,
+    "model.classifier_kernel": _ODD,
     "data.root": Rule("the name of a folder", bool),
     "data.layout": one_of(LAYOUTS),
     "data.labels": one_of((_LAYOUTS_OWN, *CONVENTIONS)),
@@ -64,6 +71,20 @@ class ModelConfig:
     """Without the concatenation, or with it; the weights are the same."""
     head_channels: int | None = None
     """Before the classifier; null takes a quarter of the backbone's."""
+    avg_down: bool = False
+    """Shortcuts pool where they would stride, as in ResNet-D."""
+    stages: int = 4
+    """Of the backbone: 2 ends with layer2."""
+    concat: str = "input_first"
+    """The features before the pyramid's levels, or after them."""
+    reduction_channels: int | None = None
+    """Of each level of the pyramid; null takes the backbone's over the number of levels."""
+    bin1_norm: bool = True
+    """Whether the level of one cell has a norm; else its convolution has a bias."""
+    bottleneck_kernel: int = 3
+    """Size of the convolution after the pyramid."""
+    classifier_kernel: int = 1
+    """Size of the last convolution."""
     pretrained: str | None = None
     """File of the backbone's first weights: of torchvision, timm, semseg or mmsegmentation (docs/training.md)."""
 

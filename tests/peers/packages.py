@@ -26,6 +26,14 @@ from transformers import (
 )
 
 
+def randomise(model: nn.Module) -> nn.Module:
+    """Batch norms that are no identities."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and value.dim() == 1:
+            value.copy_(torch.rand_like(value) + 0.5 if "mean" not in name and "bias" not in name else value + 0.1)
+    return model.eval()
+
+
 def upernet(sizes: list[int], depths: list[int], hidden_size: int, classes: int) -> nn.Module:
     stages = ["stage1", "stage2", "stage3", "stage4"]
     backbone = ConvNextConfig(hidden_sizes=sizes, depths=depths, out_features=stages)

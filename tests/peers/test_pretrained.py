@@ -16,15 +16,8 @@ if MISSING := [name for name in PACKAGES if importlib.util.find_spec(name) is No
 import packages  # noqa: E402, F401  # makes torchvision importable
 import timm  # noqa: E402
 import torchvision  # noqa: E402
+from packages import randomise  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """Batch norms that are no identities."""
-    for name, value in model.state_dict().items():
-        if value.is_floating_point() and value.dim() == 1:
-            value.copy_(torch.rand_like(value) + 0.5 if "mean" not in name and "bias" not in name else value + 0.1)
-    return model.eval()
 
 
 @pytest.mark.parametrize(
@@ -55,18 +48,23 @@ def test_torchvision(tmp_path: Path, name: str) -> None:
     assert_same_features(model, nn.Sequential(*list(theirs.children())[:-2]))
 
 
-def test_pooling_shortcuts_are_refused(tmp_path: Path) -> None:
-    torch.save(timm.create_model("resnet50d", pretrained=False).state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"pools in its shortcuts .* ResNet-D"):
+def test_pooling_shortcuts(tmp_path: Path) -> None:
+    """ResNet-D as it was trained; timm's own dilated form pools with stride 1 where a stride was taken out."""
+    theirs = randomise(timm.create_model("resnet50d", pretrained=False))
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"pools in its shortcuts, .* choose model.avg_down=true"):
         load_backbone(PSPNet(5, stem="deep32"), tmp_path / "weights.pth")
+    model = PSPNet(5, stem="deep32", avg_down=True, output_stride=32).eval()
+    load_backbone(model, tmp_path / "weights.pth")
+    assert_same_features(model, theirs.forward_features, (3, 4))
 
 
 @torch.inference_mode()
-def assert_same_features(model: PSPNet, theirs: nn.Module) -> None:
+def assert_same_features(model: PSPNet, theirs: nn.Module, size: tuple[int, int] = (9, 13)) -> None:
     image = torch.randn(1, 3, 65, 97)
     features = image
     for layer in (model.layer0, model.layer1, model.layer2, model.layer3, model.layer4):
         features = layer(features)
     expected = theirs(image)
-    assert features.shape == expected.shape == (1, features.size(1), 9, 13)
+    assert features.shape == expected.shape == (1, features.size(1), *size)
     assert (features - expected).abs().max() <= 1e-5 * expected.abs().max()
