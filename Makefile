@@ -1,5 +1,6 @@
 # make demo   trains the demo's two models on the embedded scenes; writes runs/demo/
 # make test   formatting, types, CUDA compile check where nvcc exists, all tests
+# make docs   the documentation as a site, warnings being errors: build/docs/html
 # make test-peers   fuse on segmentation_models_pytorch and transformers, in an environment of their own, .venv-peers
 # They set themselves up: a virtual environment in .venv with the pinned torch, and the compiled kernels.
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := .venv/bin
 PROCESSES ?= 2
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test test-peers lint types check-cuda bench test-abi format clean
+.PHONY: demo test test-peers docs lint types check-cuda bench test-abi format clean
 
 demo: .venv/installed
 	$(BIN)/python -m pspnet_fast.demo --out runs/demo
@@ -16,6 +17,9 @@ demo: .venv/installed
 test: lint types check-cuda
 	@echo "tests: half an hour on 2 cores"
 	OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 $(BIN)/python -m pytest -n $(PROCESSES)
+
+docs: .venv/installed
+	$(BIN)/python -m sphinx -b html -W --keep-going --fresh-env -q docs build/docs/html
 
 test-peers: .venv-peers/installed
 	PYTHONPATH=$(CURDIR) .venv-peers/bin/python -m pytest tests/peers
