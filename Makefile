@@ -1,6 +1,7 @@
 # make demo   trains the demo's two models on the embedded scenes; writes runs/demo/
 # make test   formatting, types, CUDA compile check where nvcc exists, all tests
 # make docs   the documentation as a site, warnings being errors: build/docs/html
+# make dist   sdist and wheel, tried without a compiler under several Pythons and torches: dist/
 # make test-peers   fuse on segmentation_models_pytorch and transformers, in an environment of their own, .venv-peers
 # They set themselves up: a virtual environment in .venv with the pinned torch, and the compiled kernels.
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := .venv/bin
 PROCESSES ?= 2
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test test-peers docs lint types check-cuda bench test-abi format clean
+.PHONY: demo test test-peers docs dist lint types check-cuda bench test-abi format clean
 
 demo: .venv/installed
 	$(BIN)/python -m pspnet_fast.demo --out runs/demo
@@ -20,6 +21,9 @@ test: lint types check-cuda
 
 docs: .venv/installed
 	$(BIN)/python -m sphinx -b html -W --keep-going --fresh-env -q docs build/docs/html
+
+dist: .venv/installed
+	$(BIN)/python scripts/dist.py
 
 test-peers: .venv-peers/installed
 	PYTHONPATH=$(CURDIR) .venv-peers/bin/python -m pytest tests/peers

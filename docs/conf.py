@@ -21,6 +21,7 @@ html_copy_source = False
 myst_heading_anchors = 4  # links such as data.md#labels, which a repository page has as well
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
 napoleon_use_rtype = False
 python_use_unqualified_type_names = True
 default_role = "code"  # docstrings write code in single backticks
