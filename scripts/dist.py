@@ -28,8 +28,8 @@ DIST, BUILD = ROOT / "dist", ROOT / "build" / "dist"
 OLDEST, NEWEST = check_torch.VERSIONS
 PYTHONS = [f"python3.{minor}" for minor in range(10, 15)]
 OUTSIDE = ("libtorch*.so*", "libc10*.so*", "libcudart.so*")
-NEEDED = ["filelock", "typing-extensions", "sympy", "networkx", "jinja2", "fsspec", "setuptools<82"]  # by torch
-NEEDED += ["nvidia-cuda-runtime>=13,<14", "numpy", "click>=8", "pytest>=8"]
+NEEDED = ["filelock", "typing-extensions", "sympy", "networkx", "jinja2", "fsspec", "setuptools>=70.1,<82"]  # by torch
+NEEDED += ["nvidia-cuda-runtime>=13,<14", "ninja", "numpy", "click>=8", "pytest>=8"]
 TESTS = ("test_pyramid_*.py", "test_upsample_*.py", "test_confusion_matrix.py", "test_modules.py", "test_head.py")
 COMPILING = "not compile"  # torch.compile needs a compiler
 
@@ -76,13 +76,12 @@ def wheel(archive: Path) -> Path:
     with tarfile.open(archive) as file:
         file.extractall(source, filter="data")
     folder = environment(sys.executable)
-    variables = with_torch(check_torch.fetch(OLDEST), cuda_runtime(folder)) | {"USE_CUDA": "0"}
-    packages = run([folder / "bin" / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip()
-    variables["PYTHONPATH"] += os.pathsep + packages  # what torch imports
-    command = [sys.executable, "-m", "build", "--wheel", "--outdir", BUILD / "linked"]
+    path = os.pathsep.join([str(folder / "bin"), os.environ["PATH"]])  # ninja's
+    variables = with_torch(check_torch.fetch(OLDEST), cuda_runtime(folder)) | {"USE_CUDA": "0", "PATH": path}
     print(f"dist: compiles against torch {OLDEST}, 2 to 10 minutes", flush=True)
     shutil.rmtree(BUILD / "linked", ignore_errors=True)
-    run([*command, next(source.iterdir())], env=os.environ | variables)
+    command = [folder / "bin" / "python", "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    run([*command, "--wheel-dir", BUILD / "linked", next(source.iterdir())], env=os.environ | variables)
     return next((BUILD / "linked").glob("*.whl"))
 
 
