@@ -1,6 +1,8 @@
 # make demo   trains the demo's two models on the embedded scenes; writes runs/demo/
 # make test   formatting, types, CUDA compile check where nvcc exists, all tests
 # make test-fast   for daily work: the tests of the CPU's kernels, a sample of them, and of the rest what is quick
+# make docs   the documentation as a site, warnings being errors: build/docs/html
+# make dist   sdist and wheel, tried without a compiler under several Pythons and torches: dist/
 # make test-peers   fuse on segmentation_models_pytorch and transformers, in an environment of their own, .venv-peers
 # They set themselves up: a virtual environment in .venv with the pinned torch, and the compiled kernels.
 PYTHON ?= python3
@@ -9,19 +11,25 @@ BIN := .venv/bin
 PROCESSES ?= 2
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test test-fast test-peers lint types check-cuda bench test-abi format clean
+.PHONY: demo test test-fast test-peers docs dist lint types check-cuda bench test-abi format clean
 
 demo: .venv/installed
 	$(BIN)/python -m pspnet_fast.demo --out runs/demo
 
 # two architectures are enough every day, the oldest and the one whose machine code is read
 test: ARCHITECTURES = 80 90
-test: lint types check-cuda
+test: lint types docs check-cuda
 	@echo "tests: a quarter of an hour on 2 cores"
 	OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 $(BIN)/python -m pytest -n $(PROCESSES)
 
 test-fast: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --fast
+
+docs: .venv/installed
+	$(BIN)/python -m sphinx -b html -W --keep-going --fresh-env -q docs build/docs/html
+
+dist: .venv/installed
+	$(BIN)/python scripts/dist.py
 
 test-peers: .venv-peers/installed
 	PYTHONPATH=$(CURDIR) .venv-peers/bin/python -m pytest tests/peers

@@ -22,7 +22,7 @@ from peers import packages
 
 from pspnet_fast import fuse
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "fuse.md"
 PART = re.compile(r"(?<=<!-- of benchmarks/fuse_models.py -->\n).*?(?=<!-- end -->)", re.DOTALL)
 HEADER = ("model", "dtype", "difference", "fused modules, stock / fused", "", "whole model", "", "training step", "")
 
@@ -103,7 +103,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--runs", type=int, default=5, help="of which the median counts")
     parser.add_argument("--memory", action="store_true", help="the fused modules' peak, too, forward and backward")
-    parser.add_argument("--readme", action="store_true", help="with --memory; writes the table into README.md as well")
+    parser.add_argument(
+        "--readme", action="store_true", help="with --memory; writes the table into docs/fuse.md as well"
+    )
     arguments = parser.parse_args()
     with_memory = arguments.memory or arguments.readme
     header = [*HEADER, "memory", ""] if with_memory else HEADER
@@ -117,10 +119,10 @@ def main() -> None:
         lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     if arguments.readme:
-        text, count = PART.subn(lambda _: "\n".join(lines) + "\n", README.read_text(encoding="utf-8"))
+        text, count = PART.subn(lambda _: "\n".join(lines) + "\n", PAGE.read_text(encoding="utf-8"))
         if count != 1:
-            parser.error(f"{README} has not the two comments that the table goes between")
-        README.write_text(text, encoding="utf-8")
+            parser.error(f"{PAGE} has not the two comments that the table goes between")
+        PAGE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

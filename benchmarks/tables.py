@@ -3,7 +3,7 @@
 
 python benchmarks/tables.py FILE.json ...   prints all tables of these bench.json
 python benchmarks/tables.py --keep FOLDER   copies what is there of the three to benchmarks/results/GPU/
-python benchmarks/tables.py --readme        writes those of benchmarks/results/ into docs/gpu.md, some into README.md
+python benchmarks/tables.py --readme        writes those of benchmarks/results/ into docs/gpu.md, some into speed.md
 """
 
 import argparse
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "gpu.md"
+RESULTS, PAGE, SUMMARY = ROOT / "benchmarks" / "results", ROOT / "docs" / "gpu.md", ROOT / "docs" / "speed.md"
 HEADER = ["case", "eager ms", "compile ms", "fused ms", "eager / fused", "floor ms", "fused / floor", "target"]
-README_PART = re.compile(r"(?<=<!-- of benchmarks/results -->\n).*(?=<!-- end -->)", re.DOTALL)
+SUMMARY_PART = re.compile(r"(?<=<!-- of benchmarks/results -->\n).*(?=<!-- end -->)", re.DOTALL)
 NO_GPU = "No GPU has run the CUDA kernels yet, so there are no GPU figures.\n"
 
 
@@ -57,8 +57,8 @@ def kernels_report(record: dict[str, Any]) -> str:
     return markdown(["case", "bytes us", "measured us", "/ bytes", "predicted us", "/ predicted"], cells)
 
 
-def readme_part(kept: Sequence[dict[str, Any]]) -> str:
-    """The GPU section of the README: of modules, bfloat16 in channels_last at batch 16."""
+def summary_part(kept: Sequence[dict[str, Any]]) -> str:
+    """The GPU section of docs/speed.md: of modules, bfloat16 in channels_last at batch 16."""
     parts = []
     for records in kept:
         if "network" in records:
@@ -73,7 +73,7 @@ def readme_part(kept: Sequence[dict[str, Any]]) -> str:
             if row["case"].startswith("16x") and "x60x60 bfloat16 channels_last" in row["case"]
         ]
         parts.append(markdown(["", *HEADER], rows))
-    return "\n\n".join([*parts, "All of it, every kernel too: [docs/gpu.md](docs/gpu.md)."]) + "\n" if kept else NO_GPU
+    return "\n\n".join([*parts, "All of it, every kernel too: [gpu.md](gpu.md)."]) + "\n" if kept else NO_GPU
 
 
 def page(kept: Sequence[dict[str, Any]]) -> str:
@@ -180,11 +180,10 @@ def main() -> None:
         print(report(json.loads(path.read_text(encoding="utf-8"))))
     if args.readme:
         PAGE.write_text(page(kept_records()), encoding="utf-8")
-        readme = ROOT / "README.md"
-        text, count = README_PART.subn(lambda _: readme_part(kept_records()), readme.read_text(encoding="utf-8"))
+        text, count = SUMMARY_PART.subn(lambda _: summary_part(kept_records()), SUMMARY.read_text(encoding="utf-8"))
         if count != 1:
-            parser.error(f"{readme} has not the two comments that the tables go between")
-        readme.write_text(text, encoding="utf-8")
+            parser.error(f"{SUMMARY} has not the two comments that the tables go between")
+        SUMMARY.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

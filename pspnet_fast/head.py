@@ -25,7 +25,7 @@ class FusedPSPHead(nn.Module):
     Equivalent, in outputs, gradients and running statistics, to `bottleneck(ppm(x))` with
     `bottleneck = nn.Sequential(conv, norm, activation)`, with the state_dict keys of these two, whose modules it holds
     and shares. It computes neither the concatenation nor the upsampled maps: the convolution of a level's few cells is
-    interpolated instead (ops.pyramid_context_), which saves the arithmetic of half the convolution's channels.
+    interpolated instead (`ops.pyramid_context_`), which saves the arithmetic of half the convolution's channels.
 
     Args:
         ppm: the pyramid, with any norm, activation, order of concatenation and align_corners.

@@ -21,7 +21,7 @@ Branch = tuple[nn.Conv2d, nn.Module, nn.Module]  # 1x1 convolution, norm, activa
 class FusedPPM(nn.Module):
     """Pyramid pooling module (Zhao et al., CVPR 2017, figure 3c), in place of the usual one.
 
-    Equivalent to
+    Equivalent to::
 
         maps = [F.interpolate(f(x), x.shape[2:], mode="bilinear", align_corners=align_corners) for f in features]
         torch.cat([x, *maps], 1)
@@ -40,9 +40,9 @@ class FusedPPM(nn.Module):
         norm_layer: makes the norm of a level from R: nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity, ...
         activation: makes the activation of a level.
 
-    Shapes: x (N, C, H, W), N >= 0, any H, W >= 1, float32, float64, bfloat16 or float16 -> (N, C + len(bins) * R, H, W)
-    in the dtype and memory format (contiguous or channels-last) of x. Under autocast it runs in the dtype of x, where
-    the stock module upcasts its upsampling on CUDA.
+    Shapes: x (N, C, H, W), N >= 0, any H, W >= 1, float32, float64, bfloat16 or float16 ->
+    `(N, C + len(bins) * R, H, W)` in the dtype and memory format (contiguous or channels-last) of x. Under autocast it
+    runs in the dtype of x, where the stock module upcasts its upsampling on CUDA.
 
     In evaluation, batch norm and ReLU run inside the 1x1 convolutions. In training, a level with one value a channel
     (batch 1 and bin 1, in one process) has no batch statistics, which makes the stock module raise: here this level is

@@ -15,13 +15,13 @@ from .ops.checks import DTYPES, MAX_BINS, Mode, as_interpolation
 class FusedUpsampleConcat(nn.Module):
     """Upsampling of maps to one size, bilinear or nearest, concatenation, convolution, norm and activation.
 
-    Equivalent, in outputs, gradients and running statistics, to
+    Equivalent, in outputs, gradients and running statistics, to::
 
         activation(norm(conv(torch.cat([F.interpolate(z, size, mode=..., align_corners=...) for z in maps], 1))))
 
     as stands in the heads of UPerNet, HRNet, SegFormer and DeepLabV3+. A map smaller than `size` is convolved as it is
-    and the products are interpolated (ops.pyramid_context_ has the formula), which saves the upsampled maps and most of
-    the arithmetic with them. For a model that stands already, :func:`pspnet_fast.fuse` does this in place.
+    and the products are interpolated (`ops.pyramid_context_` has the formula), which saves the upsampled maps and most
+    of the arithmetic with them. For a model that stands already, :func:`pspnet_fast.fuse` does this in place.
 
     Args:
         conv: k x k, k odd (either side), stride 1, one group, zero padding (k // 2) * dilation.

@@ -54,14 +54,15 @@ def run(command: list[object], **options: object) -> str:
     return str(done.stdout)
 
 
-def fetch(version: str) -> Path:
-    """The folder that holds this torch, as on sys.path."""
-    folder = WHEELS / version
+def fetch(version: str, python: str = sys.executable) -> Path:
+    """The folder that holds this torch, as on sys.path, for a Python."""
+    minor = run([python, "-c", "import sys; print(sys.version_info[1])"]).strip()
+    folder = WHEELS / (version if int(minor) == sys.version_info[1] else f"{version}-cp3{minor}")
     if (folder / "whole").exists():
         return folder
     print(f"check_torch: downloads torch {version}, half a gigabyte", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", f"torch=={version}"]
+    command = [python, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", f"torch=={version}"]
     done = subprocess.run([*command, "--quiet", f"--dest={folder}"], capture_output=True, text=True)
     wheel = next(folder.glob("torch-*.whl"), None)
     if done.returncode != 0 or wheel is None:

@@ -21,4 +21,5 @@ built_with=$("$build_python" -c 'import torch, platform; print(f"torch {torch.__
 echo "test_abi: $(basename "$wheel"), built with $built_with; running as"
 venv/bin/pspnet-fast info
 venv/bin/python -c "import pspnet_fast, sys; sys.exit('$work/venv' not in pspnet_fast.__file__)"
-venv/bin/python -m pytest -q test_pyramid_*.py test_modules.py -k "not cuda_on_cpu"
+venv/bin/python -m pytest -q test_pyramid_*.py test_upsample_*.py test_confusion_matrix.py test_modules.py test_head.py \
+  -k "not cuda_on_cpu"

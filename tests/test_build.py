@@ -229,6 +229,22 @@ def test_a_source_folder_that_hides_the_installed_package_says_so(tmp_path: Path
     )
 
 
+@pytest.mark.parametrize(("version", "warned"), [("2.99.0+cu140", True), ("2.11.0", False)])
+def test_a_torch_newer_than_those_tested_is_warned_of_once(version: str, warned: bool) -> None:
+    code = (
+        f"import torch; torch.__version__ = {version!r}\n"
+        "import warnings; warnings.simplefilter('always')\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    from pspnet_fast import ops; import pspnet_fast\n"
+        "print([str(w.message) for w in caught if 'pspnet_fast' in str(w.message)])"
+    )
+    result = run([sys.executable, "-c", code], PYTHONPATH=str(Path(pspnet_fast.__file__).parents[1]))
+    assert result.returncode == 0, result.stderr
+    messages = eval(result.stdout)
+    assert len(messages) == warned
+    assert not warned or messages[0].startswith("pspnet_fast was tested with torch 2.11 to ")
+
+
 def environment(folder: Path, torch_version: str | None) -> tuple[Path, Path]:
     """A virtual environment with a torch of that version: its Python and the folder of its packages."""
     venv.create(folder, symlinks=True)

@@ -1,5 +1,6 @@
 """Every example in README.md and docs/ as it stands: blocks of Python run, commands are such as the programs take."""
 
+import re
 from pathlib import Path
 
 import click
@@ -7,6 +8,7 @@ import pytest
 from documents import ROOT, commands, python_blocks
 from toy_command import Workspace
 
+from pspnet_fast import ops
 from pspnet_fast.cli import main
 from pspnet_fast.training.config_file import load_config
 
@@ -31,10 +33,35 @@ def test_python_block(place: str, folder: Path, monkeypatch: pytest.MonkeyPatch)
     exec(compile(BLOCKS[place], place, "exec"), {"__name__": "__main__"})
 
 
-def test_the_readme_has_its_blocks() -> None:
-    assert len([place for place in BLOCKS if place.startswith("README.md:")]) >= 4
+def test_blocks_are_found() -> None:
+    assert {place.split(":")[0] for place in BLOCKS} >= {"README.md", "use.md", "predict.md", "training.md"}
     assert any("FusedPSPHead(" in block for block in BLOCKS.values())
-    assert len(python_blocks(of_peers=True)) == 1
+    assert {place.split(":")[0] for place in python_blocks(of_peers=True)} >= {"README.md", "fuse.md"}
+
+
+def test_figures_of_the_readme_are_those_of_the_pages_it_names() -> None:
+    """Each row of its table of measurements stands in the page that the row, or the one before it, links to."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if re.fullmatch(r"\|.*\| [\d.]+x \|.*\|", line)]
+    assert len(rows) >= 6
+    page = ""
+    for _, *figures, told in [row if len(row) == 5 else [*row, ""] for row in rows]:
+        if link := re.search(r"\((docs/\w+\.md)\)", told):
+            page = (ROOT / link[1]).read_text(encoding="utf-8")
+        for figure in figures:
+            number = re.match(r"[\d.]+", figure)
+            assert number is not None
+            assert number[0] in page, figure
+
+
+@pytest.mark.parametrize("operator", [name for name in ops.__all__ if name != "new_concat"])
+def test_an_operator_has_the_files_that_contributing_names(operator: str) -> None:
+    text = (ROOT / "docs" / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    files = re.findall(r"`([\w/]+/(?:\w+_)?NAME\.\w+)`", text)
+    assert len(files) == 6
+    for file in files:
+        assert (ROOT / file.replace("NAME", operator.removesuffix("_"))).exists(), file
+    assert f"def {operator}(" in (ROOT / "pspnet_fast" / "reference.py").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("place", COMMANDS)

@@ -84,7 +84,9 @@ def test_gradients_of_a_batch(name):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("name", ["pyramid_pool into concat", "pyramid_reduce", "pyramid_context_", "cross entropy"])
+@pytest.mark.parametrize(
+    "name", ["pyramid_pool into concat", "pyramid_reduce", "pyramid_context_", "upsample_cross_entropy"]
+)
 def test_compiled_transforms(name, backend):
     torch.compiler.reset()
     case = CASES[name]

@@ -99,7 +99,7 @@ def test_tables_of_a_record():
     assert cells[3] == ["large", "1.00", "", "0.0400", "25.0", "0.10", "0.4", "9x met"]
 
 
-def test_what_is_kept_becomes_a_page_and_a_part_of_the_readme(tmp_path, monkeypatch):
+def test_what_is_kept_becomes_a_page_and_a_summary(tmp_path, monkeypatch):
     tables = load("benchmarks/tables.py")
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
     rows = [{"case": "prediction, batch 2", "batch": 2, "implementation": "stock", "seconds": 0.5, "bytes": 4e9}]
@@ -118,13 +118,13 @@ def test_what_is_kept_becomes_a_page_and_a_part_of_the_readme(tmp_path, monkeypa
     assert "prediction, batch 2 fused 8.0 2.00 1.00 0.25" in page
     assert "an operator 10.0 30.0 3.00 20.0 1.50 an operator 10.0 30.0 3.00" in page
     assert "1x2x3x4 bfloat16 1.00 fails 0.20" in page
-    assert "fused 8.0 2.00" in " ".join(tables.readme_part(kept).replace("|", " ").split())
+    assert "fused 8.0 2.00" in " ".join(tables.summary_part(kept).replace("|", " ").split())
 
 
-def test_the_readme_shows_the_results_that_are_kept():
+def test_the_pages_show_the_results_that_are_kept():
     """`python benchmarks/tables.py --readme` writes it."""
     tables = load("benchmarks/tables.py")
-    part = tables.README_PART.search((ROOT / "README.md").read_text(encoding="utf-8"))
+    part = tables.SUMMARY_PART.search(tables.SUMMARY.read_text(encoding="utf-8"))
     assert part is not None
-    assert part.group() == tables.readme_part(tables.kept_records())
+    assert part.group() == tables.summary_part(tables.kept_records())
     assert not tables.kept_records() or tables.PAGE.read_text(encoding="utf-8") == tables.page(tables.kept_records())

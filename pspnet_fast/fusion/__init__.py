@@ -82,7 +82,7 @@ def fuse(
 
     Parameters, state_dict, optimizers, copies, pickles and checkpointing go on as before. Under torch.compile, export,
     torch.jit and the transforms of torch.func the model's own forward runs, without gain. torch.fx traces what calls
-    fused modules; to trace one itself whose forward has *args, **kwargs or keyword-only arguments, unfuse it first.
+    fused modules; to trace one itself whose forward has `*args`, `**kwargs` or keyword-only arguments, unfuse it first.
 
     Args:
         model: any module.

@@ -1,6 +1,7 @@
 """Loads the compiled operators and registers what torch needs to know of them from Python."""
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 NAMESPACE = "pspnet_fast"
+NEWEST_TESTED = (2, 14)  # torch; the oldest is in setup.py
 _LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
 
 
@@ -32,6 +34,12 @@ def _missing() -> str:
 if not _LIBRARY.exists():
     raise ImportError(_missing())
 torch.ops.load_library(str(_LIBRARY))
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) > NEWEST_TESTED:
+    warnings.warn(
+        f"pspnet_fast was tested with torch 2.11 to {'.'.join(map(str, NEWEST_TESTED))}, not with {torch.__version__}. "
+        "Its kernels need torch's stable ABI alone and should work; what it does in Python may not",
+        stacklevel=2,
+    )
 
 _fragment = torch.library.Library(NAMESPACE, "FRAGMENT")
 

@@ -31,7 +31,7 @@ def pyramid_split_weight(
 
     Returns:
         (O, dense, kh, kw) in the memory format of weight, and (levels, kh * kw * O, R), the weights of a pyramid_reduce
-        that gives what pyramid_context_ takes as taps. Derivatives of any order, forward-mode and torch.func.
+        that gives what `pyramid_context_` takes as taps. Derivatives of any order, forward-mode and torch.func.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or dtype.

@@ -1,4 +1,4 @@
-"""The examples in README.md that need other people's packages; nothing is fetched."""
+"""The examples in README.md and docs/ that need other people's packages; nothing is fetched."""
 
 import importlib.util
 
