@@ -1,8 +1,9 @@
-"""Command line: ``pspnet-fast train | eval | eval-compare | predict | report | check-data | coco-labels | info``."""
+"""Command line ``pspnet-fast``: one command a file."""
 
 import click
 
 from pspnet_fast import __version__
+from pspnet_fast.cli.bench import bench
 from pspnet_fast.cli.check_data import check_data
 from pspnet_fast.cli.coco_labels import coco_labels
 from pspnet_fast.cli.eval import evaluate
@@ -31,5 +32,5 @@ def main(traceback: bool) -> None:
     """
 
 
-for command in (train, evaluate, eval_compare, predict, report, check_data, coco_labels, info):
+for command in (train, evaluate, eval_compare, predict, report, check_data, coco_labels, bench, info):
     main.add_command(command)
