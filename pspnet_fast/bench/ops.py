@@ -61,19 +61,22 @@ def _of_weights() -> Iterator[Case]:
 
 
 def _of_logits(device: torch.device) -> Iterator[Case]:
-    for map in maps(device, (2, 150, 60, 60), (2, 19, 60, 60)):
-        chosen: dict[str, Any] = {"standard": map.usual, "quick": map.first and map.shape[1] == 19}
+    chosen = maps(device, (2, 150, 60, 60), (2, 19, 60, 60))
+    for map in chosen:
         for confidence in (False, True):
-            name = f"{map} {'with confidence' if confidence else 'classes'}"
-            make, compiles = partial(_argmax, map, (473, 473), confidence), map.first and not confidence
-            table = "upsample_argmax to 473x473"
             yield Case(
-                "ops", "upsample_argmax", table, name, map.dtype, make, 10,
-                standard=map.usual and not confidence, quick=chosen["quick"] and not confidence,
-                compiles=compiles and map.shape[1] == 150,
+                "ops", "upsample_argmax", "upsample_argmax to 473x473",
+                f"{map} {'with confidence' if confidence else 'classes'}", map.dtype,
+                partial(_argmax, map, (473, 473), confidence), 10,
+                standard=map.usual and not confidence,
+                quick=map.first and map.shape[1] == 19 and not confidence,
+                compiles=map.first and map.shape[1] == 150 and not confidence,
             )  # fmt: skip
-        table, make = "upsample_softmax_accumulate_ to 473x473, mirrored", partial(_accumulate, map, (473, 473))
-        yield Case("ops", "upsample_softmax_accumulate_", table, str(map), map.dtype, make, **chosen)
+    for map in chosen:
+        group, make = "upsample_softmax_accumulate_", partial(_accumulate, map, (473, 473))
+        quick = map.first and map.shape[1] == 19
+        table = f"{group} to 473x473, mirrored"
+        yield Case("ops", group, table, str(map), map.dtype, make, standard=map.usual, quick=quick)
 
 
 def _of_labels() -> Iterator[Case]:

@@ -1,24 +1,25 @@
 """Pictures of a run: speed-ups, the roofline, memory. Readable on a screen and, by marks and hatches, in grey print."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from pspnet_fast.bench.tables import median, speedup
 
-# Okabe and Ito's colours, told apart with any eyes; (colour, hatch, mark)
+# Okabe and Ito's colours, told apart with any eyes, and hatches
 LOOKS = {
-    "ours": ("#0072B2", "", "o"),
-    "eager": ("#999999", "....", "s"),
-    "compile": ("#E69F00", "////", "^"),
-    "max-autotune": ("#D55E00", "\\\\\\\\", "v"),
-    "ours-compile": ("#56B4E9", "xx", "D"),
-    "onnxruntime": ("#009E73", "--", "P"),
-    "openvino": ("#CC79A7", "++", "X"),
+    "ours": ("#0072B2", ""),
+    "eager": ("#999999", "...."),
+    "compile": ("#E69F00", "////"),
+    "max-autotune": ("#D55E00", "\\\\\\\\"),
+    "ours-compile": ("#56B4E9", "xx"),
+    "onnxruntime": ("#009E73", "----"),
+    "openvino": ("#CC79A7", "++"),
 }
 STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.5}
 SUITE_MARKS = {"ops": "o", "head": "s", "upsampled": "^", "loss": "D", "model": "P", "train": "X"}
@@ -40,17 +41,16 @@ def draw(record: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _speedup(record: dict[str, Any]) -> Figure | None:
-    """Times faster than eager, on a logarithmic scale; a case a group of bars."""
+    """Times faster than eager, on a logarithmic scale, to the right of 1; slower to the left."""
     rows = [row for row in record["cases"] if speedup(row)]
-    names = [name for name in LOOKS if name != "eager" and any(speedup(row, name) for row in rows)]
     if not rows:
         return None
-    figure, axes = _bars(rows, names, lambda row, name: speedup(row, name))
+    names = [name for name in LOOKS if name != "eager"]
+    figure, axes = _bars(record, rows, names, speedup, base=1)
     axes.set_xscale("log")
     axes.axvline(1, color="black", linewidth=1)
-    axes.set_xlabel("times faster than plain torch (eager); median")
-    axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    axes.set_title(_title(record), loc="left", fontsize=8)
+    axes.set_xlabel("times faster than plain torch (eager), by medians")
+    _plain_numbers(axes, (1, 2, 5))
     return figure
 
 
@@ -64,32 +64,53 @@ def _memory(record: dict[str, Any]) -> Figure | None:
     rows = [row for row in record["cases"] if peak(row, "ours") is not None and peak(row, "eager") is not None]
     if not rows:
         return None
-    figure, axes = _bars(rows, ["ours", "eager"], peak)
+    figure, axes = _bars(record, rows, ["ours", "eager"], peak, base=0)
     axes.set_xscale("symlog", linthresh=1)
-    axes.set_xlim(left=0)
     axes.set_xlabel("peak memory of one call beyond what was there before, MB")
-    axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    axes.set_title(_title(record), loc="left", fontsize=8)
+    _plain_numbers(axes, (1,))
     return figure
 
 
-def _bars(rows: Sequence[dict[str, Any]], names: Sequence[str], value: Any) -> tuple[Figure, Axes]:
-    """Horizontal bars, the first case on top, each with its number."""
-    figure = Figure(figsize=(8, 0.6 + len(rows) * (0.12 + 0.13 * len(names))), layout="constrained")
-    axes, height = figure.subplots(), 0.85 / len(names)
-    for number, name in enumerate(names):
-        color, hatch, _ = LOOKS[name]
-        places = [index + (number - (len(names) - 1) / 2) * height for index in range(len(rows))]
-        values = [value(row, name) for row in rows]
-        kept = [(place, v) for place, v in zip(places, values, strict=True) if v is not None]
-        at, widths = [place for place, _ in kept], [v for _, v in kept]
-        bars = axes.barh(at, widths, height=height * 0.92, color=color, hatch=hatch, edgecolor="white", label=name)
-        axes.bar_label(bars, [f"{v:.3g}" for _, v in kept], padding=2, fontsize=6.5)
-    axes.set_yticks(range(len(rows)), [f"{row['table']}: {row['case']}" for row in rows], fontsize=7)
-    axes.set_ylim(len(rows) - 0.45, -0.55)
-    axes.legend(loc="lower right", frameon=False, fontsize=8)
+def _bars(
+    record: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    names: Sequence[str],
+    value: Callable[[dict[str, Any], str], float | None],
+    base: float,
+) -> tuple[Figure, Axes]:
+    """Horizontal bars from ``base`` on, a case a group, the first on top; each bar with its number."""
+    found = [[(name, v) for name in names if (v := value(row, name)) is not None] for row in rows]
+    height = 0.6 + sum(0.11 * len(group) + 0.08 for group in found)
+    figure = Figure(figsize=(8, height + 0.5), layout="constrained")
+    axes, middles, place = figure.subplots(), [], 0.0
+    bars: dict[str, list[tuple[float, float]]] = {}
+    for group in found:
+        middles.append(place + (len(group) - 1) / 2)
+        for name, v in group:
+            bars.setdefault(name, []).append((place, v))
+            place += 1
+        place += 0.7
+    for name in (name for name in LOOKS if name in bars):
+        color, hatch = LOOKS[name]
+        places, values = [p for p, _ in bars[name]], [v for _, v in bars[name]]
+        drawn = axes.barh(
+            places, [v - base for v in values], left=base, height=0.9, color=color, hatch=hatch, edgecolor="white",
+            linewidth=0.5, label=name,
+        )  # fmt: skip
+        axes.bar_label(drawn, [f"{v:.3g}" for v in values], padding=2, fontsize=6)
+    axes.set_yticks(middles, [f"{row['table']}: {row['case']}" for row in rows], fontsize=6.5)
+    axes.set_ylim(place - 0.9, -0.8)
     axes.margins(x=0.12)
+    figure.legend(loc="outside upper right", frameon=False, fontsize=8, ncols=4)
+    axes.set_title(_title(record), loc="right", fontsize=8)
     return figure, axes
+
+
+def _plain_numbers(axes: Axes, steps: Sequence[int]) -> None:
+    axes.xaxis.set_major_locator(LogLocator(base=10, subs=steps, numticks=30))
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="x", labelsize=7)
 
 
 def _roofline(record: dict[str, Any]) -> Figure | None:
@@ -100,8 +121,10 @@ def _roofline(record: dict[str, Any]) -> Figure | None:
     rows = [row for row in record["cases"] if row["operations"] and row["floor_bytes"] and median(row, "ours")]
     if not rows:
         return None
-    figure = Figure(figsize=(8, 5 + 0.085 * len(rows)), layout="constrained")
-    axes, legend = figure.subplots(2, 1, height_ratios=(5, 0.085 * len(rows) + 0.3))
+    half = (len(rows) + 1) // 2
+    below = 0.085 * half + 0.2
+    figure = Figure(figsize=(8, 5 + below), layout="constrained")
+    axes, legend = figure.subplots(2, 1, height_ratios=(5, below))
     copy = max(record["copy_bytes_per_second"].values())
     intensities = [row["operations"] / row["floor_bytes"] for row in rows]
     low, high = (
@@ -131,10 +154,9 @@ def _roofline(record: dict[str, Any]) -> Figure | None:
         fontsize=8,
     )
     legend.axis("off")
-    half = (len(rows) + 1) // 2
     for column, part in enumerate((rows[:half], rows[half:])):
         text = "\n".join(f"{i + 1 + column * half}  {row['table']}: {row['case']}" for i, row in enumerate(part))
-        legend.text(column * 0.52, 1, text, va="top", fontsize=5.5, transform=legend.transAxes)
+        legend.text(column * 0.54 - 0.04, 1, text, va="top", fontsize=5, transform=legend.transAxes)
     return figure
 
 
