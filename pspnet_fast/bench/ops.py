@@ -68,15 +68,16 @@ def _of_logits(device: torch.device) -> Iterator[Case]:
                 "ops", "upsample_argmax", "upsample_argmax to 473x473",
                 f"{map} {'with confidence' if confidence else 'classes'}", map.dtype,
                 partial(_argmax, map, (473, 473), confidence), 10,
-                standard=map.usual and not confidence,
+                standard=map.usual and (map.first or map.shape[1] == 150) and not confidence,
                 quick=map.first and map.shape[1] == 19 and not confidence,
                 compiles=map.first and map.shape[1] == 150 and not confidence,
             )  # fmt: skip
     for map in chosen:
         group, make = "upsample_softmax_accumulate_", partial(_accumulate, map, (473, 473))
         quick = map.first and map.shape[1] == 19
+        standard = map.usual and (map.first or map.shape[1] == 150)
         table = f"{group} to 473x473, mirrored"
-        yield Case("ops", group, table, str(map), map.dtype, make, standard=map.usual, quick=quick)
+        yield Case("ops", group, table, str(map), map.dtype, make, standard=standard, quick=quick)
 
 
 def _of_labels() -> Iterator[Case]:

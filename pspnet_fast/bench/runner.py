@@ -30,7 +30,7 @@ class Options:
         compile_until: torch.compile is left out of cases that begin later, in seconds since the start.
     """
 
-    seconds: float = 1.0
+    seconds: float = 0.5
     most: int = 50
     memory: bool = True
     compile_until: float = float("inf")

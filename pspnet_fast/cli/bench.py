@@ -20,11 +20,15 @@ SUITES = ("ops", "head", "upsampled", "loss", "model", "train", "all")
 @click.option("--providers", metavar="NAME[,NAME...]", help="Of ours, eager, compile, max-autotune, ours-compile, "
               "onnxruntime, openvino; each is then tried in every case.")  # fmt: skip
 @click.option("--quick", is_flag=True, help="Few cases, few rounds, no memory: a minute or two.")
-@click.option("--seconds", type=click.FloatRange(min=0), help="Of each provider in each case, about; 1, --quick: 0.2.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0),
+    help="Of each provider in each case, about; on a CPU 0.5, with --quick 0.1.",
+)
 @click.option(
     "--memory/--no-memory", default=None, help="Also the peak of ours and eager; by default but with --quick."
 )
-@click.option("--compile-until", type=float, default=240.0, show_default=True, metavar="SECONDS",
+@click.option("--compile-until", type=float, default=360.0, show_default=True, metavar="SECONDS",
               help="Cases that begin later go without torch.compile.")  # fmt: skip
 @click.option("--json", "json_path", type=NEW_FILE, help="Write all figures here.")
 @click.option("--plot", type=FOLDER, help="Draw speedup, roofline and memory here, as PNG and SVG.")
@@ -121,7 +125,7 @@ def _measured(
         missing = {}
     for name, reason in missing.items():
         click.echo(f"without {name}: {reason}", err=True)
-    default = 0.15 if device.type == "cuda" else 1.0
+    default = 0.15 if device.type == "cuda" else 0.5
     options = Options(
         seconds=(default / 5 if quick else default) if seconds is None else seconds,
         most=100 if device.type == "cuda" else 50,
