@@ -44,17 +44,17 @@ def changes(old: dict[str, Any], new: dict[str, Any], providers: Sequence[str] =
         a, b = (record["machine"].get(key) for record in (old, new))
         if a != b:
             raise ValueError(f"the records are of different machines: {key} {a!r} and {b!r}")
-    before = {(row["table"], row["case"]): row for row in old["cases"]}
+    before = {(row["table"], row["case"]): row for row in old["cases"] if "machine" in row}
     found = []
     for row in new["cases"]:
-        other = before.get((row["table"], row["case"]))
+        other = before.get((row["table"], row["case"])) if "machine" in row else None
         for name in providers if other else ():
             assert other is not None
             results = [r["providers"].get(name, {}) for r in (other, row)]
             if all("median" in result for result in results):
                 found.append(_change(f"{row['table']}: {row['case']}", name, other, row))
     if not found:
-        raise ValueError("the records have no case in common")
+        raise ValueError("the records have no case in common that has the machine's rates beside it")
     return found
 
 

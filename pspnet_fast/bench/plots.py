@@ -118,7 +118,7 @@ def _roofline(record: dict[str, Any]) -> Figure | None:
 
     A filled mark is this package, a hollow one plain torch, joined by a line; numbers are explained below.
     """
-    rows = [row for row in record["cases"] if row["operations"] and row["floor_bytes"] and median(row, "ours")]
+    rows = [row for row in record["cases"] if row.get("operations") and row.get("floor_bytes") and median(row, "ours")]
     if not rows:
         return None
     half = (len(rows) + 1) // 2
