@@ -1,24 +1,18 @@
-"""How the benchmarks measure, and the summary after them."""
+"""How `pytest benchmarks` measures, and the summary after it."""
 
-import json
-import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from comparison import DEVICE, Comparison, Results
-from record import record
-from tables import report
-from timing import gpu_seconds, host_seconds, synchronized
-from torch._inductor.exc import InductorError
+from cases_of import DEVICE
 
-SECONDS = {"cpu": 1.0, "cuda": 0.15}[DEVICE.type]  # of measuring one implementation
-ROUNDS = (9, 100)  # at least and at most
+from pspnet_fast.bench.cases import Case
+from pspnet_fast.bench.providers import chosen_providers
+from pspnet_fast.bench.record import write
+from pspnet_fast.bench.runner import Options, Run
+from pspnet_fast.bench.tables import report
 
-_RESULTS = pytest.StashKey[Results]()
-_START = time.monotonic()
+_RUN = pytest.StashKey[Run]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,76 +20,43 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--markdown", type=Path, metavar="FILE", help="also write the summary to FILE")
     group.addoption("--json", type=Path, metavar="FILE", help="also write medians and quantiles to FILE, for tables.py")
     group.addoption("--compile-until", type=float, metavar="SECONDS", help="skip torch.compile after that time")
+    group.addoption("--providers", metavar="NAME,...", help="of pspnet-fast bench; by default eager, compile, ours")
+    group.addoption("--memory", action="store_true", help="also measure the peak of eager and ours")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_RESULTS] = Results()
+    names = config.getoption("--providers")
+    providers, missing = chosen_providers(names or "eager,compile,ours", DEVICE)
+    gpu = DEVICE.type == "cuda"
+    options = Options(
+        seconds=0.15 if gpu else 1.0,
+        most=100 if gpu else 50,
+        memory=config.getoption("--memory"),
+        compile_until=config.getoption("--compile-until") or float("inf"),
+    )
+    config.stash[_RUN] = Run(DEVICE, providers, missing, names is not None, options)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest, and may be left out, comes last."""
-    items.sort(key=lambda item: item.callspec.params.get("implementation") == "compile")
-
-
-@pytest.hookimpl(optionalhook=True)  # on a GPU, times are taken without that plugin
-def pytest_benchmark_update_machine_info(machine_info: dict) -> None:
-    machine_info.pop("node")  # the name of the host is nobody's concern
-
-
-@pytest.hookimpl(trylast=True)  # below the table of pytest-benchmark
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    results = config.stash[_RESULTS]
-    if not (results.times or results.memory):
+    record = config.stash[_RUN].record()
+    if not record["cases"]:
         return
-    run = record(results)
-    terminalreporter.section("summary: medians, against eager PyTorch and against the memory's floor")
-    terminalreporter.write_line(report(run))
+    terminalreporter.section("summary: medians, against eager PyTorch and against the machine's floor")
+    terminalreporter.write_line(report(record))
     if path := config.getoption("--markdown"):
-        path.write_text(report(run) + "\n", encoding="utf-8")
+        path.write_text(report(record) + "\n", encoding="utf-8")
     if path := config.getoption("--json"):
-        path.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        write(record, path)
 
 
 @pytest.fixture
-def device() -> torch.device:
-    return DEVICE
+def measure(request: pytest.FixtureRequest) -> Callable[[Case], None]:
+    """Measures a case; fails if this package or plain torch does, where others may fail and be told of."""
 
-
-@pytest.fixture
-def results(request: pytest.FixtureRequest) -> Results:
-    return request.config.stash[_RESULTS]
-
-
-@pytest.fixture
-def measure(request: pytest.FixtureRequest, results: Results) -> Callable[..., None]:
-    """measure(comparison, implementation, function, setup=None): the times of function()."""
-
-    def run(
-        comparison: Comparison,
-        implementation: str,
-        function: Callable[[], object],
-        setup: Callable[[], None] = lambda: None,
-    ) -> None:
-        until = request.config.getoption("--compile-until")
-        if implementation == "compile" and until is not None and time.monotonic() - _START > until:
-            pytest.skip(f"{until:g} s are over")
-        torch.compiler.reset()  # or one function compiled for many cases is no longer compiled in the ninth
-        returning_when_done = synchronized(function, DEVICE)
-        try:
-            once = min(host_seconds(returning_when_done, setup) for _ in range(3))  # the first compiles
-        except InductorError as error:
-            results.add(comparison, implementation, [math.nan])
-            pytest.skip(f"torch.compile fails: {error!r}")
-        rounds = int(min(max(SECONDS / once, ROUNDS[0]), ROUNDS[1]))
-        results.bandwidth.measure()
-        if DEVICE.type == "cuda":
-            results.add(comparison, implementation, gpu_seconds(function, setup, DEVICE, rounds))
-            return
-        benchmark = request.getfixturevalue("benchmark")
-        benchmark.group, benchmark.name = f"{comparison.table}: {comparison.case}", implementation
-        benchmark.pedantic(function, setup=setup, rounds=rounds)
-        if benchmark.stats:  # not with --benchmark-disable
-            results.add(comparison, implementation, benchmark.stats.stats.data)
-            benchmark.extra_info["floor_bytes"] = comparison.floor_bytes
+    def run(case: Case) -> None:
+        results = request.config.stash[_RUN].measure(case)["providers"]
+        failed = {name: results[name] for name in ("ours", "eager") if "error" in results.get(name, {})}
+        assert not failed
 
     return run

@@ -10,6 +10,7 @@ import copy
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from peers import packages
 
 from pspnet_fast import fuse
-
-
-def resident(key: str) -> int:
-    """Bytes of the process: VmRSS now, VmHWM at most since the last reset."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[key].split()[0]) * 1024
+from pspnet_fast.bench.memory import ENVIRONMENT, growth
 
 
 def leaves(tree: Any) -> Any:
@@ -59,19 +55,20 @@ def measure(name: str, fused: bool, batch: int) -> float:
     model.train()
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    growth = 0
+    largest = 0
     for module, args, kwargs in calls:
-        args, kwargs = leaves(args), leaves(kwargs)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = resident("VmRSS")
-        module(*args, **kwargs).sum().backward()
-        growth = max(growth, resident("VmHWM") - before)
-    return growth / 1e6
+        step = partial(backward, module, leaves(args), leaves(kwargs))
+        largest = max(largest, growth(step, torch.device("cpu")))
+    return largest / 1e6
+
+
+def backward(module: nn.Module, args: Any, kwargs: Any) -> None:
+    module(*args, **kwargs).sum().backward()
 
 
 def peaks(name: str, batch: int = 2) -> list[float]:
     """Megabytes of the stock model's and of the fused one's."""
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed blocks go back at once
+    environment = os.environ | ENVIRONMENT
     command = [sys.executable, __file__, name, "--batch", str(batch), "--only"]
     runs = [
         subprocess.run([*command, which], check=True, env=environment, capture_output=True, text=True)

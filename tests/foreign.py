@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pspnet_fast.bench.stock import MMPPM, ConvModule
+
 
 class PPM(nn.Module):
     """As in semseg: the concatenation, x first, corners aligned."""
@@ -49,30 +51,6 @@ class Semseg(nn.Module):
         x = self.ppm(self.layer4(middle))
         x = self.cls(x)
         return x + self.aux(middle) if self.training else x
-
-
-class ConvModule(nn.Module):
-    """As in mmcv: convolution, norm (named `bn`) and activation, called in this order."""
-
-    def __init__(self, channels: int, out: int, kernel: int, dilation: int = 1) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, out, kernel, padding=dilation * (kernel // 2), dilation=dilation, bias=False)
-        self.bn = nn.BatchNorm2d(out)
-        self.activate = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.activate(self.bn(self.conv(x)))
-
-
-class MMPPM(nn.ModuleList):
-    """As in mmsegmentation: a list of branches with a forward, which gives the list of upsampled maps."""
-
-    def __init__(self, pool_scales, channels: int, out: int, align_corners: bool) -> None:
-        super().__init__([nn.Sequential(nn.AdaptiveAvgPool2d(b), ConvModule(channels, out, 1)) for b in pool_scales])
-        self.align_corners = align_corners
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [F.interpolate(m(x), x.shape[2:], mode="bilinear", align_corners=self.align_corners) for m in self]
 
 
 class PSPHead(nn.Module):

@@ -6,12 +6,12 @@ from typing import Literal
 import torch
 from foreign import PPM
 from fused_pair import Head
-from stock import StockPPM
 from stock_head import StockHead, make_head
 from torch import Tensor, nn
 from toy_backbone import ToyBackbone
 
 from pspnet_fast import PSPNet, fuse
+from pspnet_fast.bench.stock import StockPPM
 
 Pair = tuple[nn.Module, nn.Module]
 

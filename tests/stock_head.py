@@ -4,10 +4,10 @@ import copy
 import itertools
 
 import torch
-from stock import StockPPM
 from torch import Tensor, nn
 
 from pspnet_fast import FusedPPM, FusedPSPHead
+from pspnet_fast.bench.stock import StockPPM
 from pspnet_fast.ops.checks import memory_format
 
 

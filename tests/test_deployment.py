@@ -8,12 +8,12 @@ import torch
 from foreign import MODELS, assert_same
 from metadata_tensor import Noted, notes_of
 from pairs import fused, head, ppm, pspnet, pspnet_concat, x
-from stock import StockPPM
 from stock_head import StockHead, make_head
 from torch import nn
 from torch.ao.quantization import get_default_qconfig_mapping, quantize_fx
 
 from pspnet_fast import fuse
+from pspnet_fast.bench.stock import StockPPM
 
 pytestmark = pytest.mark.usefixtures("small_maps_as_large_ones", "one_thread")
 PAIRS = [ppm, head, pspnet, pspnet_concat, fused]

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from stock import StockPPM
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
 from pspnet_fast import FusedPPM, UpsampleCrossEntropyLoss, reference
+from pspnet_fast.bench.stock import StockPPM
 
 DOUBLE = torch.float64
 

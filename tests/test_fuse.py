@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from foreign import MODELS, Semseg, assert_same, run
-from stock import StockPPM
 from torch import Tensor, nn
 
 from pspnet_fast import FusedPPM, fuse, ops, unfuse
+from pspnet_fast.bench.stock import StockPPM
 from pspnet_fast.fusion import Fused
 from pspnet_fast.fusion.lazy import Concat
 

@@ -7,10 +7,10 @@ import warnings
 import pytest
 import torch
 from cases import make
-from stock import StockPPM
 from torch import Tensor, nn
 
 from pspnet_fast import FusedPPM, pyramid
+from pspnet_fast.bench.stock import StockPPM
 
 
 def run(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:

@@ -170,7 +170,7 @@ def test_memory() -> None:
     """The classes and a few rows of logits, where stock PyTorch holds 2 x 150 x 473 x 473 floats, 268 MB."""
     script = """
 import torch
-from forward_memory import _status
+from pspnet_fast.inference.memory import _status
 from pspnet_fast import ops, reference
 
 def growth(module, size):

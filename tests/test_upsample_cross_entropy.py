@@ -297,7 +297,7 @@ def test_memory() -> None:
     """One float a pixel and the gradient beside 8 MB, where stock PyTorch holds 268 MB several times."""
     script = """
 import torch
-from forward_memory import _status
+from pspnet_fast.inference.memory import _status
 from pspnet_fast import ops, reference
 
 def growth(module, size):

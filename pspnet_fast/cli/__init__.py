@@ -3,6 +3,7 @@
 import click
 
 from pspnet_fast import __version__
+from pspnet_fast.cli.bench import bench
 from pspnet_fast.cli.check_data import check_data
 from pspnet_fast.cli.coco_labels import coco_labels
 from pspnet_fast.cli.convert import convert
@@ -32,5 +33,5 @@ def main(traceback: bool) -> None:
     """
 
 
-for command in (train, evaluate, eval_compare, predict, report, convert, check_data, coco_labels, info):
+for command in (train, evaluate, eval_compare, predict, report, convert, check_data, coco_labels, bench, info):
     main.add_command(command)

@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import torch
 from tables import kernels_report
-from timing import gpu_seconds, host_seconds, synchronized
 from workloads import Case, build, cases
+
+from pspnet_fast.bench.timing import gpu_seconds, host_seconds, synchronized
 
 ROUNDS = 30
 COPIED = 1 << 30  # bytes
