@@ -192,12 +192,15 @@ def test_what_runs_plain(build):
     assert not output(ours, v).requires_grad
 
 
-def test_compiles_without_breaks():
-    model = settled(PSPNet(3, ToyBackbone()))
-    v = torch.randn(1, 3, 33, 29)
-    with torch.no_grad():
-        compiled = torch.compile(optimize(model), backend="eager", fullgraph=True)
-        assert_close(compiled(v)["out"], model(v)["out"])
+@pytest.mark.parametrize("kind", ["training", "evaluation", "optimized"])
+def test_compiles_without_breaks(kind):
+    """The whole PSPNet; tests/test_head.py and others have the parts, with gradients."""
+    model, v = settled(PSPNet(3, ToyBackbone(), dropout=0.0)), torch.randn(2, 3, 33, 29)
+    model.train(kind == "training")
+    with torch.set_grad_enabled(kind == "training"):
+        expected = copy.deepcopy(model)(v)["out"]
+        ours = optimize(model) if kind == "optimized" else model
+        assert_close(torch.compile(ours, backend="eager", fullgraph=True)(v)["out"], expected)
 
 
 def test_the_model_stays_and_the_copy_is_frozen():

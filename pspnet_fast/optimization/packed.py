@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import winograd
 
-_LEAST_CHANNELS = 128  # from which on fewer products pay for the transforms (measured, docs/optimize.md)
+_LEAST_CHANNELS = 256  # from which on fewer products pay for the transforms (measured, docs/optimize.md)
 _LEAST_PIXELS = 1024
 
 
