@@ -116,6 +116,7 @@ class Aliases(nn.Module):
         x.mul_(2)  # after the convolution of it
         second = self.b(x)
         both = self.norm(second), self.second(second)
+        held = second
         second += first
         same = F.relu(second, inplace=True)
         total = first + self.b(same)
@@ -125,7 +126,7 @@ class Aliases(nn.Module):
         first.add_(1.0)
         wide = self.a(x) + self.a(x)[:, :1]
         upsampled = F.interpolate(self.b(x), scale_factor=2.0, mode="bilinear")
-        return first, kept, *both, second, same, total, third, double, wide, torch.relu(wide - third), upsampled
+        return first, kept, *both, held, second, same, total, third, double, wide, torch.relu(wide - third), upsampled
 
 
 def test_aliases():
@@ -255,6 +256,12 @@ def test_bfloat16():
         found, rounded = ours(v)["out"], model.bfloat16()(v.bfloat16())["out"]
     assert found.dtype == torch.bfloat16
     assert (found - exact).abs().max() <= 1.5 * (rounded - exact).abs().max()
+    shifted = settled(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)))
+    for tensor in (shifted[0].bias.data, shifted[1].running_mean):
+        tensor += 100  # which bfloat16 has to 0.25
+    with torch.no_grad():
+        expected = shifted(v)
+        assert_close(optimize(shifted, dtype=torch.bfloat16)(v).float(), expected, 0.01)
 
 
 @pytest.mark.parametrize("onednn", [True, False])
