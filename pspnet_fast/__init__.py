@@ -8,6 +8,7 @@ from .head import FusedPSPHead
 from .losses import UpsampleCrossEntropyLoss
 from .models import PSPNet
 from .modules import FusedPPM
+from .optimization import optimize
 from .region_losses import UpsampleDiceLoss, UpsampleLovaszLoss
 from .upsample_concat import FusedUpsampleConcat
 
@@ -25,6 +26,7 @@ __all__ = [
     "UpsampleLovaszLoss",
     "fuse",
     "ops",
+    "optimize",
     "reference",
     "unfuse",
 ]

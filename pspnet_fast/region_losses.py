@@ -21,7 +21,6 @@ class _UpsampleRegionLoss(nn.Module):
         super().__init__()
         self.align_corners, self.ignore_index = align_corners, ignore_index
 
-    @torch.compiler.disable
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss of logits (N, K, h, w) against class indices (N, H, W), of an integer type.
 
@@ -32,6 +31,9 @@ class _UpsampleRegionLoss(nn.Module):
             TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
             IndexError: on a CPU, a target that is neither a class nor ignore_index; on a GPU the loss is NaN.
         """
+        return (_uncompiled if torch.compiler.is_compiling() else _UpsampleRegionLoss._forward)(self, logits, target)
+
+    def _forward(self, logits: Tensor, target: Tensor) -> Tensor:
         target, bad = _checked(logits, target, self.ignore_index)
         values = wide(logits)
         return torch.where(bad, torch.nan, self._loss(values, target)).to(values.dtype)
@@ -42,6 +44,10 @@ class _UpsampleRegionLoss(nn.Module):
     def extra_repr(self) -> str:
         """The arguments."""
         return f"align_corners={self.align_corners}, ignore_index={self.ignore_index}"
+
+
+# as torch.compiler.disable, which would load the compiler, two seconds, with the package
+_uncompiled = torch._disable_dynamo(_UpsampleRegionLoss._forward)
 
 
 class UpsampleDiceLoss(_UpsampleRegionLoss):

@@ -13,7 +13,9 @@ from toy_command import assert_one_line, run
 from toy_data import COLORS, NAMES, SIZE, write_toy_data
 
 from pspnet_fast.inference.protocol import Protocol
+from pspnet_fast.inference.sliding import Segmenter
 from pspnet_fast.models import PSPNet
+from pspnet_fast.optimization import Optimized
 from pspnet_fast.training.checkpoint import KEYS, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,6 +106,21 @@ def test_the_record(full: tuple[Path, str]) -> None:
     assert set(record["boundary_iou"]) == set(NAMES)
     assert record["time"]["images_per_second"] > 0
     assert record["versions"]["torch"] == torch.__version__
+
+
+def test_optimized_or_not(arguments: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default on a CPU, but not under autocast; the pixels that are counted are the same."""
+    used: list[type] = []
+    own = Segmenter.maps
+    monkeypatch.setattr(Segmenter, "maps", lambda self, *args: used.append(type(self.model)) or own(self, *args))
+    scores = []
+    for options, kind in (((), Optimized), (("--no-optimize",), PSPNet), (("train.bf16=true",), PSPNet)):
+        used.clear()
+        result = run(*arguments, "--json", *options)
+        assert result.exit_code == 0, result.output
+        assert set(used) == {kind}
+        scores.append(json.loads(result.stdout)["confusion"])
+    assert scores[0] == scores[1]
 
 
 def test_tables(full: tuple[Path, str]) -> None:

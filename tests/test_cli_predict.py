@@ -1,6 +1,7 @@
 """``pspnet-fast predict`` as a user calls it."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -13,7 +14,10 @@ from toy_data import COLORS, SIZE
 from pspnet_fast.inference import memory
 from pspnet_fast.inference.plan import ENDS
 from pspnet_fast.inference.predict import Prediction, Predictor
+from pspnet_fast.inference.protocol import Protocol
 from pspnet_fast.inference.videos import VideoReader, VideoWriter
+from pspnet_fast.models import PSPNet
+from pspnet_fast.optimization import Optimized
 
 BIG = 77  # the grey of an image that stands for one without room in the memory
 
@@ -167,9 +171,8 @@ def test_predict_writes_what_is_chosen(work: Workspace, tmp_path: Path) -> None:
         before = set(tmp_path.iterdir())
         assert run(*arguments, f"--{output}").exit_code == 0
         assert set(tmp_path.iterdir()) - before == {tmp_path / f"val_1{end}"}
-    prediction = Predictor.from_checkpoint(work.checkpoint, "cpu").predict(
-        [cv2.imread(str(image))[..., ::-1]], confidence=True, probabilities=True
-    )[0]
+    predictor = Predictor.from_checkpoint(work.checkpoint, "cpu").optimized()
+    prediction = predictor.predict([cv2.imread(str(image))[..., ::-1]], confidence=True, probabilities=True)[0]
     assert (cv2.imread(str(tmp_path / "val_1.png"), cv2.IMREAD_UNCHANGED) == prediction.labels).all()
     confidence = cv2.imread(str(tmp_path / "val_1_confidence.png"), cv2.IMREAD_UNCHANGED)
     assert (confidence == np.rint(255 * prediction.confidence)).all()
@@ -178,6 +181,27 @@ def test_predict_writes_what_is_chosen(work: Workspace, tmp_path: Path) -> None:
     assert probabilities.dtype == np.float16
     assert np.abs(probabilities - prediction.probabilities).max() < 5e-4
     assert_one_line(run(*arguments, "--overlay"), 2, "val_1_overlay.png exists: replace with --overwrite")
+
+
+@pytest.mark.parametrize("options", [(), ("--optimize",), ("--no-optimize",)])
+def test_predict_optimized_by_default(
+    work: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    """The labels are the same; in windows, too."""
+    used: list[type] = []
+    own = Predictor.predict
+    monkeypatch.setattr(Predictor, "predict", lambda self, *a, **k: used.append(type(self.model)) or own(self, *a, **k))
+    image = work.data / "val_1.png"
+    for number, crop in enumerate([(), ("--crop", 25)]):
+        out = tmp_path / str(number)
+        given = ("predict", image, "--checkpoint", work.checkpoint, "--out", out, "--labels", "--device", "cpu")
+        assert run(*given, *crop, *options).exit_code == 0
+        assert used.pop() is (PSPNet if "--no-optimize" in options else Optimized)
+        predictor = Predictor.from_checkpoint(work.checkpoint, "cpu")
+        if crop:
+            predictor = replace(predictor, protocol=Protocol.of("whole", crop=(25, 25)))
+        expected = own(predictor, [cv2.imread(str(image))[..., ::-1]])[0].labels
+        assert (cv2.imread(str(out / "val_1.png"), cv2.IMREAD_UNCHANGED) == expected).all()
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
@@ -225,7 +249,7 @@ def test_predict_videos(work: Workspace, tmp_path: Path, size: tuple[int, int]) 
     assert f"labelled 1 of 1 images and 1 of 1 videos (6 frames) into {out}" in result.output
     ends = {"drive": (".mkv", "_confidence.mkv", "_overlay.mp4"), "still": (".png", "_confidence.png", "_overlay.png")}
     assert {path.name for path in out.iterdir()} == {stem + end for stem in ends for end in ends[stem]}
-    predictor = Predictor.from_checkpoint(work.checkpoint, "cpu")
+    predictor = Predictor.from_checkpoint(work.checkpoint, "cpu").optimized()
     predictions = predictor.predict(frames, confidence=True)
     videos = [VideoReader(out / f"drive{end}") for end in ends["drive"]]
     assert [video.rate for video in videos] == [12.5] * 3

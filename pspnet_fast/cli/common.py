@@ -203,3 +203,17 @@ def load_predictor(checkpoint: Path, device: str) -> "Predictor":
     from pspnet_fast.inference.predict import Predictor
 
     return Predictor.from_checkpoint(checkpoint, device)
+
+
+OPTIMIZE = click.option(
+    "--optimize/--no-optimize",
+    default=None,
+    help="Fold and pack the weights first: faster, the same results but for rounding. By default on a CPU.",
+)
+
+
+def optimized(predictor: "Predictor", wanted: bool | None) -> "Predictor":
+    """The predictor, its model optimized if wanted; None for where it is known to pay, on a CPU."""
+    if wanted is None:
+        wanted = predictor.device.type == "cpu"
+    return predictor.optimized() if wanted else predictor

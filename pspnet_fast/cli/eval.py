@@ -11,10 +11,12 @@ from pspnet_fast.cli.common import (
     CHECKPOINT,
     FILE,
     FOLDER,
+    OPTIMIZE,
     Numbers,
     chosen_protocol,
     data_path,
     load_predictor,
+    optimized,
     pair_dataset,
     read_classes,
     skipped_text,
@@ -86,6 +88,7 @@ class _Bytes(click.ParamType):
 @click.option("--save", type=_Kinds(), default=(), help="Also write these for every image.")
 @click.option("--gallery", type=click.IntRange(min=0), default=0, help="Draw this many best, median and worst images.")
 @click.option("--overwrite", is_flag=True, help="Replace results that exist.")
+@OPTIMIZE
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON and nothing else.")
 def evaluate(
     config: Path,
@@ -101,6 +104,7 @@ def evaluate(
     save: tuple[str, ...],
     gallery: int,
     overwrite: bool,
+    optimize: bool | None,
     as_json: bool,
     **changes: Any,
 ) -> None:
@@ -136,6 +140,8 @@ def evaluate(
     if difference := _first_difference(predictor.class_names, names):
         raise ValueError(f"{checkpoint} and {settings.data.names} have different classes: {difference}")
     val_set = _pixels(settings, len(names), predictor.mean)
+    if not (settings.train.bf16 or settings.train.fp16):  # under autocast an optimized model gains nothing
+        predictor = optimized(predictor, optimize)
     segmenter = _segmenter(predictor, rule, batch, settings)
     images = _names(val_set, data_path(settings.data))
     results = _results(out, val_set, images, predictor.colors, save, overwrite=overwrite)

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import click
 
-from pspnet_fast.cli.common import ANY, CHECKPOINT, FOLDER, Numbers, chosen_protocol, load_predictor
+from pspnet_fast.cli.common import (
+    ANY,
+    CHECKPOINT,
+    FOLDER,
+    OPTIMIZE,
+    Numbers,
+    chosen_protocol,
+    load_predictor,
+    optimized,
+)
 from pspnet_fast.cli.group import Stopped, sentence
 from pspnet_fast.out_of_memory import is_out_of_memory
 
@@ -25,6 +34,7 @@ from pspnet_fast.out_of_memory import is_out_of_memory
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Images of one size at a time.")
 @click.option("--crop", type=Numbers(int, "N[,N]"), help="In windows of HEIGHT,WIDTH; one number is both.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@OPTIMIZE
 def predict(
     images: tuple[Path, ...],
     checkpoint: Path,
@@ -34,6 +44,7 @@ def predict(
     batch: int,
     crop: tuple[int, ...] | None,
     device: str,
+    optimize: bool | None,
     **chosen: bool,
 ) -> None:
     """Label IMAGES of any size: files, folders, patterns, and videos.
@@ -69,7 +80,7 @@ def predict(
         raise click.UsageError(str(error)) from None
     if not tasks:
         raise DataError("; ".join(map(sentence, failed)))
-    predictor = load_predictor(checkpoint, device)
+    predictor = optimized(load_predictor(checkpoint, device), optimize)
     if crop:
         predictor = replace(predictor, protocol=chosen_protocol("whole", {"crop": crop}))
     out.mkdir(parents=True, exist_ok=True)

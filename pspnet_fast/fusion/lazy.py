@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _PROPERTIES = ("device", "dtype", "is_cpu", "is_cuda", "is_leaf", "layout", "ndim", "requires_grad", "shape")
-_METADATA = {
+METADATA = {
     *(Tensor.dim, Tensor.element_size, Tensor.is_complex, Tensor.is_floating_point, Tensor.numel, Tensor.size),
     *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
 }
@@ -102,7 +102,7 @@ class Lazy(Tensor):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function in _METADATA and args[0].pending():
+        if function in METADATA and args[0].pending():
             with torch._C.DisableTorchFunction():
                 return function(*args, **kwargs)
         from .rules import rewrite  # which builds on this file

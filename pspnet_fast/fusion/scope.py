@@ -27,27 +27,24 @@ _READING = {
 _BEGINNING = {F.interpolate, F.linear, F.adaptive_avg_pool2d}  # what runs otherwise on computed maps
 
 
-class Scope(TorchFunctionMode):
-    """The time of one forward, in one thread.
+class Deferring(TorchFunctionMode):
+    """The time of one forward, in one thread, in which some functions of torch give lazy maps.
 
     Every function of torch that is called in it shows here. One that might write to what a lazy map is made of finds
     the map computed. At the end nothing lazy is left, whoever holds it.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._pools = Pools(module)
-        self._hooks = saved_tensor_hooks()
         self._lazy: list[weakref.ref[Lazy]] = []
+
+    def _deferred(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """What a function gives otherwise than by being called; NotImplemented for nothing."""
+        raise NotImplementedError
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = NotImplemented
-        if function in _BEGINNING and saved_tensor_hooks() == self._hooks:
-            if function is not F.adaptive_avg_pool2d:
-                result = rewrite(function, args, kwargs)
-            elif len(args) == 2 and not kwargs:
-                result = self._pools.pool(*args)
+        result = self._deferred(function, args, kwargs)
         if result is NotImplemented:
             if self._lazy:
                 self._before(function, args, kwargs)
@@ -75,6 +72,22 @@ class Scope(TorchFunctionMode):
         for lazy in self._pending():
             if touched & {_memory(source) for source in lazy._sources}:
                 lazy.value()
+
+
+class Scope(Deferring):
+    """The forward of a fused module: upsampling is put off."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._pools = Pools(module)
+        self._hooks = saved_tensor_hooks()
+
+    def _deferred(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if function not in _BEGINNING or saved_tensor_hooks() != self._hooks:
+            return NotImplemented
+        if function is not F.adaptive_avg_pool2d:
+            return rewrite(function, args, kwargs)
+        return self._pools.pool(*args) if len(args) == 2 and not kwargs else NotImplemented
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

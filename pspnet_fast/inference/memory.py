@@ -10,6 +10,7 @@ import torch
 
 from pspnet_fast.files import megabytes
 from pspnet_fast.inference.sliding import BAND_BYTES, Segmenter, band_rows
+from pspnet_fast.optimization import Optimized
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _PROBE = 512  # pixels a side, at most, of the image by which whole images are measured
@@ -53,8 +54,9 @@ def measure(segmenter: Segmenter, height: int, width: int) -> Cost:
         ValueError: on a CPU where the system does not tell the peak of a process (Linux does).
     """
     height, width = segmenter.protocol.crop or (min(height, _PROBE), min(width, _PROBE))
-    segmenter._run(torch.zeros(1, 3, 32, 32))  # loads code
     window = torch.zeros(1, 3, height, width)
+    # loads code, and packs the weights of an optimized model, which it keeps
+    segmenter._run(window if isinstance(segmenter.model, Optimized) else torch.zeros(1, 3, 32, 32))
     device = segmenter.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

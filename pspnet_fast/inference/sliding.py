@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from typing import Protocol as Interface
 
 import numpy as np
@@ -58,27 +59,43 @@ class Segmenter:
         Raises:
             ValueError: there is no image, or they have different sizes.
         """
+        return self.maps(images, confidence)[:2]
+
+    @torch.inference_mode()
+    def maps(
+        self, images: Sequence[Image], confidence: bool = False, probabilities: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The same, and as third the probabilities (N, K, H, W) of all classes, or None: of one run of the model."""
         sizes = {image.shape for image in images}
         if len(sizes) != 1 or len(next(iter(sizes))) != 3:
             raise ValueError(f"images must be one or more of one size (H, W, 3), got {sorted(sizes)}")
-        if self.protocol.plain:
-            height, width = images[0].shape[:2]
-            logits = self._run(self._normalised(images))
-            aligned = bool(self.model.align_corners)
-            if confidence:
-                return ops.upsample_argmax(logits, (height, width), align_corners=aligned, return_confidence=True)
-            return ops.upsample_argmax(logits, (height, width), align_corners=aligned), None
-        shape = (len(images), *images[0].shape[:2])
-        kind = torch.uint8 if self.classes <= 256 else torch.int32
+        height, width = images[0].shape[:2]
+        shape = (len(images), height, width)
         # Of their final size from the start: parts kept between the bands' large maps would scatter free memory.
+        every = self._new(shape[0], self.classes, height, width) if probabilities else None
+        if self.protocol.plain:
+            logits, size = self._run(self._normalised(images)), (height, width)
+            settings: Any = {"align_corners": bool(self.model.align_corners), "return_confidence": confidence}
+            found: Any = ops.upsample_argmax(logits, size, **settings)
+            classes, certain = found if confidence else (found, None)
+            if every is not None:
+                for first, band in self._sums([self._layer(self._whole(logits, size), height)], every.shape):
+                    every[:, :, first : first + band.size(2)] = band
+            return classes, certain, every
+        kind = torch.uint8 if self.classes <= 256 else torch.int32
         classes = torch.empty(shape, dtype=kind, device=self._map_device)
-        probabilities = torch.empty(shape, dtype=self._dtype, device=self._map_device) if confidence else None
+        certain = self._new(*shape) if confidence else None
         for first, band in self.bands(images):
             rows = slice(first, first + band.size(2))
             classes[:, rows] = ops.upsample_argmax(band, _extent(band), align_corners=True)
-            if probabilities is not None:
-                torch.amax(band, 1, out=probabilities[:, rows])
-        return classes, probabilities
+            if certain is not None:
+                torch.amax(band, 1, out=certain[:, rows])
+            if every is not None:
+                every[:, :, rows] = band
+        return classes, certain, every
+
+    def _new(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self._dtype, device=self._map_device)
 
     @torch.inference_mode()
     def bands(self, images: Sequence[Image]) -> Iterator[tuple[int, Tensor]]:
@@ -88,12 +105,15 @@ class Segmenter:
             the band's first row and its probabilities (N, K, rows, W), float32, float64 of a float64 model.
         """
         height, width = images[0].shape[:2]
-        layers = self._layers(images)
-        rows = band_rows(len(images) * self.classes * width * self._dtype.itemsize)
+        yield from self._sums(self._layers(images), (len(images), self.classes, height, width))
+
+    def _sums(self, layers: list["_Layer"], shape: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """Bands of the layers' mean, of maps of a shape (N, K, H, W)."""
+        n, classes, height, width = shape
+        rows = band_rows(n * classes * width * self._dtype.itemsize)
         for first in range(0, height, rows):
             last = min(first + rows, height)
-            shape = (len(images), self.classes, last - first, width)
-            total = torch.zeros(shape, dtype=self._dtype, device=self._map_device)
+            total = torch.zeros((n, classes, last - first, width), dtype=self._dtype, device=self._map_device)
             for layer in layers:
                 layer.add(total, first, last, 1 / len(layers))
             yield first, total
@@ -113,7 +133,7 @@ class Segmenter:
 
     def _layers(self, images: Sequence[Image]) -> list["_Layer"]:
         """What is averaged: a layer each scale, and each mirrored image that is predicted on its own."""
-        protocol, (height, width), aligned = self.protocol, images[0].shape[:2], bool(self.model.align_corners)
+        protocol, (height, width) = self.protocol, images[0].shape[:2]
         windows_mirrored = protocol.crop is not None and protocol.average == "probabilities"
         layers = []
         for scale in protocol.scales:
@@ -125,9 +145,13 @@ class Segmenter:
                 if windows_mirrored:
                     layers.append(_Layer(source, (opencv_places(size[0], height), opencv_places(size[1], width))))
                 else:
-                    rows = torch_places(source.height, height, aligned, self._dtype)
-                    layers.append(_Layer(source, (rows, None), aligned, mirrored))
+                    layers.append(self._layer(source, height, mirrored))
         return layers
+
+    def _layer(self, source: "_Source", height: int, mirrored: bool = False) -> "_Layer":
+        """Of logits, for images of this height."""
+        aligned = bool(self.model.align_corners)
+        return _Layer(source, (torch_places(source.height, height, aligned, self._dtype), None), aligned, mirrored)
 
     def _source(
         self, scaled: ScaledImages, size: tuple[int, int], padding: tuple[int, int, int, int], mirrored: bool
@@ -136,8 +160,12 @@ class Segmenter:
         if protocol.crop is not None:
             return WindowMaps(self, scaled, size, padding, mirrored)
         pixels = scaled.rows(0, size[0])
-        logits = self._run(pixels.flip(3) if mirrored else pixels).to(self._map_device, self._dtype)
-        direct = protocol.average == "probabilities"
+        return self._whole(self._run(pixels.flip(3) if mirrored else pixels), size)
+
+    def _whole(self, logits: Tensor, size: tuple[int, int]) -> "_WholeMaps":
+        """Logits of whole images of this size."""
+        direct = self.protocol.average == "probabilities"
+        logits = logits.to(self._map_device, self._dtype)
         return _WholeMaps(logits, None if direct else size, bool(self.model.align_corners))
 
     def _normalised(self, images: Sequence[Image]) -> Tensor:
