@@ -1,9 +1,11 @@
 """Every operator and module of the benchmarks against eager on a CPU, in processor time: for machines that are busy.
 
     OMP_NUM_THREADS=1 python benchmarks/cpu_ratios.py [--only REGEX] [--seconds S] [--below RATIO]
-    OMP_NUM_THREADS=1 PSPNET_FAST_ISA=baseline ATEN_CPU_CAPABILITY=default python benchmarks/cpu_ratios.py --small
+    OMP_NUM_THREADS=1 python benchmarks/cpu_ratios.py --small
+    OMP_NUM_THREADS=1 PSPNET_FAST_ISA=baseline ATEN_CPU_CAPABILITY=default python benchmarks/cpu_ratios.py
 
-The cases are those of bench_*.py. Both implementations take turns on one thread; a time is the tenth quantile of the
+The cases are those of bench_*.py; with --small, modules, loss and argmax on a map of 16x16 pixels and 64 channels,
+where the host's time counts. Both implementations take turns on one thread; a time is the tenth quantile of the
 thread's processor time in milliseconds, a ratio is of one run. --against FOLDER holds another build's kernels (a folder
 with a pspnet_fast of the same operators) against these, likewise in turns, each in a process of its own.
 """
@@ -76,6 +78,58 @@ def timed_cases(only: str) -> Iterator[tuple[str, dict[str, Timed]]]:
                     function(measure=record, device=torch.device("cpu"), **row)
                 yield title, found
                 found.clear()
+
+
+def small_cases(only: str) -> Iterator[tuple[str, dict[str, Timed]]]:
+    """The same of modules and operators on (1, 64, 16, 16), 19 classes, 128x128 pixels."""
+    import torch
+    import torch.nn.functional as F
+    from bench_head import make_head
+    from bench_ppm import make_module
+    from comparison import Case
+    from torch import Tensor, nn
+
+    from pspnet_fast import ops
+
+    case, cpu, size = Case((1, 64, 16, 16), torch.float32, torch.contiguous_format), torch.device("cpu"), (128, 128)
+    logits, target = torch.randn(1, 19, 16, 16), torch.randint(0, 19, (1, *size))
+
+    def upsampled(z: Tensor) -> Tensor:
+        return F.interpolate(z, size, mode="bilinear", align_corners=True)
+
+    def of_module(make: Callable[..., nn.Module], name: str, training: bool) -> Callable[[], object]:
+        module, x = make(name, case, cpu).train(training), case.random_map(cpu).requires_grad_(training)
+        for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.eval()  # a level of one value a channel has no statistics
+        return (lambda: module(x).sum().backward()) if training else (lambda: module(x))
+
+    def loss(function: Callable[..., Tensor]) -> Callable[[], object]:
+        z = logits.clone().requires_grad_()
+        return lambda: torch.autograd.grad(function(z, target), z)
+
+    pairs: dict[str, tuple[Callable[[], object], Callable[[], object], bool]] = {
+        "upsample_argmax": (
+            lambda: upsampled(logits).argmax(1),
+            lambda: ops.upsample_argmax(logits, size, align_corners=True),
+            False,
+        ),
+        "upsample_cross_entropy, forward + backward": (
+            loss(lambda z, t: F.cross_entropy(upsampled(z), t)),
+            loss(ops.upsample_cross_entropy),
+            True,
+        ),
+    }
+    for title, make in (("FusedPPM", make_module), ("FusedPSPHead", make_head)):
+        for mode, training in (("evaluation", False), ("forward + backward", True)):
+            eager, fused = (of_module(make, name, training) for name in ("eager", "fused"))
+            pairs[f"{title}, {mode}"] = eager, fused, training
+    for title, (eager, fused, grad) in pairs.items():
+        found: dict[str, Timed] = {}
+        with torch.set_grad_enabled(grad):
+            recorder(found)(None, "eager", eager)
+            recorder(found)(None, "fused", fused)
+        if re.search(only, title):
+            yield title, found
 
 
 def short(value: Any) -> str:
@@ -159,6 +213,7 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="REGEX", help="cases whose names match (default: all)")
     parser.add_argument("--seconds", type=float, default=1.0, help="of measuring one case (default: 1)")
     parser.add_argument("--below", type=float, metavar="RATIO", help="print only what is less times as fast as eager")
+    parser.add_argument("--small", action="store_true", help="a map so small that the host's time counts")
     parser.add_argument("--against", metavar="FOLDER", help="compare with another build instead of eager")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -171,7 +226,7 @@ def main() -> None:
     if options.serve:
         return serve(options.only)
     print(f"{torch.backends.cpu.get_cpu_capability()} in torch", "eager ms, fused ms, eager / fused, case", sep="\n")
-    for title, implementations in timed_cases(options.only):
+    for title, implementations in (small_cases if options.small else timed_cases)(options.only):
         times = in_turns(implementations, options.seconds)
         ratio = times["eager"] / times["fused"]
         if options.below is None or ratio < options.below:
