@@ -239,41 +239,6 @@ PSP_INLINE Vector<acc_t, kBytes> load(const acc_t* from) {
   return v;
 }
 
-// to[k] = element(k) for k in [0, n), by vectors; the last one overlaps its neighbour, so there is no scalar rest.
-// vector(k) gives the elements from k on.
-template <class acc_t, class VectorAt, class ElementAt>
-PSP_INLINE void fill_by_vectors(acc_t* to, int64_t n, const VectorAt& vector, const ElementAt& element) {
-  if (n < kLanes<acc_t>) {
-    for (int64_t k = 0; k < n; ++k) to[k] = element(k);
-    return;
-  }
-  for (int64_t k = 0; k < n; k += kLanes<acc_t>) {
-    const int64_t at = std::min(k, n - kLanes<acc_t>);
-    const Vector<acc_t> v = vector(at);
-    __builtin_memcpy(to + at, &v, sizeof v);
-  }
-}
-
-// to[k] = the sum of `count` rows that lie `stride` apart, in four chains of additions.
-template <class acc_t>
-PSP_INLINE void sum_rows(acc_t* to, const acc_t* from, int64_t stride, int64_t count, int64_t n) {
-  const auto vector = [&](int64_t k) __attribute__((always_inline)) {
-    Vector<acc_t> sums[4] = {};
-    int64_t i = 0;
-    for (; i + 4 <= count; i += 4) {
-      for (int64_t j = 0; j < 4; ++j) sums[j] += load(from + (i + j) * stride + k);
-    }
-    for (; i < count; ++i) sums[0] += load(from + i * stride + k);
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  };
-  const auto element = [&](int64_t k) __attribute__((always_inline)) {
-    acc_t sum = 0;
-    for (int64_t i = 0; i < count; ++i) sum += from[i * stride + k];
-    return sum;
-  };
-  fill_by_vectors(to, n, vector, element);
-}
-
 // to[k] += the sum of `count` rows that lie `stride` apart, four at a time: each pass over `to` costs a load, an add
 // and a store that wait for the previous pass.
 template <class T>

@@ -8,7 +8,7 @@
 #include <cmath>
 #include <limits>
 
-#include "vector_exp.h"
+#include "upsampled_tile.h"
 
 namespace pspnet_fast::cpu {
 
@@ -32,46 +32,6 @@ PSP_INLINE void add_to(acc_t* to, V v) {
   v += load<acc_t, sizeof(V)>(to);
   __builtin_memcpy(to, &v, sizeof v);
 }
-
-// One axis: `size` pixels between `count` logits; the pixels of cell i are [begin[i], begin[i + 1]).
-template <class acc_t>
-struct Axis {
-  Scratch<SourceIndex<acc_t>> pixels;
-  Scratch<int64_t> begin;
-
-  Axis(int64_t count, int64_t size, bool align_corners) : begin(count + 1, size) {
-    const acc_t scale = source_scale<acc_t>(static_cast<int>(count), size, align_corners);
-    for (int64_t at = size - 1; at >= 0; --at) {
-      pixels.push_back(source_index(at, scale, static_cast<int>(count), align_corners));
-      begin[pixels.back().low] = at;
-    }
-    std::reverse(pixels.begin(), pixels.end());
-    for (int64_t i = count - 1; i >= 0; --i) begin[i] = std::min(begin[i], begin[i + 1]);  // cells without pixels
-    if (count != size) return;
-    for (SourceIndex<acc_t>& pixel : pixels) pixel.high = pixel.low;  // a copy, as in torch: no NaN beside a NaN
-  }
-};
-
-// The pixels [first, first + columns) of a line, and the columns of logits [from, from + count) around them.
-template <class acc_t>
-struct Tile {
-  static constexpr int64_t kColumns = 64;  // at most: two rows of 150 classes then fit into the second-level cache
-  int64_t first = 0, columns = 0, from = 0, count = 0, stride = 0;  // stride: count in whole cache lines
-  // of each pixel, those to its left and right, counted from `from`; behind the last pixel, its own again
-  typename ExpConstants<acc_t>::Int low[kColumns], high[kColumns];
-  acc_t lambda[kColumns];
-
-  PSP_INLINE Tile(const Axis<acc_t>& axis, int64_t first)
-      : first(first), columns(std::min<int64_t>(kColumns, static_cast<int64_t>(axis.pixels.size()) - first)) {
-    from = axis.pixels[first].low, count = axis.pixels[first + columns - 1].high - from + 1;
-    stride = (count + kLanes<acc_t> - 1) / kLanes<acc_t> * kLanes<acc_t>;
-    for (int64_t x = 0; x < kColumns; ++x) {
-      const SourceIndex<acc_t>& pixel = axis.pixels[first + std::min(x, columns - 1)];
-      low[x] = static_cast<int>(pixel.low - from), high[x] = static_cast<int>(pixel.high - from),
-      lambda[x] = pixel.lambda;
-    }
-  }
-};
 
 // A row of logits interpolated at the columns of a tile, [K, kColumns]. Each logit is less the greatest of its pixel,
 // which leaves loss and softmax as they are: no upsampled logit is above 0 then. And it is in units of ln 2, as is all
@@ -141,22 +101,8 @@ struct CrossEntropyBase {
   PSP_INLINE void read(Row<acc_t>& row, const Tile<acc_t>& tile, int64_t n, int64_t i) const {
     if (row.index == i) return;
     row.index = i;
-    const int64_t count = tile.count, stride = tile.stride;
-    row.logits.resize(a.K * stride);
-    if (a.channels_last) {
-      for (int64_t j = 0; j < count; ++j) {
-        const T* __restrict__ from = at<T>(a.logits, n, 0, i) + (tile.from + j) * a.logits.stride_w;
-        acc_t* __restrict__ to = &row.logits[j];
-        for (int64_t k = 0; k < a.K; ++k) to[k * stride] = to_acc(from[k]);
-      }
-    } else {
-      for (int64_t k = 0; k < a.K; ++k) {
-        const T* __restrict__ from = at<T>(a.logits, n, k, i) + tile.from;
-        acc_t* __restrict__ to = &row.logits[k * stride];
-        for (int64_t j = 0; j < count; ++j) to[j] = to_acc(from[j]);
-      }
-    }
-    subtract_greatest(row, count, stride);
+    tile.read(row.logits, a.K, a.logits, n, i, T{});
+    subtract_greatest(row, tile.count, tile.stride);
     interpolate<kBytes>(row, tile);
   }
 
@@ -187,32 +133,14 @@ struct CrossEntropyBase {
     for (acc_t& logit : row.logits) logit = logit < kNever<acc_t> ? kNever<acc_t> : logit;
   }
 
-  // A line of logits that fits into one register, or two, is interpolated by their permutation.
   template <int kBytes>
   PSP_INLINE void interpolate(Row<acc_t>& row, const Tile<acc_t>& tile) const {
-    using V = Vector<acc_t, kBytes>;
-    constexpr int64_t kStep = kLanes<acc_t, kBytes>;
-    constexpr int64_t kColumns = Tile<acc_t>::kColumns;
-    row.values.resize(a.K * kColumns);
-    row.smooth.resize(kColumns);
-    const auto line = [&](acc_t* __restrict__ to, const acc_t* __restrict__ from) __attribute__((always_inline)) {
-      if (kBytes >= 32 && tile.stride == kLanes<acc_t>) {
-        const V one = load<acc_t, kBytes>(from), two = load<acc_t, kBytes>(from + tile.stride - kStep);
-        for (int64_t x = 0; x < kColumns; x += kStep) {
-          const V left = __builtin_shuffle(one, two, load_integers<acc_t, kBytes>(tile.low + x));
-          const V right = __builtin_shuffle(one, two, load_integers<acc_t, kBytes>(tile.high + x));
-          const V value = left + load<acc_t, kBytes>(tile.lambda + x) * (right - left);
-          __builtin_memcpy(to + x, &value, sizeof value);
-        }
-      } else {
-        for (int64_t x = 0; x < kColumns; ++x) {
-          const acc_t left = from[tile.low[x]];
-          to[x] = left + tile.lambda[x] * (from[tile.high[x]] - left);
-        }
-      }
-    };
-    for (int64_t k = 0; k < a.K; ++k) line(&row.values[k * kColumns], &row.logits[k * tile.stride]);
-    line(row.smooth.data(), row.sums.data());
+    const auto mixed = [](auto left, auto right, auto lambda)
+                           __attribute__((always_inline)) { return left + lambda * (right - left); };
+    row.values.resize(a.K * Tile<acc_t>::kColumns);
+    row.smooth.resize(Tile<acc_t>::kColumns);
+    tile.template interpolate<kBytes>(row.values.data(), row.logits.data(), a.K, mixed);
+    tile.template interpolate<kBytes>(row.smooth.data(), row.sums.data(), 1, mixed);
   }
 
   // The logarithms of a pixel's softmax from the logits themselves, for pixels that clamped ones may have part in.

@@ -1,6 +1,6 @@
 // Pyramid pooling on the CPU. All levels' bin edges together cut an axis into segments; each segment cell is summed
 // once while the input streams by, then cells are added into bins, always in the same order.
-#include "cpu_kernel.h"
+#include "vectors.h"
 
 namespace pspnet_fast::cpu {
 namespace {
@@ -68,16 +68,19 @@ struct PlanarPool : PoolBase<T> {
   using acc_t = acc_type<T>;
   static constexpr int64_t kPlanes = 16;
 
+  template <int kBytes>
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
     const int64_t blocks = (a.C + kPlanes - 1) / kPlanes, S = this->rows.count(), Q = this->columns.count();
-    Scratch<acc_t> column_sums(a.W), scratch;
+    Scratch<acc_t> column_sums(a.W);
     Scratch<double> cells(S * Q * kPlanes);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / blocks, c0 = unit % blocks * kPlanes, planes = std::min(kPlanes, a.C - c0);
       for (int64_t k = 0; k < planes; ++k) {
-        const WidePlane<T> plane(a.input, n, c0 + k, a.H, a.W, scratch);
-        for (int64_t s = 0; s < S; ++s) sum_segment_row(plane.data, s, column_sums.data(), &cells[s * Q * kPlanes + k]);
+        const T* plane = at<T>(a.input, n, c0 + k, 0);
+        for (int64_t s = 0; s < S; ++s) {
+          sum_segment_row<kBytes>(plane, s, column_sums.data(), &cells[s * Q * kPlanes + k]);
+        }
         copy_plane(n, c0 + k);
       }
       write_bins(n, c0, planes, cells.data());
@@ -85,13 +88,15 @@ struct PlanarPool : PoolBase<T> {
     if (this->stream) store_fence();
   }
 
-  PSP_INLINE void sum_segment_row(const acc_t* plane, int64_t s, acc_t* __restrict__ sums, double* cells) const {
-    const int64_t W = this->a.W, first = this->rows.begin(s);
-    if constexpr (std::is_same_v<T, acc_t>) {  // straight from memory: row by row, as it streams
+  template <int kBytes>
+  PSP_INLINE void sum_segment_row(const T* plane, int64_t s, acc_t* __restrict__ sums, double* cells) const {
+    const int64_t W = this->a.W, stride = this->a.input.stride_h, first = this->rows.begin(s);
+    const int64_t count = this->rows.end(s) - first;
+    if constexpr (std::is_same_v<T, acc_t>) {  // row by row, as it streams
       std::fill_n(sums, W, acc_t(0));
-      add_rows(sums, plane + first * W, W, this->rows.end(s) - first, W);
-    } else {  // from the widened plane in the cache: column by column, each sum in a register
-      sum_rows(sums, plane + first * W, W, this->rows.end(s) - first, W);
+      add_rows(sums, plane + first * stride, stride, count, W);
+    } else {  // column by column, each sum in a register: widening costs more than reading
+      sum_rows<kBytes>(sums, plane + first * stride, stride, count, W);
     }
     for (int64_t t = 0; t < this->columns.count(); ++t) {
       double sum = 0;

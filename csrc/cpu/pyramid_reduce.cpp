@@ -1,6 +1,7 @@
 // The 1x1 convolutions of all levels on the CPU: products of tall, thin matrices (P cells of C values against R x C
 // weights), held in register tiles of vectors; lower precisions are widened a tile's rows at a time.
 #include "folded_norm.h"
+#include "vectors.h"
 
 namespace pspnet_fast::cpu {
 namespace {
@@ -60,7 +61,8 @@ template <class T>
 struct Reduce {
   using acc_t = acc_type<T>;
   const PyramidReduceArgs& a;
-  const acc_t* pooled;  // [N, P, C], widened
+  const acc_t* pooled;  // [N, P, pooled_stride], widened
+  int64_t pooled_stride;
 
   template <int kBytes>
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
@@ -92,7 +94,7 @@ struct Reduce {
     constexpr int64_t kL = kLanes<acc_t, kBytes>;
     V sums[kM][kR] = {};
     const acc_t* inputs[kM];
-    for (int i = 0; i < kM; ++i) inputs[i] = pooled + row(m + i) * a.C;
+    for (int i = 0; i < kM; ++i) inputs[i] = pooled + row(m + i) * pooled_stride;
     int64_t c = 0;
     for (; c + kL <= a.C; c += kL) {
       V w[kR];
@@ -124,23 +126,26 @@ struct ReduceBackwardPooled {
 
   template <int kBytes>
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
-    Scratch<acc_t> scratch, padded(a.R * kBlock);
+    Scratch<acc_t> weight(a.R * kBlock);  // rows of it lie side by side, with zeros behind the last block's
     for (int64_t unit = begin; unit < end; ++unit) {
       const int l = static_cast<int>(unit % a.levels.count);
       const int64_t c0 = unit / a.levels.count * kBlock, columns = std::min(kBlock, a.C - c0);
       const T* from = static_cast<const T*>(a.weights[l]) + c0;
-      Widened<T> weight(from, a.R, columns, a.C, scratch);
-      if (columns < kBlock) {  // the last block: zeros behind its columns let the tile run over them
-        for (int64_t r = 0; r < a.R; ++r) {
-          std::copy_n(weight.data + r * weight.stride, columns, &padded[r * kBlock]);
-          std::fill_n(&padded[r * kBlock + columns], kBlock - columns, acc_t(0));
+      for (int64_t r = 0; r < a.R; ++r, from += a.C) {
+        __builtin_prefetch(from + 16 * a.C);  // rows lie pages apart: the hardware does not foresee them
+        __builtin_prefetch(from + 16 * a.C + kBlock / 2);
+        acc_t* const to = &weight[r * kBlock];
+        if (columns == kBlock) {
+          for (int64_t k = 0; k < kBlock; k += kLanes<acc_t, kBytes>) store(to + k, load_wide<kBytes>(from + k));
+        } else {
+          for (int64_t k = 0; k < columns; ++k) to[k] = to_acc(from[k]);
+          std::fill(to + columns, to + kBlock, acc_t(0));
         }
-        weight.data = padded.data(), weight.stride = kBlock;
       }
       const LevelRows row(a.levels, l);
       for_tiles<kTileRows<kBytes>>(0, a.N * row.cells, [&](int64_t m, auto rows) __attribute__((always_inline)) {
         for (int64_t c = 0; c < columns; c += kColumns * kLanes<acc_t, kBytes>) {
-          tile<kBytes, rows()>(row, m, c0, c, columns, weight);
+          tile<kBytes, rows()>(row, m, c0, c, columns, weight.data());
         }
       });
     }
@@ -149,7 +154,7 @@ struct ReduceBackwardPooled {
   // The columns of a tile, from column c of the block on.
   template <int kBytes, int kM>
   PSP_INLINE void tile(const LevelRows& row, int64_t m, int64_t c0, int64_t c, int64_t columns,
-                       const Widened<T>& weight) const {
+                       const acc_t* weight) const {
     using V = Vector<acc_t, kBytes>;
     constexpr int64_t kL = kLanes<acc_t, kBytes>;
     V sums[kM][kColumns] = {};
@@ -157,11 +162,7 @@ struct ReduceBackwardPooled {
     for (int i = 0; i < kM; ++i) grads[i] = grad + row(m + i) * a.R;
     for (int64_t r = 0; r < a.R; ++r) {
       V w[kColumns];
-      for (int q = 0; q < kColumns; ++q) {
-        const acc_t* from = weight.data + r * weight.stride + c + q * kL;
-        __builtin_prefetch(from + 16 * weight.stride);  // rows lie pages apart: the hardware does not foresee them
-        w[q] = load<acc_t, kBytes>(from);
-      }
+      for (int q = 0; q < kColumns; ++q) w[q] = load<acc_t, kBytes>(weight + r * kBlock + c + q * kL);
       for (int i = 0; i < kM; ++i) {
         for (int q = 0; q < kColumns; ++q) sums[i][q] += grads[i][r] * w[q];
       }
@@ -189,19 +190,26 @@ struct ReduceBackwardWeight {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int l = static_cast<int>(unit % a.levels.count);
       const int64_t r0 = unit / a.levels.count * kRows, last = std::min(r0 + kRows, a.R);
+      const LevelRows row(a.levels, l);
       for_tiles<kTileRows<kBytes>>(r0, last, [&](int64_t r, auto rows) __attribute__((always_inline)) {
-        for (int64_t c = 0; c < a.C; c += kColumns * kLanes<acc_t, kBytes>) tile<kBytes, rows()>(l, r, c);
+        for (int64_t c = 0; c < a.C; c += kColumns * kLanes<acc_t, kBytes>) {
+          if (a.N * row.cells > kTerms) {
+            tile<kBytes, rows(), true>(l, row, r, c);
+          } else {
+            tile<kBytes, rows(), false>(l, row, r, c);
+          }
+        }
       });
     }
     if (stream) store_fence();
   }
 
-  template <int kBytes, int kR>
-  PSP_INLINE void tile(int l, int64_t r, int64_t c) const {
+  static constexpr int kTerms = 256;  // of a sum: one chain of thousands would round more than a matrix product does
+
+  template <int kBytes, int kR, bool kManyTerms>
+  PSP_INLINE void tile(int l, const LevelRows& row, int64_t r, int64_t c) const {
     using V = Vector<acc_t, kBytes>;
     constexpr int64_t kL = kLanes<acc_t, kBytes>, kTile = kColumns * kL;
-    const LevelRows row(a.levels, l);
-    constexpr int kTerms = 256;  // of a sum: one chain of thousands would round more than a matrix product does
     V sums[kR][kColumns] = {}, totals[kR][kColumns] = {};
     const auto add_up = [&]() __attribute__((always_inline)) {
       for (int i = 0; i < kR; ++i) {
@@ -211,7 +219,7 @@ struct ReduceBackwardWeight {
     int terms = 0;
     for (int64_t n = 0; n < a.N; ++n) {
       for (int64_t p = row.first; p < row.first + row.cells; ++p) {
-        if (terms++ == kTerms) add_up(), terms = 1;
+        if (kManyTerms && terms++ == kTerms) add_up(), terms = 1;
         const acc_t* grads = grad + (n * row.P + p) * a.R + r;
         const acc_t* from = pooled + (n * row.P + p) * pooled_stride + c;
         V x[kColumns];
@@ -221,20 +229,19 @@ struct ReduceBackwardWeight {
         }
       }
     }
-    add_up();
+    if (kManyTerms) add_up();
     const int64_t columns = std::min(kTile, a.C - c);
     for (int i = 0; i < kR; ++i) {
-      acc_t values[kTile];
-      __builtin_memcpy(values, totals[i], sizeof values);
-      T* out = static_cast<T*>(a.grad_weights) + ((l * a.R + r + i) * a.C) + c;
       T narrow[kTile];
-      for (int64_t k = 0; k < kTile; ++k) narrow[k] = from_acc<T>(values[k]);
+      for (int q = 0; q < kColumns; ++q) store_narrow(narrow + q * kL, kManyTerms ? totals[i][q] : sums[i][q]);
+      T* out = static_cast<T*>(a.grad_weights) + ((l * a.R + r + i) * a.C) + c;
       store(out, narrow, columns, stream);
     }
   }
 };
 
-// Rows of C values in the accumulation type, `padding` zeros behind each.
+// Rows of C values in the accumulation type, `padding` zeros behind each. A cache line of them at least: rows whose
+// distance is a power of two would share a few sets of the cache.
 template <class T>
 Scratch<acc_type<T>> widen_rows(const void* from, int64_t rows, int64_t C, int64_t padding = 0) {
   Scratch<acc_type<T>> to(rows * (C + padding));
@@ -249,8 +256,9 @@ Scratch<acc_type<T>> widen_rows(const void* from, int64_t rows, int64_t C, int64
 void pyramid_reduce(const PyramidReduceArgs& a) {
   dispatch(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const auto pooled = widen_rows<T>(a.pooled, a.N * a.levels.first[a.levels.count], a.C);
-    parallel(a.levels.count * ((a.R + kColumns - 1) / kColumns), Reduce<T>{a, pooled.data()});
+    constexpr int64_t kPadding = kLanes<acc_type<T>>;
+    const auto pooled = widen_rows<T>(a.pooled, a.N * a.levels.first[a.levels.count], a.C, kPadding);
+    parallel(a.levels.count * ((a.R + kColumns - 1) / kColumns), Reduce<T>{a, pooled.data(), a.C + kPadding});
   });
 }
 
@@ -258,7 +266,7 @@ void pyramid_reduce_backward(const PyramidReduceBackwardArgs& a) {
   dispatch(a.dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr int64_t kBlock = ReduceBackwardPooled<T>::kBlock;
-    const int64_t rows = a.N * a.levels.first[a.levels.count], padding = (kBlock - a.C % kBlock) % kBlock;
+    const int64_t rows = a.N * a.levels.first[a.levels.count], padding = kBlock - a.C % kBlock;
     const auto grad = widen_rows<T>(a.grad_reduced, rows, a.R);
     parallel(a.levels.count * ((a.C + kBlock - 1) / kBlock), ReduceBackwardPooled<T>{a, grad.data()});
     const auto pooled = widen_rows<T>(a.pooled, rows, a.C, padding);

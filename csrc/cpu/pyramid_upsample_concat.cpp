@@ -1,6 +1,6 @@
 // Bilinear upsampling of every level into the concatenation, on the CPU: U = A_h z A_w^T with the interpolation
 // matrices A, and backward grad_z = A_h^T grad A_w, one axis after the other.
-#include "cpu_kernel.h"
+#include "vectors.h"
 
 namespace pspnet_fast::cpu {
 namespace {
@@ -105,18 +105,18 @@ struct UpsampleBase {
   int max_bins_w() const { return *std::max_element(a.levels.bins_w, a.levels.bins_w + a.levels.count); }
 };
 
-// Planar maps, a unit is one plane: a level's rows are widened once, then mixed vertically.
+// Planar maps, a unit is one plane: a level's rows are widened once, then mixed vertically and rounded in registers.
 template <class T>
 struct PlanarUpsample : UpsampleBase<T, PyramidUpsampleConcatArgs> {
   using acc_t = acc_type<T>;
   using UpsampleBase<T, PyramidUpsampleConcatArgs>::UpsampleBase;
 
+  template <int kBytes>
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
     const T* reduced = static_cast<const T*>(a.reduced);
     Scratch<acc_t> wide(*std::max_element(a.levels.bins_h, a.levels.bins_h + a.levels.count) * a.W);
-    Scratch<acc_t> plane(a.H * a.W);
-    Scratch<T> narrow;
+    Scratch<T> plane(a.H * a.W);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / (a.levels.count * a.R), channel = unit % (a.levels.count * a.R), r = channel % a.R;
       const int l = static_cast<int>(channel / a.R), bins_h = a.levels.bins_h[l], bins_w = a.levels.bins_w[l];
@@ -132,16 +132,24 @@ struct PlanarUpsample : UpsampleBase<T, PyramidUpsampleConcatArgs> {
       }
       for (int64_t h = 0; h < a.H; ++h) {
         const auto& row = this->vertical[l].rows[h];
-        const acc_t *low = &wide[row.low * a.W], *high = &wide[row.high * a.W], first = acc_t(1) - row.lambda;
-        fill_by_vectors(
-            &plane[h * a.W], a.W,
-            [&](int64_t w)
-                __attribute__((always_inline)) { return first * load(low + w) + row.lambda * load(high + w); },
-            [&](int64_t w) __attribute__((always_inline)) { return first * low[w] + row.lambda * high[w]; });
+        mix_row<kBytes>(&plane[h * a.W], &wide[row.low * a.W], &wide[row.high * a.W], row.lambda);
       }
-      store_wide_plane(a.context, n, channel, a.H, a.W, plane, narrow, this->stream);
+      store_plane(a.context, n, channel, a.H, a.W, plane.data(), this->stream);
     }
     if (this->stream) store_fence();
+  }
+
+  // mix, by vectors; the last one overlaps its neighbour, so there is no scalar rest.
+  template <int kBytes>
+  PSP_INLINE void mix_row(T* to, const acc_t* low, const acc_t* high, acc_t lambda) const {
+    constexpr int64_t kL = kLanes<acc_t, kBytes>;
+    const int64_t W = this->a.W;
+    if (W < kL) return mix(to, low, high, lambda, W);
+    const acc_t first = acc_t(1) - lambda;
+    for (int64_t w = 0; w < W; w += kL) {
+      const int64_t at = std::min(w, W - kL);
+      store_narrow(to + at, first * load<acc_t, kBytes>(low + at) + lambda * load<acc_t, kBytes>(high + at));
+    }
   }
 };
 

@@ -17,51 +17,64 @@ struct UpsampleArgmax {
 
   template <int kBytes>
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
-    UpsampledRows<T> rows(upsampling);
+    UpsampledRows<T, kBytes> rows(upsampling);
     acc_t best[kColumns];
     Int classes[kColumns];
     for (int64_t number = begin; number < end; ++number) {
       const auto unit = upsampling.unit(number);
       rows.go_to(unit);
-      find(rows, best, classes);
+      for (int64_t x = 0; x < unit.columns; x += kTogether<kBytes>) {
+        if (rows.finite()) {
+          find<true>(rows, x, best + x, classes + x);
+        } else {
+          find<false>(rows, x, best + x, classes + x);
+        }
+      }
       const int64_t to = (unit.n * a.H + unit.y) * a.W + unit.first;
       Class* const found = static_cast<Class*>(a.classes) + to;
       for (int64_t x = 0; x < unit.columns; ++x) found[x] = static_cast<Class>(classes[x]);
       if (a.confidence == nullptr) continue;
-      confide<kBytes>(rows, best);
+      for (int64_t x = 0; x < unit.columns; x += kTogether<kBytes>) confide(rows, x, best + x);
       std::memcpy(static_cast<acc_t*>(a.confidence) + to, best, static_cast<size_t>(unit.columns) * sizeof(acc_t));
     }
   }
 
  private:
+  static constexpr int64_t kVectors = 4;  // at once, in registers
+  template <int kBytes>
+  static constexpr int64_t kTogether = kVectors * kLanes<acc_t, kBytes>;
+
   // As in torch.argmax, the first of equals wins, and NaN is the greatest.
-  PSP_INLINE void find(const UpsampledRows<T>& rows, acc_t* __restrict__ best, Int* __restrict__ classes) const {
-    for (int64_t x = 0; x < kColumns; ++x) best[x] = rows.at(0, x), classes[x] = 0;
+  template <bool kFinite, int kBytes>
+  PSP_INLINE void find(const UpsampledRows<T, kBytes>& rows, int64_t x, acc_t* best, Int* classes) const {
+    Vector<acc_t, kBytes> greatest[kVectors];
+    IntVector<acc_t, kBytes> numbers[kVectors] = {};
+    for (int64_t v = 0; v < kVectors; ++v) greatest[v] = rows.load(0, x + v * kLanes<acc_t, kBytes>);
     for (int64_t k = 1; k < a.K; ++k) {
-      for (int64_t x = 0; x < kColumns; ++x) {
-        const acc_t value = rows.at(k, x), before = best[x];
-        const bool better = !(value <= before) & (before == before);
-        best[x] = better ? value : before;
-        classes[x] = better ? static_cast<Int>(k) : classes[x];
+      for (int64_t v = 0; v < kVectors; ++v) {
+        const auto value = rows.load(k, x + v * kLanes<acc_t, kBytes>), before = greatest[v];
+        IntVector<acc_t, kBytes> better = value > before;
+        if constexpr (!kFinite) better = ~(value <= before) & (before == before);
+        greatest[v] = better ? value : before;
+        numbers[v] = better ? static_cast<Int>(k) - IntVector<acc_t, kBytes>{} : numbers[v];
       }
     }
+    std::memcpy(best, greatest, sizeof greatest);
+    std::memcpy(classes, numbers, sizeof numbers);
   }
 
   // The probability of the greatest logits, in their place.
   template <int kBytes>
-  PSP_INLINE void confide(const UpsampledRows<T>& rows, acc_t* best) const {
-    constexpr int64_t kVectors = 4;  // at once, in registers
-    for (int64_t x = 0; x < kColumns; x += kVectors * kLanes<acc_t, kBytes>) {
-      Vector<acc_t, kBytes> sums[kVectors] = {};
-      for (int64_t k = 0; k < a.K; ++k) {
-        for (int64_t v = 0; v < kVectors; ++v) {
-          const int64_t at = x + v * kLanes<acc_t, kBytes>;
-          sums[v] += exp_vector<acc_t>(rows.template load<kBytes>(k, at) - load<acc_t, kBytes>(best + at));
-        }
+  PSP_INLINE void confide(const UpsampledRows<T, kBytes>& rows, int64_t x, acc_t* best) const {
+    constexpr int64_t kStep = kLanes<acc_t, kBytes>;
+    Vector<acc_t, kBytes> sums[kVectors] = {};
+    for (int64_t k = 0; k < a.K; ++k) {
+      for (int64_t v = 0; v < kVectors; ++v) {
+        sums[v] += exp_vector<acc_t>(rows.load(k, x + v * kStep) - load<acc_t, kBytes>(best + v * kStep));
       }
-      for (auto& sum : sums) sum = acc_t(1) / sum;
-      std::memcpy(best + x, sums, sizeof sums);
     }
+    for (auto& sum : sums) sum = acc_t(1) / sum;
+    std::memcpy(best, sums, sizeof sums);
   }
 };
 

@@ -58,6 +58,29 @@ PSP_INLINE void store_narrow(T* to, V v, int64_t lanes = sizeof(V) / sizeof(acc_
   }
 }
 
+// to[k] = the sum of `count` rows that lie `stride` apart, in four chains of additions. The last vector overlaps its
+// neighbour, so there is no scalar rest.
+template <int kBytes, class T>
+PSP_INLINE void sum_rows(acc_type<T>* to, const T* from, int64_t stride, int64_t count, int64_t n) {
+  using acc_t = acc_type<T>;
+  constexpr int64_t kL = kLanes<acc_t, kBytes>;
+  for (int64_t k = 0; k < n && n < kL; ++k) {
+    acc_t sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += to_acc(from[i * stride + k]);
+    to[k] = sum;
+  }
+  for (int64_t k = 0; k < n && n >= kL; k += kL) {
+    const int64_t at = std::min(k, n - kL);
+    Vector<acc_t, kBytes> sums[4] = {};
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+      for (int64_t j = 0; j < 4; ++j) sums[j] += load_wide<kBytes>(from + (i + j) * stride + at);
+    }
+    for (; i < count; ++i) sums[0] += load_wide<kBytes>(from + i * stride + at);
+    store(to + at, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
+}
+
 // Calls function(k, count, lanes) for n elements: `count`, a constant, vectors from element k on, of which the last has
 // `lanes` elements. As many at once as have registers, then one by one.
 template <class acc_t, int kBytes, class Function>
