@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,16 +36,11 @@ def write_stock(model: nn.Module, example: Tensor, path: Path) -> None:
 
 
 def pspnet(backbone: str, example: Tensor, folder: Path) -> None:
-    torch.manual_seed(0)
-    for head, name in (("concat", "stock"), ("fused", "ours")):
-        model = PSPNet(CLASSES, backbone, head=head, aux=False).eval()
-        if name == "ours":
-            model.load_state_dict(weights)
-            export(model, example, path=folder / "ours.onnx")
-        else:
-            weights = model.state_dict()
-            model.ppm = StockPPM(model.ppm)
-            write_stock(model, example, folder / "stock.onnx")
+    stock, ours = (PSPNet(CLASSES, backbone, head=head, aux=False).eval() for head in ("concat", "fused"))
+    ours.load_state_dict(stock.state_dict())
+    stock.ppm = StockPPM(stock.ppm)
+    write_stock(stock, example, folder / "stock.onnx")
+    export(ours, example, path=folder / "ours.onnx")
 
 
 def segformer(example: Tensor, folder: Path) -> None:
@@ -102,7 +98,8 @@ def compare(title: str, folder: Path, example: Tensor, arguments: argparse.Names
         stock, ours = (load(folder / f"{which}.onnx") for which in ("stock", "ours"))
         a, b = stock(example), ours(example)
         difference = ((a - b).abs().max() / a.abs().max()).item()
-        times = [(host_seconds(lambda: stock(example)), host_seconds(lambda: ours(example))) for _ in range(arguments.runs)]
+        runs = [partial(run, example) for run in (stock, ours)]
+        times = [[host_seconds(run) for run in runs] for _ in range(arguments.runs)]
         before, after = (statistics.median(column) for column in zip(*times, strict=True))
         row = {"model": title, "runtime": name, "stock": before, "ours": after, "ratio": after / before}
         rows.append(row | {"difference": difference})
@@ -124,7 +121,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the times there")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print("| model | runtime | stock | ours | ratio | difference |", "|---|---|---:|---:|---:|---:|", sep="\n", flush=True)
+    print(
+        "| model | runtime | stock | ours | ratio | difference |", "|---|---|---:|---:|---:|---:|", sep="\n", flush=True
+    )
     rows = []
     with tempfile.TemporaryDirectory() as name:
         example = torch.randn(1, 3, arguments.size, arguments.size)

@@ -100,9 +100,9 @@ def _fused(input: Tensor, ppm: FusedPPM, conv: nn.Conv2d, norm: nn.Module, activ
     weight, bias, rest = conv.weight, conv.bias, folded
     if folded is not None and ops.portable.exporting():
         (weight, bias), rest = into_convolution(folded, weight, bias), None
-    weight, taps = _products(weight, ppm, reduced, dtype)
+    dense, taps = _products(weight, ppm, reduced, dtype)
     padding: Any = conv.padding
-    output = F.conv2d(input, weight, bias, padding=padding, dilation=conv.dilation)  # type: ignore[arg-type]
+    output = F.conv2d(input, dense, bias, padding=padding, dilation=conv.dilation)  # type: ignore[arg-type]
     kh, kw = conv.kernel_size
     settings: dict[str, Any] = {"dilation": conv.dilation, "align_corners": ppm.align_corners}
     if torch.compiler.is_compiling():
@@ -190,7 +190,9 @@ def into_convolution(norm: Norm, weight: Tensor, bias: Tensor | None) -> tuple[T
     return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)
 
 
-def epilogue(norm: nn.Module, activation: nn.Module, dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Norm | None, bool]:
+def epilogue(
+    norm: nn.Module, activation: nn.Module, dtype: torch.dtype, *tensors: Tensor | None
+) -> tuple[Norm | None, bool]:
     """What of norm and activation ops.pyramid_context_ may do, whose result depends on these tensors: the norm as it
     takes it, or None, and whether the ReLU. Nothing where a gradient is needed.
     """

@@ -1,4 +1,4 @@
-"""Command line: ``pspnet-fast train | eval | eval-compare | predict | report | check-data | coco-labels | info``."""
+"""Command line: ``pspnet-fast train | eval | eval-compare | predict | export | report | check-data | ...``."""
 
 import click
 
@@ -7,6 +7,7 @@ from pspnet_fast.cli.check_data import check_data
 from pspnet_fast.cli.coco_labels import coco_labels
 from pspnet_fast.cli.eval import evaluate
 from pspnet_fast.cli.eval_compare import eval_compare
+from pspnet_fast.cli.export import export
 from pspnet_fast.cli.group import EXTRAS, Group
 from pspnet_fast.cli.info import info
 from pspnet_fast.cli.predict import predict
@@ -27,9 +28,10 @@ def main(traceback: bool) -> None:
     pspnet-fast train configs/camvid.yaml data.root=/data/camvid
     pspnet-fast eval configs/camvid.yaml data.root=/data/camvid --checkpoint runs/camvid/best.pt
     pspnet-fast predict street.jpg --checkpoint runs/camvid/best.pt --out labels
+    pspnet-fast export --checkpoint runs/camvid/best.pt --out camvid.onnx
     pspnet-fast report runs/camvid
     """
 
 
-for command in (train, evaluate, eval_compare, predict, report, check_data, coco_labels, info):
+for command in (train, evaluate, eval_compare, predict, export, report, check_data, coco_labels, info):
     main.add_command(command)

@@ -63,7 +63,8 @@ def export(
         path: of the file; its ending is the format's: .onnx, .pt2, .xml (beside it .bin) or .mlpackage. It is replaced.
         format: "onnx" (needs onnx and onnxscript), "openvino" (and openvino), "coreml" (coremltools), "torch-export" or
             "aoti", compiled ahead of time for this machine. The last two call the kernels of this package.
-        dynamic: whether batch, height and width may be any. Of a model after fuse, height and width stay fixed.
+        dynamic: whether batch, height and width may be any. A model after fuse then upsamples and concatenates as it
+            did before: right, but without gain.
         argmax: whether the program returns the class of every pixel, (N, H, W) uint8, int32 from 257 classes on. It
             returns logits else: PSPNet's at the image's size, (N, K, H, W), others as the model does.
         normalise: (mean, std) of each channel for images in 0..1. The program then takes what decoders give, (N, H, W,
@@ -116,7 +117,9 @@ def _free(example: Tensor) -> tuple[int, ...]:
 def difference_of(found: Tensor, expected: Tensor) -> float:
     """The share of class maps that differs; of logits the greatest difference as a share of the greatest."""
     if found.shape != expected.shape:
-        raise RuntimeError(f"the exported program gives {tuple(found.shape)} where PyTorch gives {tuple(expected.shape)}")
+        raise RuntimeError(
+            f"the exported program gives {tuple(found.shape)} where PyTorch gives {tuple(expected.shape)}"
+        )
     if not expected.is_floating_point():
         return (found != expected).float().mean().item()
     return ((found - expected).abs().max() / expected.abs().max()).item()

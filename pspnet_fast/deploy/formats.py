@@ -46,14 +46,19 @@ def onnx_runner(path: Path) -> Run:
 
 
 def write_openvino(program: ExportedProgram, path: Path, dynamic: bool) -> Run | None:
-    """By way of ONNX; weights stay float32, whatever a device computes in."""
-    import openvino
-
+    """By way of ONNX."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         write_onnx(program, file, dynamic)
-        openvino.save_model(openvino.convert_model(file), path, compress_to_fp16=False)
+        write_openvino_of(file, path)
     return openvino_runner(path)
+
+
+def write_openvino_of(file: Path, path: Path) -> None:
+    """Converts an ONNX file; weights stay as they are, whatever a device computes in."""
+    import openvino
+
+    openvino.save_model(openvino.convert_model(file), path, compress_to_fp16=False)
 
 
 def openvino_runner(path: Path) -> Run:

@@ -1,7 +1,6 @@
 """A model as a graph for inference: exported, with everything that no input changes computed once."""
 
 import operator
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -36,9 +35,11 @@ def graph_of(
         return torch.export.export(module, args, dynamic_shapes=dynamic_shapes, strict=False)
 
 
-def fold_constants(module: fx.GraphModule) -> None:
+def fold_constants(module: Any) -> None:
     """Computes every node that depends on no input, once, in place."""
-    graph, values, uses = module.graph, {}, []
+    graph = module.graph
+    values: dict[fx.Node, Any] = {}
+    uses: list[fx.Node] = []
     for node in graph.nodes:
         if node.op == "get_attr":
             values[node] = operator.attrgetter(node.target)(module)
@@ -60,7 +61,7 @@ def fold_constants(module: fx.GraphModule) -> None:
     _clean(module)
 
 
-def _clean(module: fx.GraphModule) -> None:
+def _clean(module: Any) -> None:
     for node in module.graph.nodes:
         if node.target is _aten._assert_tensor_metadata.default:
             module.graph.erase_node(node)
@@ -78,7 +79,7 @@ def _clean(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def _joined(split: fx.Node) -> list[fx.Node]:
+def _joined(split: Any) -> list[fx.Node]:
     """The parts of a concatenation that is split into just these again; none where it is not."""
     cat, sizes, *dim = split.args
     if cat.target is not _aten.cat.default or (*cat.args[1:], *dim) not in ((1, 1), ()):
@@ -88,12 +89,12 @@ def _joined(split: fx.Node) -> list[fx.Node]:
     return parts if [part.meta["val"].size(axis) for part in parts] == sizes else []
 
 
-def fold_norms(module: fx.GraphModule) -> int:
+def fold_norms(module: Any) -> int:
     """Puts every batch norm that follows a convolution into its weight and bias; how many."""
     graph, count = module.graph, 0
 
     def tensor(node: Any) -> Any:
-        return operator.attrgetter(node.target)(module) if isinstance(node, fx.Node) else node
+        return operator.attrgetter(str(node.target))(module) if isinstance(node, fx.Node) else node
 
     for norm in list(graph.nodes):
         if norm.target is not _NORM:

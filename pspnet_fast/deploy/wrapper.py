@@ -19,6 +19,9 @@ class Deployed(nn.Module):
         normalise: (mean, std) of each channel for images in 0..1; images are then (N, H, W, 3) uint8.
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(
         self, model: nn.Module, argmax: bool, normalise: tuple[Sequence[float], Sequence[float]] | None
     ) -> None:

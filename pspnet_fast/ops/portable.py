@@ -146,7 +146,7 @@ def _weights(
     last = bins - 1
     if interpolation == NEAREST:
         near = torch.minimum((place * (bins / size)).floor(), last)
-        weights = near == index
+        weights = (near == index).to(dtype)
     else:
         if interpolation == 1:
             source = place * (last / torch.sym_max(size - 1, 1))
@@ -295,7 +295,7 @@ def pyramid_context_backward(
 
 # ---- registration --------------------------------------------------------------------------------------------------
 
-_OPERATORS: dict[str, Any] = {
+OPERATORS: dict[str, Any] = {
     function.__name__: function
     for function in (
         pyramid_pool,
@@ -320,7 +320,7 @@ _OPERATORS: dict[str, Any] = {
         plain.confusion_matrix_,
     )
 }
-_TABLE: dict[Any, Any] = {getattr(torch.ops.pspnet_fast, name).default: f for name, f in _OPERATORS.items()}
+_TABLE: dict[Any, Any] = {getattr(torch.ops.pspnet_fast, name).default: f for name, f in OPERATORS.items()}
 _TABLE[F.adaptive_avg_pool2d] = _adaptive_avg_pool2d
 
 
@@ -333,7 +333,9 @@ def _warn(device: str) -> None:
     )
 
 
-def _fallback(function: Any) -> Any:
+def fallback(function: Any) -> Any:
+    """What a device without kernels runs."""
+
     def run(*args: Any) -> Any:
         tensors = (a for a in args if isinstance(a, Tensor))
         _warn(next(tensors).device.type)
@@ -342,5 +344,5 @@ def _fallback(function: Any) -> Any:
     return run
 
 
-for _name, _function in _OPERATORS.items():
-    register_fallback(_name, _fallback(_function))
+for _name, _function in OPERATORS.items():
+    register_fallback(_name, fallback(_function))
