@@ -1,4 +1,4 @@
-"""The files of each runtime, of one exported program; each writer returns what runs its file, where that is possible."""
+"""The files of each runtime, of one exported program; a writer returns what runs its file, where that can be."""
 
 import logging
 import tempfile

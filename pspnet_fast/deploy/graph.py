@@ -1,6 +1,7 @@
 """A model as a graph for inference: exported, with everything that no input changes computed once."""
 
 import operator
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,7 +24,8 @@ def graph_of(
 
     What depends on weights and fixed sizes alone is computed: parts of weights, matrices of sizes, folded batch norms.
     """
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch.export about torch
         with ops.portable.Portable() if portable else nullcontext():
             program = torch.export.export(model, args, dynamic_shapes=dynamic_shapes, strict=False)
         if not portable:

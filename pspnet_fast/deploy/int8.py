@@ -35,8 +35,8 @@ class QuantisationReport:
 
     def __str__(self) -> str:
         return (
-            f"int8, calibrated on {self.calibrated} images: on {self.measured} others {self.agreement:.2%} of the pixels "
-            f"keep their class, mIoU against the classes in float32 {self.miou:.2%}"
+            f"int8, calibrated on {self.calibrated} images: on {self.measured} others {self.agreement:.2%} of the "
+            f"pixels keep their class, mIoU against the classes in float32 {self.miou:.2%}"
         )
 
 

@@ -1,6 +1,6 @@
 """The operators for devices and runtimes without our kernels: products with small matrices.
 
-No adaptive pooling and no resizing of a pyramid's levels: pooling is a product with a matrix of averages, upsampling one
+No adaptive pooling and no resizing of few cells: pooling is a product with a matrix of averages, upsampling one
 with a matrix of weights, both made of the sizes, so that they are right for sizes that no bin divides and, in exported
 programs, for sizes that are known at run time only. Forward and backward, with the arguments of the compiled operators.
 They run on every device without kernels of ours, and in place of the operators in `with Portable():`.
@@ -73,7 +73,7 @@ def pyramid_pool_backward(
     width: int,
     channels_last: bool,
 ) -> Tensor:
-    n, _, c = grad_pooled.shape
+    c = grad_pooled.size(2)
     cells = wide(grad_pooled).transpose(1, 2)
     grad = (cells @ _averages(bins, height, width, cells).t()).unflatten(2, (height, width))
     if grad_concat is not None:
