@@ -13,6 +13,7 @@ from .region_losses import UpsampleDiceLoss, UpsampleLovaszLoss
 from .upsample_concat import FusedUpsampleConcat
 
 if TYPE_CHECKING:
+    from .deploy import export as export
     from .inference.predict import Predictor as Predictor
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "UpsampleCrossEntropyLoss",
     "UpsampleDiceLoss",
     "UpsampleLovaszLoss",
+    "export",
     "fuse",
     "ops",
     "optimize",
@@ -33,7 +35,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """``Predictor`` on demand: it needs pspnet_fast[train], which operators and modules do without."""
+    """``Predictor``, which needs pspnet_fast[train], and ``export`` on demand: operators and modules do without."""
+    if name == "export":
+        from .deploy import export
+
+        return export
     if name == "Predictor":
         from .inference.predict import Predictor
 

@@ -10,7 +10,7 @@ from . import ops
 from .layers import has_statistics, is_convolution, is_identity, is_relu, needs_plain, runs_only
 from .modules import FusedPPM
 from .ops._library import needs_grad
-from .ops.checks import DTYPES, Norm, flatten
+from .ops.checks import DTYPES, Norm, flatten, scale_of
 from .ops.pyramid_context import PyramidContextFunction
 from .split_weight import Channels, level_products, split_product, why_not_split
 
@@ -95,16 +95,20 @@ def _fused(input: Tensor, ppm: FusedPPM, conv: nn.Conv2d, norm: nn.Module, activ
         reduced, input = pyramid.reduced(input)
     else:
         reduced = ppm._reduce(ops.pyramid_pool(input, ppm.bins))
-    weight, taps = _products(conv.weight, ppm, reduced, conv_dtype(input))
+    dtype = conv_dtype(input)
+    folded, relu = epilogue(norm, activation, dtype, input, reduced, conv.weight, conv.bias)
+    weight, bias, rest = conv.weight, conv.bias, folded
+    if folded is not None and ops.portable.exporting():
+        (weight, bias), rest = into_convolution(folded, weight, bias), None
+    dense, taps = _products(weight, ppm, reduced, dtype)
     padding: Any = conv.padding
-    output = F.conv2d(input, weight, conv.bias, padding=padding, dilation=conv.dilation)  # type: ignore[arg-type]
+    output = F.conv2d(input, dense, bias, padding=padding, dilation=conv.dilation)  # type: ignore[arg-type]
     kh, kw = conv.kernel_size
     settings: dict[str, Any] = {"dilation": conv.dilation, "align_corners": ppm.align_corners}
-    folded, relu = epilogue(norm, activation, output.dtype, output, taps)
     if torch.compiler.is_compiling():
-        output = ops.pyramid_context_(output, taps, ppm.bins, (kh, kw), norm=folded, relu=relu, **settings)
+        output = ops.pyramid_context_(output, taps, ppm.bins, (kh, kw), norm=rest, relu=relu, **settings)
     else:  # the operator without the checks of its wrapper, which these tensors pass
-        *statistics, eps = folded or (0.0,)
+        *statistics, eps = rest or (0.0,)
         window = flatten(ppm.levels), [kh, kw], list(conv.dilation), int(ppm.align_corners), True
         if needs_grad(output, taps):
             output = PyramidContextFunction.apply(output, taps, statistics, eps, *window)
@@ -178,7 +182,17 @@ def _autocasts(device: str) -> bool:
     return available and torch.is_autocast_enabled(device)
 
 
-def epilogue(norm: nn.Module, activation: nn.Module, dtype: torch.dtype, *tensors: Tensor) -> tuple[Norm | None, bool]:
+def into_convolution(norm: Norm, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution with the norm that follows in them: what an export computes once, for all."""
+    *statistics, eps = norm
+    scale = scale_of(statistics, eps)
+    shift = statistics[1] - statistics[2] * scale if bias is None else statistics[1] + (bias - statistics[2]) * scale
+    return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)
+
+
+def epilogue(
+    norm: nn.Module, activation: nn.Module, dtype: torch.dtype, *tensors: Tensor | None
+) -> tuple[Norm | None, bool]:
     """What of norm and activation ops.pyramid_context_ may do, whose result depends on these tensors: the norm as it
     takes it, or None, and whether the ReLU. Nothing where a gradient is needed.
     """

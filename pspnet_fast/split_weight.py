@@ -184,7 +184,7 @@ def _plain(
     products = []
     for channels, z in zip(parts, levels, strict=True):
         matrix = weight.narrow(1, *channels).permute(2, 3, 0, 1).reshape(kh * kw * o, -1).to(z.dtype)
-        products.append((z.flatten(0, 1) @ matrix.t()).unflatten(0, z.shape[:2]))
+        products.append(z @ matrix.t())
     return first, torch.cat(products, 1).unflatten(2, (kh * kw, o))
 
 

@@ -9,6 +9,7 @@ from pspnet_fast.cli.coco_labels import coco_labels
 from pspnet_fast.cli.convert import convert
 from pspnet_fast.cli.eval import evaluate
 from pspnet_fast.cli.eval_compare import eval_compare
+from pspnet_fast.cli.export import export
 from pspnet_fast.cli.group import EXTRAS, Group
 from pspnet_fast.cli.info import info
 from pspnet_fast.cli.predict import predict
@@ -29,9 +30,14 @@ def main(traceback: bool) -> None:
     pspnet-fast train configs/camvid.yaml data.root=/data/camvid
     pspnet-fast eval configs/camvid.yaml data.root=/data/camvid --checkpoint runs/camvid/best.pt
     pspnet-fast predict street.jpg --checkpoint runs/camvid/best.pt --out labels
+    pspnet-fast export --checkpoint runs/camvid/best.pt --out camvid.onnx
     pspnet-fast report runs/camvid
     """
 
 
-for command in (train, evaluate, eval_compare, predict, report, convert, check_data, coco_labels, bench, info):
+for command in (
+    *(train, evaluate, eval_compare, predict, report),
+    *(convert, export),
+    *(check_data, coco_labels, bench, info),
+):
     main.add_command(command)

@@ -14,6 +14,7 @@ from pspnet_fast.out_of_memory import is_out_of_memory
 EXTRAS = dict.fromkeys(("numpy", "yaml", "cv2", "PIL", "tqdm", "matplotlib", "tensorboard"), "train")
 EXTRAS |= {"pycocotools": "coco", "jinja2": "report", "vl_convert": "report"}
 EXTRAS |= {"safetensors": "hub", "huggingface_hub": "hub"}
+EXTRAS |= dict.fromkeys(("onnx", "onnxscript", "onnxruntime", "openvino"), "export") | {"coremltools": "coreml"}
 
 
 class Stopped(click.ClickException):

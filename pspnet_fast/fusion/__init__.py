@@ -80,9 +80,10 @@ def fuse(
     rounding decides), transposed and depthwise convolutions (FastSCNN's feature fusion), and maps that are added
     or go through an activation between upsampling and convolution (MAnet, PAN, LinkNet).
 
-    Parameters, state_dict, optimizers, copies, pickles and checkpointing go on as before. Under torch.compile, export,
-    torch.jit and the transforms of torch.func the model's own forward runs, without gain. torch.fx traces what calls
-    fused modules; to trace one itself whose forward has `*args`, `**kwargs` or keyword-only arguments, unfuse it first.
+    Parameters, state_dict, optimizers, copies, pickles and checkpointing go on as before. torch.export (strict=False)
+    sees what runs. Under torch.compile, torch.jit and the transforms of torch.func the model's own forward runs,
+    without gain. torch.fx traces what calls fused modules; to trace one itself whose forward has `*args`, `**kwargs` or
+    keyword-only arguments, unfuse it first.
 
     Args:
         model: any module.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..head import LEAST_ELEMENTS
+from ..head import LEAST_ELEMENTS, into_convolution
 from ..ops.checks import MAX_LEVELS, MAX_SEEN
 from ..split_weight import split_product
 from .lazy import Part, Upsampling
@@ -81,6 +81,8 @@ class Convolution:
         sources = [[rest.pop(0) for _ in range(part.takes)] for part in self.parts]
         norm: Any = (*rest[-4:], self.eps) if self.eps is not None else None
         weight, bias = rest[0], rest[1] if len(rest) in (2, 6) else None
+        if norm is not None and ops.portable.exporting():
+            (weight, bias), norm = into_convolution(norm, weight, bias), None
         kernel = (weight.size(2), weight.size(3))
         # Channels-last where the concatenation would be: torch's convolutions, their gradients above all, can take
         # several times as long in one of the two layouts, so that none is slower than it was.
@@ -199,7 +201,7 @@ def _concatenated(parts: list[Any]) -> Tensor:
     """The taps of several levels as one; products write their place where autograd need not know of it."""
     factors = [part for part in parts if isinstance(part, tuple)]
     recorded = torch.is_grad_enabled() and any(t.requires_grad for pair in factors for t in pair)
-    if len(parts) == 1 or recorded or not factors:
+    if len(parts) == 1 or recorded or not factors or torch.compiler.is_compiling():
         products = [_product(part) for part in parts]
         return products[0] if len(parts) == 1 else torch.cat(products, 1)
     tokens, matrix = factors[0]

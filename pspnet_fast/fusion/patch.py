@@ -65,18 +65,24 @@ def _derived_class(stock: type[nn.Module]) -> type[nn.Module]:
 def _in_scope(fused: Any, stock: type[nn.Module]) -> Callable[..., Any]:
     """The forward of a class, under its signature, with upsampling put off.
 
-    Under torch.compile, export, torch.jit and the transforms of torch.func it is the class's own and nothing else.
+    Under torch.compile, torch.jit and the transforms of torch.func it is the class's own and nothing else.
     """
 
     @functools.wraps(stock.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         own = super(fused, self).forward
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active():
+        if _is_traced() or torch.jit.is_tracing() or transforms_active():
             return own(*args, **kwargs)
         with Scope(self):
             return values(own(*args, **kwargs))
 
     return forward
+
+
+def _is_traced() -> bool:
+    """Whether a compiler reads the code. torch.export without strict=True runs it, as ever."""
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    return torch.compiler.is_compiling() and not exporting
 
 
 def _new(base: type[nn.Module]) -> nn.Module:

@@ -36,7 +36,9 @@ class Pools:
     def pool(self, input: Any, output_size: Any) -> Any:
         """F.adaptive_avg_pool2d; NotImplemented where it has to run itself."""
         level = _as_level(output_size)
-        if level is None or not is_map(input) or input.numel() < LEAST_ELEMENTS:
+        if level is None or not is_map(input):
+            return NotImplemented
+        if input.numel() < LEAST_ELEMENTS and not ops.portable.exporting():
             return NotImplemented
         if torch.is_autocast_enabled(input.device.type) or level not in self._known():
             return NotImplemented

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..head import conv_dtype
 from ..ops._library import transforms_active
@@ -258,7 +259,7 @@ def _relu(input: Any, inplace: bool = False) -> Any:
     return input
 
 
-_DENSE = (Tensor, nn.Parameter)
+_DENSE = (Tensor, nn.Parameter, FakeTensor)  # the last is what torch.export runs a model on
 
 
 def is_map(tensor: Any) -> bool:

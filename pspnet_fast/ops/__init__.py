@@ -1,5 +1,6 @@
 """The operators: CPU and CUDA kernels with gradients; pspnet_fast.reference holds the same in plain PyTorch."""
 
+from . import portable as portable  # which registers what other devices run
 from .confusion_matrix import confusion_matrix
 from .pyramid_batch_norm import pyramid_batch_norm
 from .pyramid_context import pyramid_context_

@@ -154,3 +154,8 @@ def register_batching(name: str, plain: Callable[..., Any]) -> None:
     _fragment.impl(name, plain, "FuncTorchBatched")
     if "Tensor[]" in str(getattr(torch.ops.pspnet_fast, name).default._schema):
         _fragment.impl(name, plain, "Batched")  # is_grads_batched=True loops over the others by itself
+
+
+def register_fallback(name: str, plain: Callable[..., Any]) -> None:
+    """Registers what an operator runs on devices that it has no kernels for: MPS, XPU, CUDA or ROCm without a build."""
+    _fragment.impl(name, plain, "CompositeExplicitAutograd")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import plain
+from . import plain, portable
 from ._library import needs_grad, register_derivatives, run_plain, transforms_active
 from .checks import (
     Bins,
@@ -100,11 +100,14 @@ def pyramid_context_(
     interpolation = as_interpolation(mode, align_corners)
     check_flag("accumulate", accumulate)
     check_flag("relu", relu)
-    if not tensors and torch.compiler.is_exporting():
+    is_portable = portable.exporting()  # within a lazy map's computation no mode sees the operator
+    if not tensors and torch.compiler.is_exporting() and not is_portable:
         tensors, eps = no_norm(conv, o), 0.0
     arguments = conv, taps, tensors, eps, relu, flatten(levels), list(size), list(step), interpolation, accumulate
     if transforms_active():
         run_plain(plain.pyramid_context_, *arguments)
+    elif is_portable:
+        portable.pyramid_context_(*arguments)
     else:
         _forward(*arguments)
     return conv
