@@ -1,8 +1,5 @@
 """The documentation as a site: `make docs` builds it into build/docs/html, warnings being errors."""
 
-import re
-from pathlib import Path
-
 from sphinx.application import Sphinx
 
 import pspnet_fast
@@ -33,14 +30,6 @@ nitpick_ignore_regex = [("py:(class|obj|exc|data)", ".*")]
 
 def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", keep_whole, priority=400)  # before napoleon
-    app.connect("source-read", leave_out_missing)
-
-
-def leave_out_missing(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Pages that index.md lists before they are written."""
-    if docname == "index":
-        exists = lambda page: page[0] if Path(app.srcdir, f"{page[1]}.md").exists() else ""  # noqa: E731
-        source[0] = re.sub(r"^(\w+)\n", exists, source[0], flags=re.MULTILINE)
 
 
 def keep_whole(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from cases import BINS, MANY_CELLS, count
 from foreign import assert_same
-from stock import StockPPM
 from toy_backbone import ToyBackbone
 
 from pspnet_fast import PSPNet, UpsampleCrossEntropyLoss, ops, reference
+from pspnet_fast.bench.stock import StockPPM
 from pspnet_fast.ops import portable
 from pspnet_fast.ops.checks import as_levels
 

@@ -63,7 +63,7 @@ class PSPNet(Pretrained):
         config: the arguments but ``classes`` as plain data, which build the model again: ``PSPNet(classes, **config)``.
             None with a backbone given as a module or another norm than BatchNorm2d, which are no plain data.
         metadata: plain data that is saved with the weights, such as ``class_names``; empty at first. See
-            :meth:`save_pretrained`, :meth:`from_pretrained` and :meth:`push_to_hub`.
+            ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
         recompute: whether training computes the backbone's activations again in the backward pass instead of keeping
             them: less memory, a third more time, the same results. False at first.
 

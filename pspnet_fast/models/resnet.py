@@ -62,7 +62,7 @@ class BasicBlock(nn.Module):
         first_dilation: int,
         dilation: int,
         norm_layer: NormLayer,
-        avg_down: bool,
+        avg_down: bool = False,
     ) -> None:
         super().__init__()
         self.conv1 = _conv3x3(in_channels, channels, stride, first_dilation)
@@ -91,7 +91,7 @@ class Bottleneck(nn.Module):
         first_dilation: int,
         dilation: int,
         norm_layer: NormLayer,
-        avg_down: bool,
+        avg_down: bool = False,
     ) -> None:
         super().__init__()
         out_channels = channels * self.expansion
