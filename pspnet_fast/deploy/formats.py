@@ -77,7 +77,8 @@ def write_torch_export(program: ExportedProgram, path: Path, dynamic: bool) -> R
 
 def write_aoti(program: ExportedProgram, path: Path, dynamic: bool) -> Run:
     """What torch._inductor.aoti_load_package, or C++, loads on a machine like this."""
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    with torch.no_grad():  # the compiler calls the operators, some of which are for inference
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     loaded: Any = torch._inductor.aoti_load_package(str(path))
     return loaded
 
