@@ -14,16 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from comparison import DEVICE
-from record import machine
-from stock import StockPPM
-from timing import host_seconds, synchronized
 from torch import Tensor, nn
 
 from pspnet_fast import PSPNet, optimize
+from pspnet_fast.bench.record import machine
+from pspnet_fast.bench.stock import StockPPM
+from pspnet_fast.bench.timing import host_seconds, synchronized
 
 Forward = Callable[[], Tensor]
 REFERENCE = "stock eager"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def network(classes: int, backbone: str) -> PSPNet:
@@ -100,7 +100,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     rows = [row for dtype in (torch.float32, torch.bfloat16)[: 1 + args.bf16] for row in measured(dtype, args)]
     if args.json:
-        record = {"machine": machine(), "threads": args.threads, "size": args.size, "rows": rows}
+        record = {"machine": machine(DEVICE), "threads": args.threads, "size": args.size, "rows": rows}
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

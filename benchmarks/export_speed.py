@@ -18,11 +18,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from stock import StockPPM
-from timing import host_seconds
 from torch import Tensor, nn
 
 from pspnet_fast import PSPNet, export, fuse
+from pspnet_fast.bench.stock import StockPPM
+from pspnet_fast.bench.timing import host_seconds
 from pspnet_fast.deploy.formats import OPSET
 from pspnet_fast.deploy.wrapper import Deployed
 
