@@ -26,8 +26,8 @@ SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-fsanitize=thread"],
 }
-# Those whose kernels are compiled, and whose tests run: under a sanitizer each takes a minute to build, and float16 shares
-# the code of bfloat16.
+# Those whose kernels are compiled, and whose tests run: under a sanitizer each takes a minute to build, and float16
+# shares the code of bfloat16.
 ALL_DTYPES = ("float32", "float64", "bfloat16", "float16")
 DTYPES = {"none": ALL_DTYPES, "address": ALL_DTYPES[:3], "thread": ALL_DTYPES[:3]}
 NAMESPACE = "pspnet_fast_cuda_on_cpu"
