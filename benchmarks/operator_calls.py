@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pspnet_fast.head
 from pspnet_fast import FusedPPM, FusedPSPHead
+from pspnet_fast.bench.stock import StockPPM
 
 CHANNELS, OUTPUTS, SIZE = 32, 8, 8  # 8 channels a level: one vector
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "new_concat")
@@ -44,24 +45,6 @@ class Calls(TorchDispatchMode):
         if not (func.is_view or name.lstrip("_") in (*ALLOCATIONS, "detach", "alias", "unsafe_view")):
             self.names[name] += 1
         return func(*args, **(kwargs or {}))
-
-
-class StockPPM(nn.Module):
-    """The pyramid of plain torch layers, on the layers of a FusedPPM."""
-
-    def __init__(self, fused: FusedPPM) -> None:
-        super().__init__()
-        self.branches = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(bins), *level[1:])  # type: ignore[index]
-            for bins, level in zip(fused.levels, fused.features, strict=True)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, 2 C, H, W)."""
-        maps = [
-            nn.functional.interpolate(b(x), x.shape[2:], mode="bilinear", align_corners=True) for b in self.branches
-        ]
-        return torch.cat([x, *maps], 1)
 
 
 def modules(device: torch.device) -> Iterator[tuple[str, nn.Module, nn.Module]]:

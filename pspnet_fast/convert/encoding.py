@@ -2,9 +2,6 @@
 
 from pspnet_fast.convert.source import Source
 
-_UNUSED = {r"pretrained\.fc\.": "ImageNet's classifier"}
-_CONVENTIONS = {"dilation": "contracted", "align_corners": True}
-
 
 def _levels(before: str) -> dict[str, str]:
     return {
@@ -18,27 +15,28 @@ def _three(before: str, names: tuple[int, int, int], own: str) -> dict[str, str]
     return {rf"{before}\.{name}": f"{own}.{index}" for name, index in zip(names, (0, 1, 4), strict=True)}
 
 
-ENCODING = Source(
-    name="encoding",
-    title="zhanghang1989/PyTorch-Encoding",
-    marks=(r"pretrained\.", r"head\.conv5\.0\.conv1\."),
-    head={
-        **_levels(r"head\.conv5\.0"),
-        **_three(r"head\.conv5", (1, 2, 5), "cls"),
-        **_three(r"auxlayer\.conv5", (0, 1, 4), "aux"),
-    },
-    unused=_UNUSED,
-    conventions=_CONVENTIONS,
+def _source(name: str, title: str, pyramid: str, bottleneck: tuple[str, tuple[int, int, int]], aux: str) -> Source:
+    return Source(
+        name=name,
+        title=title,
+        marks=(r"pretrained\.", rf"{pyramid}\.conv1\."),
+        head={**_levels(pyramid), **_three(*bottleneck, "cls"), **_three(aux, (0, 1, 4), "aux")},
+        unused={r"pretrained\.fc\.": "ImageNet's classifier"},
+        conventions={"dilation": "contracted", "align_corners": True},
+    )
+
+
+ENCODING = _source(
+    "encoding",
+    "zhanghang1989/PyTorch-Encoding",
+    r"head\.conv5\.0",
+    (r"head\.conv5", (1, 2, 5)),
+    r"auxlayer\.conv5",
 )
-TRAMAC = Source(
-    name="tramac",
-    title="Tramac/awesome-semantic-segmentation-pytorch",
-    marks=(r"pretrained\.", r"head\.psp\.conv1\."),
-    head={
-        **_levels(r"head\.psp"),
-        **_three(r"head\.block", (0, 1, 4), "cls"),
-        **_three(r"auxlayer\.block", (0, 1, 4), "aux"),
-    },
-    unused=_UNUSED,
-    conventions=_CONVENTIONS,
+TRAMAC = _source(
+    "tramac",
+    "Tramac/awesome-semantic-segmentation-pytorch",
+    r"head\.psp",
+    (r"head\.block", (0, 1, 4)),
+    r"auxlayer\.block",
 )
