@@ -301,7 +301,7 @@ def test_error_of_winograd():
 def test_winograd_in_a_model(monkeypatch):
     """With norm, sum, bias and ReLU; where tiles do not fit, or the map is small, the plain convolution."""
     monkeypatch.setattr(packed, "_LEAST_CHANNELS", 1)
-    monkeypatch.setattr(packed, "_LEAST_PIXELS", 64)
+    monkeypatch.setattr(winograd, "_LEAST_PIXELS", 64)
     layers = nn.Conv2d(3, 8, 3, padding=2, dilation=2), FusedPPMHead(), nn.Conv2d(6, 6, 3, padding=1)
     model = settled(nn.Sequential(*layers, BasicBlock(6, 6, 1, 1, 2, nn.BatchNorm2d)))
     ours = optimize(model)

@@ -50,6 +50,7 @@ def export(
     argmax: bool = False,
     normalise: tuple[Sequence[float], Sequence[float]] | None = None,
     portable: bool = False,
+    winograd: bool = False,
 ) -> ExportReport:
     """Writes a model in evaluation as a file of a runtime, and runs that on the example, where it is installed.
 
@@ -70,6 +71,10 @@ def export(
         normalise: (mean, std) of each channel for images in 0..1. The program then takes what decoders give, (N, H, W,
             3) uint8, and else normalised (N, 3, H, W).
         portable: whether "torch-export" and "aoti" do without the kernels, as all other formats do.
+        winograd: whether 3x3 convolutions of 512 and more channels, on maps of 1024 pixels and more, become products
+            with matrices by Winograd's F(3x3, 3x3), with 25/81 of the multiplications, and 25/9 of the weights in the
+            file. For a fixed size in float32 on CPUs, where it takes a fifth less time (docs/export.md); not where
+            the runtime computes in bfloat16, float16 or eight bits, in which it loses too much. Without kernels.
 
     Returns:
         What was written, and how far it is from PyTorch.
@@ -89,6 +94,10 @@ def export(
         raise ValueError(
             f"example must be (N, H, W, 3) uint8 with normalise, but is {tuple(example.shape)} {example.dtype}"
         )
+    if winograd and dynamic:
+        raise ValueError("winograd must be False with dynamic: its matrices are of one size")
+    if winograd and format in KERNELS and not portable:
+        raise ValueError(f"winograd must be False for format {format!r} unless portable is True")
     deployed = Deployed(model, argmax, normalise)
     modes = [(module, module.training) for module in deployed.modules()]
     deployed.eval()
@@ -98,7 +107,7 @@ def export(
         several = dynamic and example.size(0) == 1  # torch.export takes a size of 1 for fixed
         traced = example.repeat(2, 1, 1, 1) if several else example
         shapes = ({axis: torch.export.Dim.DYNAMIC for axis in _free(example)},) if dynamic else None
-        program = graph_of(deployed, (traced,), shapes, portable=portable or format not in KERNELS)
+        program = graph_of(deployed, (traced,), shapes, portable=portable or format not in KERNELS, winograd=winograd)
     finally:
         for module, training in modes:
             module.training = training

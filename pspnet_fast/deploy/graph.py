@@ -11,6 +11,8 @@ from torch.export import ExportedProgram
 
 from pspnet_fast import ops
 
+from .winograd import rewrite_convolutions
+
 _aten: Any = torch.ops.aten
 _NORM = _aten._native_batch_norm_legit_no_training.default
 _VIEWS = {_aten.view.default, _aten._unsafe_view.default}
@@ -18,11 +20,17 @@ _COPIES = {_aten.clone.default, _aten.detach.default, _aten.dropout.default, _at
 
 
 def graph_of(
-    model: nn.Module, args: tuple[Tensor, ...], dynamic_shapes: Any = None, *, portable: bool = True
+    model: nn.Module,
+    args: tuple[Tensor, ...],
+    dynamic_shapes: Any = None,
+    *,
+    portable: bool = True,
+    winograd: bool = False,
 ) -> ExportedProgram:
     """A program of a model in evaluation, without operators of ours if `portable`.
 
     What depends on weights and fixed sizes alone is computed: parts of weights, matrices of sizes, folded batch norms.
+    With `portable`, large 3x3 convolutions may become products with matrices (winograd.py).
     """
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch.export about torch
@@ -34,6 +42,8 @@ def graph_of(
         fold_constants(module)
         if fold_norms(module):
             fold_constants(module)
+        if winograd:
+            rewrite_convolutions(module)
         return torch.export.export(module, args, dynamic_shapes=dynamic_shapes, strict=False)
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from . import winograd
 
 _LEAST_CHANNELS = 256  # from which on fewer products pay for the transforms (measured, docs/optimize.md)
-_LEAST_PIXELS = 1024
 
 
 class Geometry(NamedTuple):
@@ -77,10 +76,11 @@ class PackedConvolution:
     def __call__(self, input: Tensor, other: Tensor | None = None, relu: bool = False) -> Tensor:
         """(N, C, H, W) -> (N, O, H', W'), channels-last; `other`, of that shape, is added before the ReLU."""
         input = input.contiguous(memory_format=torch.channels_last)
-        if self._winograd and self._fewer_products(input):
+        dilation = self.geometry.dilation
+        if self._winograd and len(input) and winograd.has_fewer_products((input.size(2), input.size(3)), dilation):
             if self._transformed is None:
                 self._transformed = winograd.transformed_weight(self._folded())
-            output = winograd.convolve(input, self._transformed, self.geometry.dilation[0])
+            output = winograd.convolve(input, self._transformed, dilation[0])
             if self._bias is not None:
                 output += self._bias[:, None, None]
         elif self._onednn and input.numel():
@@ -92,14 +92,6 @@ class PackedConvolution:
         if other is not None:
             output += other
         return output.relu_() if relu else output
-
-    def _fewer_products(self, input: Tensor) -> bool:
-        """Whether the tiles, which may jut out of the map, cost less than two thirds of the pixels' products."""
-        height, width = input.shape[2:]
-        dilation = self.geometry.dilation[0]
-        down, across = winograd.tiles((height, width), dilation)
-        products = down * across * dilation**2 * (winograd.TILE + 2) ** 2
-        return input.size(0) > 0 and height * width >= _LEAST_PIXELS and 3 * products < 2 * 9 * height * width
 
     def _by_onednn(self, input: Tensor, other: Tensor | None, relu: bool) -> Tensor:
         """By the operators that inductor takes for frozen weights."""

@@ -15,10 +15,11 @@ from torch import Tensor
 
 TILE = 3  # pixels of a result a side; its input has two more
 _PLACES = TILE + 2
+_LEAST_PIXELS = 1024  # of a map
 _CHUNK_ELEMENTS = 1 << 23  # of transformed input at a time: 32 MB, what a cache may hold
-_INPUT = ((2, -1, -2, 1, 0), (0, -2, -1, 1, 0), (0, 2, -3, 1, 0), (0, -1, 0, 1, 0), (0, 2, -1, -2, 1))  # B^T
+INPUT = ((2, -1, -2, 1, 0), (0, -2, -1, 1, 0), (0, 2, -3, 1, 0), (0, -1, 0, 1, 0), (0, 2, -1, -2, 1))  # B^T
 _WEIGHT = ((1 / 2, 0, 0), (-1 / 2, -1 / 2, -1 / 2), (-1 / 6, 1 / 6, -1 / 6), (1 / 6, 1 / 3, 2 / 3), (0, 0, 1))  # G
-_OUTPUT = ((1, 1, 1, 1, 0), (0, 1, -1, 2, 0), (0, 1, 1, 4, 1))  # A^T
+OUTPUT = ((1, 1, 1, 1, 0), (0, 1, -1, 2, 0), (0, 1, 1, 4, 1))  # A^T
 
 
 def transformed_weight(weight: Tensor) -> Tensor:
@@ -29,9 +30,16 @@ def transformed_weight(weight: Tensor) -> Tensor:
     return (places @ weight.permute(2, 3, 1, 0).reshape(9, c * o)).view(_PLACES**2, c, o)
 
 
-def tiles(size: tuple[int, int], dilation: int) -> tuple[int, int]:
-    """How many tiles a phase of a map of this size has, vertically and horizontally."""
-    return -(-size[0] // (dilation * TILE)), -(-size[1] // (dilation * TILE))
+def tiles(size: int, dilation: int) -> int:
+    """How many tiles a phase of an axis has."""
+    return -(-size // (dilation * TILE))
+
+
+def has_fewer_products(size: tuple[int, int], dilation: tuple[int, int]) -> bool:
+    """Whether the tiles, which may jut out of a map, need less than two thirds of the products of its pixels."""
+    down, across = (tiles(s, d) * d for s, d in zip(size, dilation, strict=True))
+    pixels = size[0] * size[1]
+    return pixels >= _LEAST_PIXELS and 3 * _PLACES**2 * down * across < 2 * 9 * pixels
 
 
 def convolve(input: Tensor, weight: Tensor, dilation: int) -> Tensor:
@@ -46,7 +54,7 @@ def convolve(input: Tensor, weight: Tensor, dilation: int) -> Tensor:
     """
     n, c, height, width = input.shape
     o, d = weight.size(2), dilation
-    down, across = tiles((height, width), d)
+    down, across = tiles(height, d), tiles(width, d)
     # (N, pixels of a phase, phases) vertically, then horizontally, and channels
     padded = input.new_zeros(n, (down * TILE + 2) * d, (across * TILE + 2) * d, c)
     padded[:, d : d + height, d : d + width].copy_(input.permute(0, 2, 3, 1))
@@ -60,19 +68,19 @@ def convolve(input: Tensor, weight: Tensor, dilation: int) -> Tensor:
         count = min(step, down - first)
         above = [padded[:, first * TILE + a :: TILE][:, :count] for a in range(_PLACES)]
         rows = rows_of[:, :, :count]
-        for coefficients, result in zip(_INPUT, rows, strict=True):
+        for coefficients, result in zip(INPUT, rows, strict=True):
             _combine(coefficients, above, result)
         beside = [rows[:, :, :, :, b::TILE][:, :, :, :, :across] for b in range(_PLACES)]
         transformed = memory[: _PLACES**2 * count * row * c].view(_PLACES, _PLACES, n, count, d, across, d, c)
-        for place, coefficients in enumerate(_INPUT):
+        for place, coefficients in enumerate(INPUT):
             _combine(coefficients, beside, transformed[:, place])
         products = torch.bmm(transformed.view(_PLACES**2, -1, c), weight)
         parts = products.view(_PLACES, _PLACES, n, count, d, across, d, o)
         summed = input.new_empty(TILE, *parts.shape[1:])
-        for coefficients, result in zip(_OUTPUT, summed, strict=True):
+        for coefficients, result in zip(OUTPUT, summed, strict=True):
             _combine(coefficients, parts, result)
         columns = [summed[:, place].movedim(0, 2) for place in range(_PLACES)]  # (N, count, TILE, d, across, d, O)
-        for place, coefficients in enumerate(_OUTPUT):
+        for place, coefficients in enumerate(OUTPUT):
             _combine(coefficients, columns, output[:, first : first + count, :, :, :, place])
     whole = output.view(n, down * TILE * d, across * TILE * d, o)[:, :height, :width]
     return whole.contiguous().permute(0, 3, 1, 2)
