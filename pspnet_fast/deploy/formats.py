@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from . import any_size
+
 Run = Callable[[Tensor], Tensor]  # images -> logits or classes
 OPSET = 18  # what ONNX Runtime 1.14 and OpenVINO 2023 read already
 
@@ -27,6 +29,7 @@ def write_onnx(program: ExportedProgram, path: Path, dynamic: bool) -> Run | Non
             opset_version=OPSET,
             input_names=["image"],
             output_names=["output"],
+            custom_translation_table=any_size.translations(),
         )
     size = sum(t.nbytes for t in (*program.state_dict.values(), *program.constants.values()) if isinstance(t, Tensor))
     found.save(path, external_data=size > 1.9e9)

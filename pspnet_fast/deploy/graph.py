@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 from pspnet_fast import ops
 
+from .any_size import AnySize
 from .winograd import rewrite_convolutions
 
 _aten: Any = torch.ops.aten
@@ -26,15 +27,18 @@ def graph_of(
     *,
     portable: bool = True,
     winograd: bool = False,
+    onnx: bool = False,
 ) -> ExportedProgram:
     """A program of a model in evaluation, without operators of ours if `portable`.
 
     What depends on weights and fixed sizes alone is computed: parts of weights, matrices of sizes, folded batch norms.
-    With `portable`, large 3x3 convolutions may become products with matrices (winograd.py).
+    With `portable`, large 3x3 convolutions may become products with matrices (winograd.py), and pyramids on sizes that
+    are not fixed operators that only ONNX has (any_size.py).
     """
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch.export about torch
-        with ops.portable.Portable() if portable else nullcontext():
+        mode = ops.portable.Portable if dynamic_shapes is None or not onnx else AnySize
+        with mode() if portable else nullcontext():
             program = torch.export.export(model, args, dynamic_shapes=dynamic_shapes, strict=False)
         if not portable:
             return program

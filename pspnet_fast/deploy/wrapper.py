@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from pspnet_fast.models import PSPNet
 
+from .any_size import resize
+
 
 class Deployed(nn.Module):
     """A model from images to logits or classes.
@@ -17,6 +19,9 @@ class Deployed(nn.Module):
         model: images (N, 3, H, W) -> logits (N, K, h, w), alone, as {"out": logits} or as `.logits`.
         argmax: whether to return the class of every pixel, (N, H, W), not logits.
         normalise: (mean, std) of each channel for images in 0..1; images are then (N, H, W, 3) uint8.
+
+    Attributes:
+        any_size: whether the logits' size is asked of the image at run time, by an operator that only ONNX has.
     """
 
     scale: Tensor
@@ -26,6 +31,7 @@ class Deployed(nn.Module):
         self, model: nn.Module, argmax: bool, normalise: tuple[Sequence[float], Sequence[float]] | None
     ) -> None:
         super().__init__()
+        self.any_size = False
         self.model, self.argmax, self.normalise = model, argmax, normalise is not None
         # torch's default, as mmsegmentation, transformers and torchvision upsample logits
         self.align_corners = bool(getattr(model, "align_corners", False))
@@ -38,12 +44,16 @@ class Deployed(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """An image -> logits, or classes."""
+        given = image
         if self.normalise:
             image = image.permute(0, 3, 1, 2).float() * self.scale + self.shift
         logits = logits_of(self.model(image))
-        size = (image.size(2), image.size(3))
         if self.argmax or isinstance(self.model, PSPNet):
-            logits = F.interpolate(logits, size, mode="bilinear", align_corners=self.align_corners)
+            if self.any_size:
+                logits = resize(logits, given, 1 if self.normalise else 2, self.align_corners)
+            else:
+                size = (image.size(2), image.size(3))
+                logits = F.interpolate(logits, size, mode="bilinear", align_corners=self.align_corners)
         if not self.argmax:
             return logits
         return logits.argmax(1).to(torch.uint8 if logits.size(1) <= 256 else torch.int32)

@@ -28,25 +28,35 @@ class Portable(TorchFunctionMode):
     """Within it every operator of ours runs as torch's own operations: for exports to other runtimes."""
 
     def __enter__(self) -> Any:
-        _within.count = getattr(_within, "count", 0) + 1
+        _modes().append(self)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        _within.count -= 1
+        _modes().pop()
         super().__exit__(*error)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _TABLE.get(function, function)(*args, **(kwargs or {}))
+        return self.call(function, *args, **(kwargs or {}))
+
+    def call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """What runs for a function of torch's or an operator of ours."""
+        return _TABLE.get(function, function)(*args, **kwargs)
 
 
 _within = threading.local()
 
 
-def exporting() -> bool:
-    """Whether the caller is exported within Portable: what depends on weights alone is then computed once, for all."""
+def _modes() -> list[Portable]:
+    if not hasattr(_within, "modes"):
+        _within.modes = []
+    return _within.modes
+
+
+def exporting() -> Portable | None:
+    """The mode that the caller is exported within: what depends on weights alone is then computed once, for all."""
     if not torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():
-        return False
-    return getattr(_within, "count", 0) > 0  # torch's own stack lacks the mode whose function runs
+        return None
+    return _modes()[-1] if _modes() else None  # torch's own stack lacks the mode whose function runs
 
 
 # ---- pooling -------------------------------------------------------------------------------------------------------

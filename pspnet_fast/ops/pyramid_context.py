@@ -100,14 +100,14 @@ def pyramid_context_(
     interpolation = as_interpolation(mode, align_corners)
     check_flag("accumulate", accumulate)
     check_flag("relu", relu)
-    is_portable = portable.exporting()  # within a lazy map's computation no mode sees the operator
-    if not tensors and torch.compiler.is_exporting() and not is_portable:
+    mode_of_export = portable.exporting()  # within a lazy map's computation no mode sees the operator
+    if not tensors and torch.compiler.is_exporting() and mode_of_export is None:
         tensors, eps = no_norm(conv, o), 0.0
     arguments = conv, taps, tensors, eps, relu, flatten(levels), list(size), list(step), interpolation, accumulate
     if transforms_active():
         run_plain(plain.pyramid_context_, *arguments)
-    elif is_portable:
-        portable.pyramid_context_(*arguments)
+    elif mode_of_export is not None:
+        mode_of_export.call(_forward, *arguments)
     else:
         _forward(*arguments)
     return conv
