@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -47,6 +48,25 @@ def replacing(path: Path, needed: int = 0) -> Iterator[BinaryIO]:
         if path.exists():
             reason += "; the file before it is whole"
         raise OSError(cause.errno, reason, str(path)) from None
+
+
+@contextmanager
+def replacing_beside(path: Path) -> Iterator[Path]:
+    """A path of the same name in an empty folder beside it, for writers that take names and write several files.
+
+    What lies there when the block has ended well takes the places beside ``path``, ``path`` itself last. Until then all
+    stays as it was, and nothing of the new ones stays where the block raises.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        new = Path(folder) / path.name
+        yield new
+        for file in sorted(new.parent.iterdir(), key=lambda file: file == new):
+            place = path.with_name(file.name)
+            if place.is_dir() and not place.is_symlink():
+                shutil.rmtree(place)
+            os.replace(file, place)
+    _flush_folder(path.parent)
 
 
 def _flush_folder(folder: Path) -> None:

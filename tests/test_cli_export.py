@@ -54,6 +54,27 @@ def test_eight_bits_say_what_they_cost(work: Workspace, tmp_path: Path) -> None:
     assert path.stat().st_size > 0
 
 
+def test_matrices_of_any_size_keep_their_bits(work: Workspace, tmp_path: Path) -> None:
+    """Of a dynamic file's convolutions all are quantised but the one that shifts the upsampling weights."""
+    import onnx
+
+    path = tmp_path / "toy.onnx"
+    result = run("export", "--checkpoint", work.checkpoint, "--out", path, "--dynamic", "--int8", work.data)
+    assert result.exit_code == 0, result.output
+    graph = onnx.load(path).graph
+    source = {name: node.op_type for node in graph.node for name in node.output}
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    plain = [node for node in convolutions if source.get(node.input[0]) != "DequantizeLinear"]
+    assert len(convolutions) > len(plain)
+    assert [source[node.input[0]] for node in plain] == ["Resize"]
+    assert_one_line(
+        run("export", "--checkpoint", work.checkpoint, "--out", tmp_path / "b.onnx", "--winograd", "--int8", work.data),
+        2,
+        "--winograd",
+        "--int8",
+    )
+
+
 def test_what_cannot_be_exported_is_told(work: Workspace, tmp_path: Path) -> None:
     command = ["export", "--checkpoint", work.checkpoint, "--out"]
     assert_one_line(run(*command, tmp_path / "a.pt2"), 1, "path", ".onnx")

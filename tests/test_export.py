@@ -1,6 +1,8 @@
 """export: files of other runtimes, run against PyTorch."""
 
 import importlib.util
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -146,3 +148,30 @@ def test_fused_models(monkeypatch):
 def test_bad_arguments(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         export(model, **{"example": torch.zeros(1, 3, 8, 8), **arguments})
+
+
+@pytest.mark.parametrize("ending", ["onnx", "xml", "mlpackage"])
+def test_a_file_is_replaced_whole_or_not_at_all(ending, model, tmp_path: Path, monkeypatch):
+    """By one file, by two, and by a folder; where writing fails nothing is left of it."""
+    path, beside = tmp_path / f"a.{ending}", tmp_path / "a.bin"
+    name = {"onnx": "onnx", "xml": "openvino", "mlpackage": "coreml"}[ending]
+
+    def content() -> list[tuple[str, bytes]]:
+        return sorted((file.name, file.read_bytes()) for file in tmp_path.rglob("*") if file.is_file())
+
+    def write(text: bytes, fails: bool, program: object, new: Path, dynamic: bool) -> None:
+        files = {"onnx": [new], "xml": [new, new.with_suffix(".bin")], "mlpackage": [new / "weights"]}[ending]
+        for file in files:
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(text)
+        if fails:
+            raise OSError("disk full")
+
+    for text, fails in ((b"old", False), (b"new", False), (b"half", True)):
+        monkeypatch.setitem(formats.WRITERS, name, partial(write, text, fails))
+        with pytest.raises(OSError, match="disk full") if fails else nullcontext():
+            export(model, torch.randn(1, 3, 33, 33), path=path, format=name)
+        expected = {"onnx": ["a.onnx"], "xml": ["a.bin", "a.xml"], "mlpackage": ["weights"]}[ending]
+        assert content() == [(file, b"new" if fails else text) for file in expected]
+    assert path.exists()
+    assert beside.exists() == (ending == "xml")

@@ -9,6 +9,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from pspnet_fast.files import replacing_beside
+
 from .formats import WRITERS
 from .graph import graph_of
 from .wrapper import Deployed
@@ -61,7 +63,8 @@ def export(
     Args:
         model: takes an image (N, 3, H, W) and returns logits (N, K, h, w), alone, as {"out": logits} or as `.logits`.
         example: an image, of the size that is meant where `dynamic` is not set; of what `normalise` asks for.
-        path: of the file; its ending is the format's: .onnx, .pt2, .xml (beside it .bin) or .mlpackage. It is replaced.
+        path: of the file; its ending is the format's: .onnx, .pt2, .xml (beside it .bin) or .mlpackage. It is
+            replaced once the new one is whole and has run.
         format: "onnx" (needs onnx and onnxscript), "openvino" (and openvino), "coreml" (coremltools), "torch-export" or
             "aoti", compiled ahead of time for this machine. The last two call the kernels of this package.
         dynamic: whether batch, height and width may be any. A model after fuse then upsamples and concatenates as it
@@ -114,9 +117,8 @@ def export(
     finally:
         for module, training in modes:
             module.training = training
-    path.parent.mkdir(parents=True, exist_ok=True)
-    run = WRITERS[format](program, path, dynamic)
-    with torch.no_grad():
+    with replacing_beside(path) as new, torch.no_grad():
+        run = WRITERS[format](program, new, dynamic)
         difference = None if run is None else difference_of(run(example), expected)
     return ExportReport(path, format, difference)
 
