@@ -47,7 +47,7 @@ def export(
 
     torch-export and aoti call this package's kernels and need it at run time, unless --portable. A Core ML file is
     converted only: nothing but a Mac runs it. --winograd is for one size, and for runtimes that compute in float32 on a
-    CPU: a PSPNet-50 takes a fifth less time there, and its file is larger by 70 %. With --int8 the convolutions are
+    CPU: a PSPNet-50 takes a fifth less time there, and its file is larger by 60 %. With --int8 the convolutions are
     quantised by ONNX Runtime's quantiser; what of the classes changes by it is measured on those images that it has
     not seen, every fourth.
 
