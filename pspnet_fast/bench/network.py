@@ -2,7 +2,8 @@
 
 Both have the same layers and weights; "eager" is StockPPM, the concatenated head, interpolated logits and
 F.cross_entropy or argmax. Whole steps are in channels_last; on a GPU training is in mixed precision (autocast to
-bfloat16), prediction in bfloat16, of batch 1 by replays of a CUDA graph; on a CPU all is float32.
+bfloat16), prediction in bfloat16, of batch 1 by replays of a CUDA graph; on a CPU all is float32, and prediction by
+`optimize`, as pspnet-fast predict has it.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pspnet_fast import PSPNet, UpsampleCrossEntropyLoss, ops
+from pspnet_fast import PSPNet, UpsampleCrossEntropyLoss, ops, optimize
 from pspnet_fast.bench.cases import DTYPES, Case, Compiler, Step, dtype_name, nbytes
 from pspnet_fast.bench.stock import StockPPM, upsampled_cross_entropy
 
@@ -71,7 +72,7 @@ def _forward(
 class _Classes(nn.Module):
     """An image (N, 3, H, W) -> the class of each pixel (N, H, W), of plain torch layers or as this package has it."""
 
-    def __init__(self, model: PSPNet, ours: bool) -> None:
+    def __init__(self, model: nn.Module, ours: bool) -> None:
         super().__init__()
         self.model, self.ours = model, ours
 
@@ -91,7 +92,10 @@ def _stock_prediction(size: int, classes: int, batch: int, device: torch.device)
 def _prediction(size: int, classes: int, batch: int, device: torch.device, ours: bool, compiler: Compiler[Any]) -> Step:
     """Classes of every pixel."""
     dtype = DTYPE[device.type]
-    model, image = make_network(device, classes, ours).to(dtype).eval(), _images(batch, size, device, dtype)
+    model: nn.Module = make_network(device, classes, ours).to(dtype).eval()
+    image = _images(batch, size, device, dtype)
+    if ours and device.type == "cpu":  # as predict and eval run it
+        model = optimize(model, image)
     function = compiler(_Classes(model, ours))
     predict = torch.no_grad()(lambda: function(image))
     if device.type == "cuda" and batch == 1:
