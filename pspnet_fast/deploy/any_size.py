@@ -116,18 +116,8 @@ def _pool(input: Tensor, bins: list[int]) -> Tensor | None:
     return None if picture is None else pool(input, picture).transpose(1, 2)
 
 
-def _context(
-    conv: Tensor,
-    taps: Tensor,
-    norm: list[Tensor],
-    eps: float,
-    relu: bool,
-    bins: list[int],
-    kernel: list[int],
-    dilation: list[int],
-    interpolation: int,
-    accumulate: bool,
-) -> Tensor | None:
+def _context(conv: Tensor, taps: Tensor, norm: list[Tensor], eps: float, relu: bool, *window: Any) -> Tensor | None:
+    bins, kernel, dilation, interpolation, accumulate = window
     pictures = weights(bins, interpolation)
     places = kernel[0] * kernel[1]
     if pictures is None or norm or not accumulate or taps.size(1) > portable.FEW_CELLS:
