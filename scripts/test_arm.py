@@ -1,7 +1,6 @@
 """The kernels on ARM: compiled for aarch64, where the portable build serves, and tested under qemu's user mode.
 
-usage: python scripts/test_arm.py [--all] [test_NAME.py ...]   by default a sample of the operators' tests
-
+By default a sample of the operators' tests runs; TEST, as test_pyramid_pool.py, names others.
 Needs Debian's qemu-user-static and g++-aarch64-linux-gnu, and the network the first time: into build/arm/ go Debian's
 Python for arm64 (by a state of apt's own, so that this machine's packages stay as they are), torch for aarch64 of this
 environment's version, half a gigabyte, with stubs of CUDA's libraries, and what the tests import. setup.py compiles,
