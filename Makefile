@@ -3,6 +3,7 @@
 # make test-fast   for daily work: the tests of the CPU's kernels, a sample of them, and of the rest what is quick
 # make docs   the documentation as a site, warnings being errors: build/docs/html
 # make dist   sdist and wheel, tried without a compiler under several Pythons and torches: dist/
+# make test-arm   the CPU kernels compiled for aarch64, the operators' tests under qemu, where Debian's packages for it are
 # make test-peers   fuse on segmentation_models_pytorch and transformers, in an environment of their own, .venv-peers
 # They set themselves up: a virtual environment in .venv with the pinned torch, and the compiled kernels.
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := .venv/bin
 PROCESSES ?= 2
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test test-fast test-peers docs dist lint types check-cuda bench test-abi format clean
+.PHONY: demo test test-fast test-peers docs dist lint types check-cuda bench test-abi test-arm format clean
 
 demo: .venv/installed
 	$(BIN)/python -m pspnet_fast.demo --out runs/demo
@@ -53,6 +54,9 @@ bench: .venv/installed
 # the wheel under another torch and Python: make test-abi OTHER_TORCH=torch==2.14.1 OTHER_PYTHON=python3.13
 test-abi: .venv/installed
 	scripts/test_abi.sh $(OTHER_TORCH) $(OTHER_PYTHON)
+
+test-arm: .venv/installed
+	@$(BIN)/python scripts/test_arm.py || { [ $$? -eq 3 ] && echo "test-arm: skipped"; }
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -57,12 +57,17 @@ def run(command: list[object], **options: object) -> str:
 def fetch(version: str, python: str = sys.executable) -> Path:
     """The folder that holds this torch, as on sys.path, for a Python."""
     minor = run([python, "-c", "import sys; print(sys.version_info[1])"]).strip()
-    folder = WHEELS / (version if int(minor) == sys.version_info[1] else f"{version}-cp3{minor}")
+    name = version if int(minor) == sys.version_info[1] else f"{version}-cp3{minor}"
+    return download(version, WHEELS / name, python, ["--only-binary=:all:"])
+
+
+def download(version: str, folder: Path, python: str, options: list[str]) -> Path:
+    """The folder, once it holds the torch that this Python's pip takes by these options, as on sys.path."""
     if (folder / "whole").exists():
         return folder
     print(f"check_torch: downloads torch {version}, half a gigabyte", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    command = [python, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", f"torch=={version}"]
+    command = [python, "-m", "pip", "download", "--no-deps", *options, f"torch=={version}"]
     done = subprocess.run([*command, "--quiet", f"--dest={folder}"], capture_output=True, text=True)
     wheel = next(folder.glob("torch-*.whl"), None)
     if done.returncode != 0 or wheel is None:
@@ -78,8 +83,11 @@ def fetch(version: str, python: str = sys.executable) -> Path:
     return folder
 
 
-def stub_libraries(torch_libraries: Path, folder: Path) -> None:
-    """What torch's libraries need of CUDA's, but for its runtime: libraries of the same names, symbols and versions."""
+def stub_libraries(torch_libraries: Path, folder: Path, compiler: str = COMPILER) -> None:
+    """What torch's libraries need of CUDA's, but for its runtime: libraries of the same names, symbols and versions.
+
+    A call of such a symbol ends the process: it is data, which no processor executes.
+    """
     folder.mkdir(exist_ok=True)
     names: set[str] = set()  # of libraries
     symbols: dict[str, set[str]] = {}  # by version
@@ -100,10 +108,10 @@ def stub_libraries(torch_libraries: Path, folder: Path) -> None:
         defined = set().union(*own.values()) if own else {name for name in symbols[""] if name.startswith(("cu", "nc"))}
         source, script = folder / "stub.s", folder / "stub.map"
         labels = [f".globl {name}\n.type {name}, @function\n{name}:" for name in sorted(defined)]
-        source.write_text("\n".join([".text", *labels, "ud2", '.section .note.GNU-stack,"",@progbits', ""]))
+        source.write_text("\n".join([".data", *labels, ".quad 0", '.section .note.GNU-stack,"",@progbits', ""]))
         script.write_text("".join(f"{v} {{ global: {' '.join(f'{n};' for n in sorted(own[v]))} }};\n" for v in own))
         versioned = [f"-Wl,--version-script={script}"] if own else []
-        run([COMPILER, "-shared", "-nostdlib", source, *versioned, f"-Wl,-soname={library}", "-o", folder / library])
+        run([compiler, "-shared", "-nostdlib", source, *versioned, f"-Wl,-soname={library}", "-o", folder / library])
 
 
 def check(version: str, kernels: list[Path], cuda: Path) -> str:

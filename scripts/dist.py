@@ -3,8 +3,8 @@
 1. The sdist, and from it, unpacked elsewhere, a wheel with the CPU kernels, compiled against the oldest torch.
 2. auditwheel gives it the manylinux tag of this machine's toolchain. torch's own libraries stay outside the wheel;
    nothing else is copied into it: threads are torch's, so there is no second OpenMP runtime.
-3. For each Python a virtual environment in build/dist with the wheel, its PATH without a compiler: the operators' and
-   modules' tests, the oldest and the newest torch in turns.
+3. For each Python a virtual environment in build/dist with the wheel, its PATH without a compiler: the tests of
+   scripts/installed_tests.py, the oldest and the newest torch in turns.
 
 A torch is downloaded without what it depends on, half a gigabyte each, into build/torch_cuda; the CUDA libraries that
 it would load are stubs (scripts/check_torch.py), for nothing of a GPU is called.
@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import check_torch
+import installed_tests
 
 ROOT = Path(__file__).parents[1]
 DIST, BUILD = ROOT / "dist", ROOT / "build" / "dist"
@@ -30,8 +31,6 @@ PYTHONS = [f"python3.{minor}" for minor in range(10, 15)]
 OUTSIDE = ("libtorch*.so*", "libc10*.so*", "libcudart.so*")
 NEEDED = ["filelock", "typing-extensions", "sympy", "networkx", "jinja2", "fsspec", "setuptools>=70.1,<82"]  # by torch
 NEEDED += ["nvidia-cuda-runtime>=13,<14", "ninja", "numpy", "click>=8", "pytest>=8"]
-TESTS = ("test_pyramid_*.py", "test_upsample_*.py", "test_confusion_matrix.py", "test_modules.py", "test_head.py")
-COMPILING = "not compile"  # torch.compile needs a compiler
 
 
 def run(command: Sequence[object], **options: object) -> str:
@@ -104,11 +103,9 @@ def attempt(built: Path, python: str, version: str, quick: bool = False) -> str:
     folder = environment(python)
     variables = with_torch(check_torch.fetch(version, python), cuda_runtime(folder))
     run([folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", built])
-    tests = folder / "tests"  # beside the wheel, not in the checkout, whose package would be imported instead
+    tests = folder / "tests"  # beside the wheel
     shutil.rmtree(tests, ignore_errors=True)
-    tests.mkdir()
-    for path in (ROOT / "tests").glob("*.py"):
-        shutil.copy(path, tests)
+    installed_tests.copy(tests)
     clean = {
         "PATH": str(folder / "bin"),
         "HOME": str(folder),
@@ -121,21 +118,9 @@ def attempt(built: Path, python: str, version: str, quick: bool = False) -> str:
     if found.strip() != "None None":
         sys.exit(f"dist: there must be no compiler on PATH, but there is {found}")
     run([folder / "bin" / "pspnet-fast", "info"], **options)
-    files = sorted(path.name for pattern in TESTS for path in tests.glob(pattern))
-    command = [
-        folder / "bin" / "python",
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--device",
-        "cpu",
-        "-k",
-        COMPILING,
-    ]
-    sample = ["--sample", "0"] if quick else []
-    return run([*command, *sample, *files], **options).strip().splitlines()[-1].strip("= ")
+    command = [folder / "bin" / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["-k", installed_tests.WITHOUT_COMPILER, *(["--sample", "0"] if quick else []), *installed_tests.files()]
+    return run(command, **options).strip().splitlines()[-1].strip("= ")
 
 
 def pythons() -> list[str]:

@@ -64,6 +64,17 @@ def test_an_operator_has_the_files_that_contributing_names(operator: str) -> Non
     assert f"def {operator}(" in (ROOT / "pspnet_fast" / "reference.py").read_text(encoding="utf-8")
 
 
+def test_an_installed_package_is_tried_with_every_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In `make dist`, `make test-abi` and, but for what is above the operators, `make test-arm`."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import installed_tests
+
+    operators = {f"test_{name.removesuffix('_')}.py" for name in ops.__all__ if name != "new_concat"}
+    assert operators <= set(installed_tests.files(installed_tests.OPERATORS))
+    for pattern in installed_tests.OPERATORS + installed_tests.ABOVE:
+        assert installed_tests.files((pattern,)), f"{pattern} names no test"
+
+
 @pytest.mark.parametrize("place", COMMANDS)
 def test_command(place: str) -> None:
     """Its options exist, so do its configuration and the keys that it changes."""

@@ -3,15 +3,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS, make
 
 from pspnet_fast import ops, reference
-
-ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -170,19 +167,19 @@ def test_memory() -> None:
     """The classes and a few rows of logits, where stock PyTorch holds 2 x 150 x 473 x 473 floats, 268 MB."""
     script = """
 import torch
-from pspnet_fast.inference.memory import _status
+from resident import resident
 from pspnet_fast import ops, reference
 
 def growth(module, size):
-    before = _status("VmRSS")
+    before = resident("VmRSS")
     classes = module.upsample_argmax(logits, (size, size), align_corners=True)
-    return _status("VmHWM") - before
+    return resident("VmHWM") - before
 
 logits = torch.randn(2, 150, 60, 60)
 growth(ops, 8)
 print(growth(ops, 473), growth(reference, 473))
 """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, check=True, stdout=subprocess.PIPE, text=True
     )

@@ -4,7 +4,6 @@ import itertools
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +11,6 @@ from cases import DTYPES, LAYOUTS, assert_accurate, make
 from torch import Tensor
 
 from pspnet_fast import ops, reference
-
-ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -297,21 +294,21 @@ def test_memory() -> None:
     """One float a pixel and the gradient beside 8 MB, where stock PyTorch holds 268 MB several times."""
     script = """
 import torch
-from pspnet_fast.inference.memory import _status
+from resident import resident
 from pspnet_fast import ops, reference
 
 def growth(module, size):
-    before = _status("VmRSS")
+    before = resident("VmRSS")
     loss = module.upsample_cross_entropy(logits, target[:, :size, :size])
     grads = torch.autograd.grad(loss, logits)
-    return _status("VmHWM") - before
+    return resident("VmHWM") - before
 
 logits = torch.randn(2, 150, 60, 60, requires_grad=True)
 target = torch.randint(0, 150, (2, 473, 473), dtype=torch.uint8)
 growth(ops, 8)
 print(growth(ops, 473), growth(reference, 473))
 """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, check=True, stdout=subprocess.PIPE, text=True
     )
