@@ -21,7 +21,7 @@ demo: .venv/installed
 # two architectures are enough every day, the oldest and the one whose machine code is read
 test: ARCHITECTURES = 80 90
 test: check-cuda types docs lint
-	@echo "tests: a quarter of an hour on 2 cores"
+	@echo "tests: some 20 minutes on 2 cores"
 	OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 $(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: .venv/installed
