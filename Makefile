@@ -10,7 +10,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PROCESSES ?= 2
+PARALLEL = -n $(PROCESSES) --dist worksteal
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
+SITE := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .PHONY: demo test test-fast test-peers docs dist lint types check-cuda bench test-abi test-arm format clean
 
@@ -19,12 +21,12 @@ demo: .venv/installed
 
 # two architectures are enough every day, the oldest and the one whose machine code is read
 test: ARCHITECTURES = 80 90
-test: lint types docs check-cuda
-	@echo "tests: a quarter of an hour on 2 cores"
-	OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 $(BIN)/python -m pytest -n $(PROCESSES)
+test: check-cuda types docs lint
+	@echo "tests: some 20 minutes on 2 cores"
+	OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 $(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --fast
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) --fast
 
 docs: .venv/installed
 	$(BIN)/python -m sphinx -b html -W --keep-going --fresh-env -q docs build/docs/html
@@ -33,7 +35,7 @@ dist: .venv/installed
 	$(BIN)/python scripts/dist.py
 
 test-peers: .venv-peers/installed
-	PYTHONPATH=$(CURDIR) .venv-peers/bin/python -m pytest tests/peers
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) .venv-peers/bin/python -m pytest $(PARALLEL) tests/peers
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -69,15 +71,15 @@ clean:
 .venv/installed: setup.py pyproject.toml scripts/build_backend.py $(CSRC)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "needs Python >= 3.10: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install "$(TORCH)"
+	$(BIN)/pip install --no-compile "$(TORCH)"
 	@echo "Compiling the kernels: 2 to 10 minutes"
-	$(BIN)/pip install --editable ".[dev]"
+	$(BIN)/pip install --no-compile --editable ".[dev]"
 	touch $@
 
-# the kernels are those that .venv built in place: their ABI is the same for every torch
+# Its own packages come first; what they need and .venv has, torch above all, is .venv's, the kernels built in place too.
 .venv-peers/installed: tests/peers/requirements.txt tests/peers/no_deps.txt pyproject.toml .venv/installed
 	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/pip install "$(TORCH)"
-	.venv-peers/bin/pip install --no-deps --requirement tests/peers/no_deps.txt
-	.venv-peers/bin/pip install --requirement tests/peers/requirements.txt
+	$(BIN)/python -c $(SITE) >"$$(.venv-peers/bin/python -c $(SITE))/venv.pth"
+	.venv-peers/bin/pip install --no-compile --no-deps --requirement tests/peers/no_deps.txt
+	.venv-peers/bin/pip install --no-compile --requirement tests/peers/requirements.txt
 	touch $@

@@ -52,17 +52,22 @@ export ARCHITECTURES cuda out torch_flags common
 ls -S csrc/cuda/*.cu | tr '\n' '\0' | xargs -0 -P "$(nproc)" -I{} bash -c 'set -euo pipefail; compile {}'
 
 python=${PYTHON:-python3}
-"$python" scripts/check_torch.py "$out" --cuda "$cuda" || {
-  [ $? -eq 3 ] || exit 1
-  torch_include=$("$python" -c "import torch.utils.cpp_extension as e; print(*('-isystem ' + p for p in e.include_paths()))")
-  for source in csrc/*.cpp; do
-    echo "check_cuda: $source, its syntax"
-    # shellcheck disable=SC2086  # several options
-    "${CXX:-g++}" -std=c++20 -fsyntax-only -Wall -Wextra -Wno-missing-field-initializers -Werror \
-      -DPSPNET_FAST_WITH_CUDA -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000 $torch_include \
-      -isystem "$cuda/include" "$source"
-  done
+check_torch() {
+  "$python" scripts/check_torch.py "$out" --cuda "$cuda" || {
+    [ $? -eq 3 ] || exit 1
+    torch_include=$("$python" -c "import torch.utils.cpp_extension as e; print(*('-isystem ' + p for p in e.include_paths()))")
+    for source in csrc/*.cpp; do
+      echo "check_cuda: $source, its syntax"
+      # shellcheck disable=SC2086  # several options
+      "${CXX:-g++}" -std=c++20 -fsyntax-only -Wall -Wextra -Wno-missing-field-initializers -Werror \
+        -DPSPNET_FAST_WITH_CUDA -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000 $torch_include \
+        -isystem "$cuda/include" "$source"
+    done
+  }
 }
-report=${1:-build/cuda_static.json}
-"$python" scripts/check_cuda.py "$out" --json "$report"
-"$python" scripts/sass/predict.py --budgets --blocks 6 --json "$report" || [ $? -eq 3 ]
+check_torch &  # its downloads leave time to what has one process
+torch=$! report=${1:-build/cuda_static.json} status=0
+"$python" scripts/check_cuda.py "$out" --json "$report" || status=$?
+if [ $status -eq 0 ]; then "$python" scripts/sass/predict.py --budgets --blocks 6 --json "$report" || status=$?; fi
+wait $torch
+[ $status -eq 0 ] || [ $status -eq 3 ]

@@ -1,6 +1,7 @@
 """Where the operators' tests run, and what they share."""
 
 import contextlib
+import functools
 import os
 import random
 import signal
@@ -38,6 +39,7 @@ SLOW = [
     "sass",
     "verify_gpu",
 ]
+LONG = ["cuda_on_cpu", "sass"]
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or deterministic mode refuses cuBLAS
 
 
@@ -68,8 +70,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)  # of what -k has left
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """--fast, --device, --dtypes and --sample, which leaves enough to run every kernel in every dtype and layout."""
-    chosen = items
+    """--fast, --device, --dtypes and --sample, which leaves enough to run every kernel in every dtype and layout.
+
+    What takes minutes begins first, so that no process is left alone with it at the end.
+    """
+    chosen = sorted(items, key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
     if config.getoption("--fast"):
         chosen = sample([item for item in chosen if is_fast(item)], 0)
     if device := config.getoption("--device"):
@@ -132,11 +137,26 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
                 stack.enter_context(backend.instead_of_cpu_kernels())
             except backend.NotAvailable as error:
                 pytest.skip(f"the CUDA sources cannot be built for the CPU: {error}")
+            stack.enter_context(what_is_torchs_is_shown_on_cpu())
         elif request.param == "cuda" and not torch.cuda.is_available():
             pytest.skip("no CUDA GPU on this machine")
         if request.config.getoption("--twice"):
             stack.enter_context(Twice())
         yield torch.device("cuda" if request.param == "cuda" else "cpu")
+
+
+@contextlib.contextmanager
+def what_is_torchs_is_shown_on_cpu() -> Iterator[None]:
+    """opcheck of what an operator returns and writes to; gradcheck along a random direction.
+
+    The rest of opcheck, registrations and graphs, is the same for all kernels and shown with the CPU's. Every gradient
+    is held against the reference's in float64 besides.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        utils = ("test_schema", "test_faketensor")
+        patch.setattr(torch.library, "opcheck", functools.partial(torch.library.opcheck, test_utils=utils))
+        patch.setattr(torch.autograd, "gradcheck", functools.partial(torch.autograd.gradcheck, fast_mode=True))
+        yield
 
 
 @pytest.fixture(scope="module")

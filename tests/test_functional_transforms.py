@@ -1,5 +1,7 @@
 """Every operator under torch.func: grad, vjp, vmap, jvp, hessian and nestings, eager and compiled."""
 
+import itertools
+
 import pytest
 import torch
 from derivative_cases import (
@@ -83,9 +85,13 @@ def test_gradients_of_a_batch(name):
     assert_same(batched_backward, case)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+# inductor, half a minute each, has the others in FusedPPM (test_derivatives_modules.py)
 @pytest.mark.parametrize(
-    "name", ["pyramid_pool into concat", "pyramid_reduce", "pyramid_context_", "upsample_cross_entropy"]
+    ("name", "backend"),
+    [
+        *((n, "aot_eager") for n in ("pyramid_pool into concat", "pyramid_reduce")),
+        *itertools.product(["pyramid_context_", "upsample_cross_entropy"], ["aot_eager", "inductor"]),
+    ],
 )
 def test_compiled_transforms(name, backend):
     torch.compiler.reset()

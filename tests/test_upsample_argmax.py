@@ -132,6 +132,7 @@ def test_opcheck(device, layout, return_confidence):
         torch.library.opcheck(torch.ops.pspnet_fast.upsample_argmax.default, (logits, 9, 7, True, return_confidence))
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)  # the compiler knows no kernels
 def test_compiles_with_dynamic_sizes(device):
     def function(logits, height: int):
         return ops.upsample_argmax(logits, (height, 2 * logits.size(3)), align_corners=True, return_confidence=True)

@@ -112,6 +112,7 @@ def test_opcheck(device, layout):
     )
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)  # the compiler knows no kernels
 def test_compiles_with_dynamic_sizes(device):
     def function(probabilities, logits, top: int):
         p = probabilities.clone()

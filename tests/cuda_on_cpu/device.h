@@ -26,8 +26,14 @@ void barrier(const char* site);
 void warp_barrier(unsigned mask, const char* site);
 // Every lane gives `value` of `bytes` bytes and takes that of lane `source`.
 void exchange(unsigned mask, const void* value, void* result, unsigned bytes, int source, const char* site);
-// The same of all 32 lanes' values, in words of 8 bytes.
-void gather(const void* value, void* values, unsigned bytes, const char* site);
+// Every lane gives 8 bytes and takes those of all 32.
+void gather(const void* value, void* values, const char* site);
+// Every lane gives its elements of a 16 x 16 and a 16 x 8 matrix, as PTX spreads them, and adds its part of their
+// product.
+struct Factors {
+  float left[4][2], right[2][2];
+};
+void multiply(const Factors& own, float (&sums)[4], const char* site);
 int lane();
 void* dynamic_shared();
 void* static_shared(const void* variable, size_t bytes, const char* site);
@@ -141,7 +147,7 @@ void wait_for_copies() {
 template <bool transposed>
 void load_matrices(SharedAddress row, unsigned (&values)[4]) {
   const unsigned short* rows[32];
-  gather(&row, rows, sizeof(row), "load_matrices");
+  gather(&row, rows, "load_matrices");
   for (int i = 0; i < 4; ++i) {
     unsigned short pair[2];
     for (int j = 0; j < 2; ++j) {
@@ -154,22 +160,13 @@ void load_matrices(SharedAddress row, unsigned (&values)[4]) {
 
 template <class T>
 void multiply_matrices(const unsigned (&left)[4], const unsigned* right, float (&sums)[4]) {
-  struct alignas(8) Factors {
-    float left[4][2], right[2][2];
-  } own, all[32];
   T halves[6][2];
   std::memcpy(halves, left, 16);
   std::memcpy(halves + 4, right, 8);
+  Factors own;
   for (int i = 0; i < 8; ++i) own.left[i / 2][i % 2] = halves[i / 2][i % 2];
   for (int i = 0; i < 4; ++i) own.right[i / 2][i % 2] = halves[4 + i / 2][i % 2];
-  gather(&own, all, sizeof(own), "multiply_matrices");
-  for (int v = 0; v < 4; ++v) {
-    const int row = lane() / 4, column = lane() % 4 * 2 + v % 2;
-    for (int k = 0; k < 16; ++k) {
-      const int pair = k % 8 / 2;
-      sums[v] += all[row * 4 + pair].left[v / 2 + k / 8 * 2][k % 2] * all[column * 4 + pair].right[k / 8][k % 2];
-    }
-  }
+  multiply(own, sums, "multiply_matrices");
 }
 }  // namespace cuda_on_cpu
 

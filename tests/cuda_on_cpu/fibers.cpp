@@ -52,6 +52,9 @@ cuda_on_cpu_switch_stack:
   .size cuda_on_cpu_switch_stack, . - cuda_on_cpu_switch_stack
 )");
 
+// Sites are literals, of which each source has its own.
+bool same(const char* site, const char* other) { return site == other || std::strcmp(site, other) == 0; }
+
 void yield() {
   Thread& thread = *block.current;
 #if defined(CUDA_ON_CPU_ADDRESS)
@@ -91,7 +94,7 @@ void warp_wait(unsigned mask, const char* site, bool orders_memory) {
   const unsigned number = thread.number / kWarp;
   Warp& warp = block.warps[number];
   if (mask != ~0u || warp.size != kWarp) fail("%s: a warp operation without all 32 lanes", site);
-  if (warp.arrived != 0 && std::strcmp(warp.site, site) != 0) fail("%s: other lanes wait at %s", site, warp.site);
+  if (warp.arrived != 0 && !same(warp.site, site)) fail("%s: other lanes wait at %s", site, warp.site);
   const unsigned turn = warp.turn % 2;
   char* const edge = block.crew->warp_edge(number, turn);
   warp.site = site;
@@ -141,7 +144,7 @@ void resume(Thread& thread) {
 }
 
 void barrier(const char* site) {
-  if (block.waiting > 0 && std::strcmp(block.site, site) != 0) {
+  if (block.waiting > 0 && !same(block.site, site)) {
     fail("a thread comes to the barrier %s while others wait at %s", site, block.site);
   }
   char* const edge = block.crew->barrier_edge(block.turn);
@@ -171,20 +174,30 @@ void exchange(unsigned mask, const void* value, void* result, unsigned bytes, in
   copy(result, warp.slots[turn][source], bytes);
 }
 
-void gather(const void* value, void* values, unsigned bytes, const char* site) {
+void gather(const void* value, void* values, const char* site) {
   Warp& warp = block.warps[block.current->number / kWarp];
   const unsigned turn = warp.turn % 2;
-  copy(warp.slots[turn][lane()], &value, sizeof(value));
+  copy(warp.slots[turn][lane()], value, sizeof(warp.slots[turn][0]));
   warp_wait(~0u, site, false);
-  for (unsigned i = 0; i < kWarp; ++i) {
-    const void* from = nullptr;
-    copy(&from, warp.slots[turn][i], sizeof(from));
-    for (unsigned word = 0; word < bytes / 8; ++word) {
-      static_cast<volatile uint64_t*>(values)[i * (bytes / 8) + word] =
-          static_cast<const volatile uint64_t*>(from)[word];
+  copy(values, warp.slots[turn], sizeof(warp.slots[turn]));
+}
+
+void multiply(const Factors& own, float (&sums)[4], const char* site) {
+  Warp& warp = block.warps[block.current->number / kWarp];
+  const unsigned turn = warp.turn % 2;
+  const Factors *const pointer = &own, *all[kWarp];
+  const int thread = lane();
+  copy(warp.slots[turn][thread], &pointer, sizeof(pointer));
+  warp_wait(~0u, site, false);
+  copy(all, warp.slots[turn], sizeof(all));
+  for (int v = 0; v < 4; ++v) {
+    const int row = thread / 4, column = thread % 4 * 2 + v % 2;
+    for (int k = 0; k < 16; ++k) {
+      const int pair = k % 8 / 2;
+      sums[v] += all[row * 4 + pair]->left[v / 2 + k / 8 * 2][k % 2] * all[column * 4 + pair]->right[k / 8][k % 2];
     }
   }
-  warp_wait(~0u, site, false);  // the values lie on the lanes' stacks
+  warp_wait(~0u, site, false);  // the factors lie on the lanes' stacks
 }
 
 void begin_copy(const AsyncCopy& copy) {
