@@ -18,7 +18,7 @@ from functools import partial
 import torch
 
 from pspnet_fast.bench import loss, ops
-from pspnet_fast.bench.cases import Map, Step, maps
+from pspnet_fast.bench.cases import Step, maps
 
 CPU = torch.device("cpu")
 
