@@ -12,9 +12,10 @@ namespace pspnet_fast {
 enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
 enum class IntType : int { kUInt8, kInt16, kInt32, kInt64 };  // of class indices
 
-// Calls function with a zero of the integer type.
+// Calls function with a zero of the integer type. Inlined, so that the function is compiled for its caller's
+// instruction set.
 template <class Function>
-auto dispatch_int(IntType type, Function&& function) {
+inline __attribute__((always_inline)) auto dispatch_int(IntType type, Function&& function) {
   switch (type) {
     case IntType::kUInt8:
       return function(uint8_t{});

@@ -167,15 +167,19 @@ struct CrossEntropyBase {
     return (1 - lambda) * low + lambda * high;
   }
 
-  // The targets of a tile's pixels in a line as classes, kIgnored or kBad.
-  PSP_INLINE void read_targets(int* __restrict__ to, const Tile<acc_t>& tile, int64_t n, int64_t y) const {
+  // The targets of a tile's pixels in a line as classes, kIgnored or kBad. Returns whether any is bad.
+  PSP_INLINE bool read_targets(int* __restrict__ to, const Tile<acc_t>& tile, int64_t n, int64_t y) const {
+    int bad = 0;
+    const int64_t columns = tile.columns, K = a.K, ignore = a.ignore_index;
     dispatch_int(a.target_type, [&](auto zero) __attribute__((always_inline)) {
-      const auto* from = static_cast<const decltype(zero)*>(a.target) + (n * a.H + y) * a.W + tile.first;
-      for (int64_t x = 0; x < tile.columns; ++x) {
-        const int64_t target = from[x];
-        to[x] = target == a.ignore_index ? kIgnored : target < 0 || target >= a.K ? kBad : static_cast<int>(target);
+      const auto* __restrict__ from = static_cast<const decltype(zero)*>(a.target) + (n * a.H + y) * a.W + tile.first;
+      for (int64_t x = 0; x < columns; ++x) {  // without branches: what is ignored may lie anywhere
+        const int64_t target = from[x], known = (target >= 0) & (target < K) ? target : kBad;
+        to[x] = static_cast<int>(target == ignore ? kIgnored : known);
       }
     });
+    for (int64_t x = 0; x < columns; ++x) bad |= to[x] == kBad;
+    return bad != 0;
   }
 };
 

@@ -18,7 +18,9 @@ struct RowsContextBackward : ContextBase<T, PyramidContextBackwardArgs> {
     for (int i = 0; i < this->vertical.count(); ++i) beginning[this->vertical.columns[i].begin].push_back(i);
     // some two vertical columns of each level and tap go on at a time
     chunk = chunk_channels<acc_t>(args, 2 * args.window.size_h * this->horizontal.count());
-    const int64_t wanted = divide_up(4 * static_cast<int64_t>(torch::stable::get_num_threads()), chunks() * args.N);
+    // A band repeats rows of the next one's, up to all: only where there are few chunks for the threads.
+    const int64_t threads = torch::stable::get_num_threads(), whole = chunks() * args.N;
+    const int64_t wanted = whole % threads == 0 || whole >= 4 * threads ? 1 : divide_up(4 * threads, whole);
     bands = std::clamp<int64_t>(wanted, 1, divide_up(args.H, 16));
   }
 

@@ -33,19 +33,20 @@ struct CrossEntropy : CrossEntropyBase<T, UpsampleCrossEntropyArgs> {
 
   template <int kBytes>
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
-    Line line;
+    Line line{};
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t block = unit % this->blocks;
       line.n = unit / this->blocks, line.loss = line.weight = 0;
       for (int64_t first = 0; first < a.W; first += kColumns) {
         const Tile<acc_t> tile(this->columns, first);
+        std::fill_n(line.targets, kColumns, kIgnored);  // behind the map's last column
         for (Row<acc_t>& row : line.logits.rows) row.index = -1;
         for (int64_t i = this->first_row(block); i < this->first_row(block + 1); ++i) {
           if (this->rows.begin[i] == this->rows.begin[i + 1]) continue;
           this->template read<kBytes>(line.logits, tile, line.n, i);
           for (line.y = this->rows.begin[i]; line.y < this->rows.begin[i + 1]; ++line.y) {
             line.mu = this->rows.pixels[line.y].lambda;
-            this->read_targets(line.targets, tile, line.n, line.y);
+            if (this->read_targets(line.targets, tile, line.n, line.y)) note_bad(line, tile);
             sum_exponentials<kBytes>(line, tile);
             take_losses(line, tile);
           }
@@ -102,35 +103,51 @@ struct CrossEntropy : CrossEntropyBase<T, UpsampleCrossEntropyArgs> {
 
   // Writes what is kept of each pixel and adds losses and weights.
   PSP_INLINE void take_losses(Line& line, const Tile<acc_t>& tile) const {
-    acc_t *losses = static_cast<acc_t*>(a.loss), *lses = static_cast<acc_t*>(a.lse);
     const Row<acc_t>&low = *line.logits.low, &high = *line.logits.high;
-    const bool clamped = line.logits.clamped();
+    acc_t losses[kColumns], lses[kColumns], picked[kColumns];
+    double loss = 0, weight = 0;
+    const acc_t *above = low.values.data(), *under = high.values.data(), *focus = this->focus.data();
+    for (int x = 0; x < static_cast<int>(kColumns); ++x) {
+      const int target = std::max(line.targets[x], 0), at = target * static_cast<int>(kColumns) + x;
+      picked[x] = mix(above[at], under[at], line.mu);
+      losses[x] = focus[target];
+    }
+    if (a.weight) {
+      for (const int target : line.targets) weight += target < 0 ? 0 : static_cast<double>(this->weight(target));
+    } else {
+      int count = 0;
+      for (const int target : line.targets) count += target >= 0;
+      weight = count;
+    }
+    for (int64_t x = 0; x < kColumns; ++x) {
+      const bool counts = line.targets[x] >= 0;
+      const acc_t lse = line.shifts[x] + line.log_sums[x];
+      acc_t pixel_loss = losses[x] * (line.log_sums[x] - (picked[x] - line.shifts[x]));
+      if (this->smoothing) pixel_loss += this->smooth_total * lse - mix(low.smooth[x], high.smooth[x], line.mu);
+      losses[x] = counts ? pixel_loss * acc_t(kLn2) : acc_t(0);
+      lses[x] = counts ? lse : acc_t(0);
+    }
+    if (line.logits.clamped()) correct(line, tile, picked, losses, lses);
+#pragma omp simd reduction(+ : loss)
+    for (int64_t x = 0; x < kColumns; ++x) loss += static_cast<double>(losses[x]);
+    line.loss += loss, line.weight += weight;
+    const int64_t pixel = (line.n * a.H + line.y) * a.W + tile.first;
+    std::copy_n(lses, tile.columns, static_cast<acc_t*>(a.lse) + pixel);
+    if (a.reduction == Reduction::kNone) std::copy_n(losses, tile.columns, static_cast<acc_t*>(a.loss) + pixel);
+  }
+
+  // The losses that clamped logits may have part in.
+  __attribute__((noinline, cold)) void correct(const Line& line, const Tile<acc_t>& tile, const acc_t* picked,
+                                               acc_t* losses, acc_t* lses) const {
     for (int64_t x = 0; x < tile.columns; ++x) {
-      const int64_t pixel = (line.n * a.H + line.y) * a.W + tile.first + x, target = line.targets[x];
-      acc_t pixel_loss = 0, lse = 0;
-      if (target >= 0) {
-        const int64_t at = target * kColumns + x;
-        lse = line.shifts[x] + line.log_sums[x];
-        const acc_t picked = mix(low.values[at], high.values[at], line.mu);
-        if (clamped && (this->smoothing || std::min(picked, line.shifts[x]) < kDoubtful<acc_t>)) {
-          pixel_loss = exact_loss(line, tile.first + x, target, lse);
-        } else {
-          pixel_loss = this->focus[target] * (line.log_sums[x] - (picked - line.shifts[x]));
-          if (this->smoothing) pixel_loss += this->smooth_total * lse - mix(low.smooth[x], high.smooth[x], line.mu);
-          pixel_loss *= acc_t(kLn2);
-        }
-        line.weight += static_cast<double>(this->weight(target));
-        line.loss += static_cast<double>(pixel_loss);
-      } else if (target == kBad) {
-        note_bad(pixel);
-      }
-      lses[pixel] = lse;
-      if (a.reduction == Reduction::kNone) losses[pixel] = pixel_loss;
+      if (line.targets[x] < 0) continue;
+      if (!this->smoothing && std::min(picked[x], line.shifts[x]) >= kDoubtful<acc_t>) continue;
+      losses[x] = exact_loss(line, tile.first + x, line.targets[x], lses[x]);
     }
   }
 
   // Also makes lse NaN where the softmax is: all logits -infinity.
-  __attribute__((noinline, cold)) acc_t exact_loss(const Line& line, int64_t x, int64_t target, acc_t& lse) const {
+  acc_t exact_loss(const Line& line, int64_t x, int64_t target, acc_t& lse) const {
     const Scratch<double> logs = this->log_softmax(line.n, line.y, x);
     double loss = -static_cast<double>(this->focus[target]) * logs[target];
     for (int64_t k = 0; k < a.K && this->smoothing; ++k) loss -= static_cast<double>(this->smooth[k]) * logs[k];
@@ -138,7 +155,9 @@ struct CrossEntropy : CrossEntropyBase<T, UpsampleCrossEntropyArgs> {
     return static_cast<acc_t>(loss);
   }
 
-  PSP_INLINE void note_bad(int64_t pixel) const {
+  __attribute__((noinline, cold)) void note_bad(const Line& line, const Tile<acc_t>& tile) const {
+    const int64_t x = std::find(line.targets, line.targets + tile.columns, kBad) - line.targets;
+    const int64_t pixel = (line.n * a.H + line.y) * a.W + tile.first + x;
     int64_t before = bad_pixel->load();
     while (pixel < before && !bad_pixel->compare_exchange_weak(before, pixel)) {
     }

@@ -50,7 +50,10 @@ struct Tile {
   // Row i of the logits of all K classes at these columns: [K, stride], zeros behind each line.
   template <class T>
   PSP_INLINE void read(Scratch<acc_t>& lines, int64_t K, const Image& logits, int64_t n, int64_t i, T) const {
-    lines.assign(K * stride, acc_t(0));
+    lines.resize(K * stride);
+    for (int64_t k = 0; k < K; ++k) {
+      for (int64_t j = count; j < stride; ++j) lines[k * stride + j] = 0;
+    }
     if (logits.stride_w == 1) {
       for (int64_t k = 0; k < K; ++k) {
         const T* __restrict__ values = at<T>(logits, n, k, i) + from;

@@ -13,6 +13,8 @@ from pspnet_fast.bench.timing import nothing
 SUITES = ("ops", "head", "upsampled", "loss", "model", "train")
 LAYOUTS = {torch.contiguous_format: "contiguous", torch.channels_last: "channels_last"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Where a call's own time is most of all: few channels, and logits of 19 classes, to eight times their size.
+SMALL, SMALL_LOGITS = (1, 64, 16, 16), (1, 19, 16, 16)
 
 F = TypeVar("F", bound=Callable[..., Any])
 Compiler = Callable[[F], F]  # torch.compile, or what leaves a function as it is
@@ -105,6 +107,11 @@ def maps(device: torch.device, *shapes: tuple[int, int, int, int]) -> list[Map]:
     if device.type == "cuda":
         shapes += tuple((16, *shape[1:]) for shape in shapes if shape[0] == 1)
     return [Map(shape, dtype, layout) for shape in shapes for dtype in DTYPES.values() for layout in LAYOUTS]
+
+
+def upsampled_size(map: Map) -> tuple[int, int]:
+    """Of the map that its logits become: of a crop for training, or 128x128 from small ones."""
+    return (128, 128) if map.shape[1:] == SMALL_LOGITS[1:] else (473, 473)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import pspnet_fast.head
 from pspnet_fast import FusedPPM, FusedPSPHead, fuse, ops, split_weight
-from pspnet_fast.bench.cases import Case, Compiler, Map, Step, maps, nbytes, training_step
+from pspnet_fast.bench.cases import SMALL, Case, Compiler, Map, Step, maps, nbytes, training_step
 from pspnet_fast.bench.stock import MMPPM, ConvModule, StockPPM
 
 Shape = tuple[int, int, int, int]
@@ -32,21 +32,21 @@ FUSED = {"UPerNet's on ConvNeXt-T, 16x16": (768, 16), "PSPNet's on ResNet-50, 60
 def cases(device: torch.device) -> Iterator[Case]:
     """All of this suite on a device."""
     for pass_ in (EVALUATION, TRAINING):
-        for map in maps(device, SHAPES[0], (2, 2048, 60, 60), SHAPES[1]):
-            small, first = map.shape == SHAPES[0], map.first and map.shape == SHAPES[0]
+        for map in maps(device, SHAPES[0], (2, 2048, 60, 60), SHAPES[1], SMALL):
+            usual, first = map.shape == SHAPES[0], map.first and map.shape == SHAPES[0]
             yield Case(
                 "head", "ppm", f"FusedPPM, {pass_}", str(map), map.dtype, partial(_ppm, map, pass_ == TRAINING),
-                PPM_TARGETS[device.type][pass_],
-                standard=small, quick=first and pass_ == EVALUATION, compiles=first and pass_ == EVALUATION,
+                1.0 if map.shape[1:] == SMALL[1:] else PPM_TARGETS[device.type][pass_],
+                standard=usual, quick=first and pass_ == EVALUATION, compiles=first and pass_ == EVALUATION,
                 stock=partial(_stock, map, False) if pass_ == EVALUATION else None,
             )  # fmt: skip
     for pass_ in (EVALUATION, TRAINING):
-        for map in maps(device, *SHAPES):
-            small, first = map.shape == SHAPES[0], map.first and map.shape == SHAPES[0]
+        for map in maps(device, *SHAPES, SMALL):
+            usual, first = map.shape == SHAPES[0], map.first and map.shape == SHAPES[0]
             yield Case(
                 "head", "head", f"FusedPSPHead, {pass_}", str(map), map.dtype, partial(_head, map, pass_ == TRAINING),
-                HEAD_TARGETS[device.type][map.dtype][pass_],
-                standard=small and map.usual, compiles=first and pass_ == EVALUATION,
+                1.0 if map.shape[1:] == SMALL[1:] else HEAD_TARGETS[device.type][map.dtype][pass_],
+                standard=usual and map.usual, compiles=first and pass_ == EVALUATION,
                 stock=partial(_stock, map, True) if pass_ == EVALUATION else None,
             )  # fmt: skip
     for map in maps(device, *SHAPES):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pspnet_fast import ops
-from pspnet_fast.bench.cases import Case, Compiler, Map, Step, maps, nbytes
+from pspnet_fast.bench.cases import SMALL_LOGITS, Case, Compiler, Map, Step, maps, nbytes, upsampled_size
 from pspnet_fast.bench.stock import upsampled_cross_entropy
 
 TARGETS: dict[str, dict[int, float | None]] = {"cpu": {150: 10, 19: 6}, "cuda": {150: 8, 19: None}}
@@ -16,16 +16,18 @@ TARGETS: dict[str, dict[int, float | None]] = {"cpu": {150: 10, 19: 6}, "cuda": 
 
 def cases(device: torch.device) -> Iterator[Case]:
     """All of this suite on a device."""
-    table = "upsample_cross_entropy at 473x473"
-    for map in maps(device, (2, 150, 60, 60), (2, 19, 60, 60)):
+    for map in maps(device, (2, 150, 60, 60), (2, 19, 60, 60), SMALL_LOGITS):
+        size, small = upsampled_size(map), map.shape[1:] == SMALL_LOGITS[1:]
+        table = f"upsample_cross_entropy at {size[0]}x{size[1]}"
         for direction in ("forward", "forward + backward"):
             both = direction != "forward"
             classes = map.shape[1]
             yield Case(
                 "loss", "upsample_cross_entropy", table, f"{map} {direction}", map.dtype,
-                partial(_cross_entropy, map, (473, 473), both),
-                TARGETS[device.type][classes] if both else None,
-                standard=map.usual and (both or map.first), quick=map.first and both and classes == 19,
+                partial(_cross_entropy, map, size, both),
+                TARGETS[device.type][classes] if both and not small else None,
+                standard=map.usual and (both or map.first) and not small,
+                quick=map.first and both and classes == 19 and not small,
                 compiles=map.first and both and classes == 150,
             )  # fmt: skip
 

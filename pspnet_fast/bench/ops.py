@@ -9,9 +9,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pspnet_fast import ops, reference
-from pspnet_fast.bench.cases import LAYOUTS, Case, Compiler, Direction, Map, Step, dtype_name, maps, nbytes, step_of
+from pspnet_fast.bench.cases import (
+    LAYOUTS,
+    SMALL,
+    SMALL_LOGITS,
+    Case,
+    Compiler,
+    Direction,
+    Map,
+    Step,
+    dtype_name,
+    maps,
+    nbytes,
+    step_of,
+    upsampled_size,
+)  # fmt: skip
 
-BINS, CELLS, REDUCED = (1, 2, 3, 6), 50, 512
+BINS, CELLS = (1, 2, 3, 6), 50
 DTYPES = (torch.float32, torch.bfloat16)
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
@@ -23,9 +37,9 @@ def cases(device: torch.device) -> Iterator[Case]:
 
 def _of_maps(device: torch.device) -> Iterator[Case]:
     groups: list[tuple[str, Callable[..., Step], list[Map]]] = [
-        ("pyramid_pool", _pool, maps(device, (1, 2048, 60, 60))),
-        ("pyramid_upsample_concat_", _upsample_concat, maps(device, (1, 2048, 60, 60))),
-        ("pyramid_context_", _context, maps(device, (1, 512, 60, 60), (1, 512, 90, 90))),
+        ("pyramid_pool", _pool, maps(device, (1, 2048, 60, 60), SMALL)),
+        ("pyramid_upsample_concat_", _upsample_concat, maps(device, (1, 2048, 60, 60), SMALL)),
+        ("pyramid_context_", _context, maps(device, (1, 512, 60, 60), (1, 512, 90, 90), SMALL)),
     ]
     for group, make, chosen in groups:
         for map in chosen:
@@ -37,55 +51,66 @@ def _of_maps(device: torch.device) -> Iterator[Case]:
 
 
 def _of_cells() -> Iterator[Case]:
-    for batch in (1, 2):
+    for batch, channels in ((1, 2048), (2, 2048), (1, 64)):
         for dtype in DTYPES:
             for direction in DIRECTIONS:
-                name = f"batch {batch} {dtype_name(dtype)} {direction}"
-                make = partial(_reduce, batch, 2048, dtype, direction)
-                yield Case("ops", "pyramid_reduce", "pyramid_reduce", name, dtype, make, standard=batch == 1)
-    for batch in (2, 16):
+                name = f"{_batch_of(batch, channels)} {dtype_name(dtype)} {direction}"
+                make, standard = partial(_reduce, batch, channels, dtype, direction), batch == 1 and channels == 2048
+                yield Case("ops", "pyramid_reduce", "pyramid_reduce", name, dtype, make, standard=standard)
+    for batch, channels in ((2, 2048), (16, 2048), (2, 64)):
         for dtype in DTYPES:
-            name, make = f"batch {batch} {dtype_name(dtype)}", partial(_batch_norm, batch, dtype)
+            name = f"{_batch_of(batch, channels)} {dtype_name(dtype)}"
+            make = partial(_batch_norm, batch, channels // len(BINS), dtype)
             yield Case("ops", "pyramid_batch_norm", "pyramid_batch_norm", name, dtype, make, standard=batch == 16)
+
+
+def _batch_of(batch: int, channels: int) -> str:
+    """The channels only where they are few."""
+    return f"batch {batch}" if channels == 2048 else f"batch {batch}, {channels} channels"
 
 
 def _of_weights() -> Iterator[Case]:
     group = "pyramid_split_weight"
-    for dtype in DTYPES:
-        for layout in LAYOUTS:
-            for direction in DIRECTIONS:
-                name = f"{dtype_name(dtype)} {dtype_name(layout)} {direction}"  # type: ignore[arg-type]
-                make = partial(_split_weight, (512, 4096, 3, 3), dtype, layout, direction)
-                standard = dtype == torch.float32 and layout == torch.contiguous_format
-                yield Case("ops", group, group, name, dtype, make, standard=standard)
+    for channels in (2048, 64):
+        for dtype in DTYPES:
+            for layout in LAYOUTS:
+                for direction in DIRECTIONS:
+                    name = f"{dtype_name(dtype)} {dtype_name(layout)} {direction}"  # type: ignore[arg-type]
+                    name = name if channels == 2048 else f"{channels} channels {name}"
+                    make = partial(_split_weight, (channels // 4, 2 * channels, 3, 3), dtype, layout, direction)
+                    standard = dtype == torch.float32 and layout == torch.contiguous_format and channels == 2048
+                    yield Case("ops", group, group, name, dtype, make, standard=standard)
 
 
 def _of_logits(device: torch.device) -> Iterator[Case]:
-    chosen = maps(device, (2, 150, 60, 60), (2, 19, 60, 60))
+    chosen = maps(device, (2, 150, 60, 60), (2, 19, 60, 60), SMALL_LOGITS)
     for map in chosen:
+        size, small = upsampled_size(map), map.shape[1:] == SMALL_LOGITS[1:]
         for confidence in (False, True):
             yield Case(
-                "ops", "upsample_argmax", "upsample_argmax to 473x473",
+                "ops", "upsample_argmax", f"upsample_argmax to {size[0]}x{size[1]}",
                 f"{map} {'with confidence' if confidence else 'classes'}", map.dtype,
-                partial(_argmax, map, (473, 473), confidence), 10,
-                standard=map.usual and (map.first or map.shape[1] == 150) and not confidence,
-                quick=map.first and map.shape[1] == 19 and not confidence,
+                partial(_argmax, map, size, confidence), None if small else 10,
+                standard=map.usual and (map.first or map.shape[1] == 150) and not confidence and not small,
+                quick=map.first and map.shape[1] == 19 and not confidence and not small,
                 compiles=map.first and map.shape[1] == 150 and not confidence,
             )  # fmt: skip
     for map in chosen:
-        group, make = "upsample_softmax_accumulate_", partial(_accumulate, map, (473, 473))
-        quick = map.first and map.shape[1] == 19
-        standard = map.usual and (map.first or map.shape[1] == 150)
-        table = f"{group} to 473x473, mirrored"
+        size, small = upsampled_size(map), map.shape[1:] == SMALL_LOGITS[1:]
+        group, make = "upsample_softmax_accumulate_", partial(_accumulate, map, size)
+        quick = map.first and map.shape[1] == 19 and not small
+        standard = map.usual and (map.first or map.shape[1] == 150) and not small
+        table = f"{group} to {size[0]}x{size[1]}, mirrored"
         yield Case("ops", group, table, str(map), map.dtype, make, standard=standard, quick=quick)
 
 
 def _of_labels() -> Iterator[Case]:
-    for classes in (19, 150):
-        name, make = f"2x473x473, {classes} classes", partial(_confusion, classes, 473)
+    for classes, size in ((19, 473), (150, 473), (19, 128)):
+        name, make = f"2x{size}x{size}, {classes} classes", partial(_confusion, classes, size)
         yield Case(
-            "ops", "confusion_matrix", "confusion_matrix", name, torch.float32, make, standard=True, quick=classes == 19
-        )
+            "ops", "confusion_matrix", "confusion_matrix", name, torch.float32, make, standard=size == 473,
+            quick=classes == 19 and size == 473,
+        )  # fmt: skip
 
 
 def _pool(map: Map, direction: Direction, device: torch.device, ours: bool, compiler: Compiler[Any]) -> Step:
@@ -140,22 +165,25 @@ def _reduce(
     """Forward as inference runs it, with norm and ReLU: one matrix product; two backward."""
     op = compiler((ops if ours else reference).pyramid_reduce)
     pooled = torch.randn(batch, CELLS, channels, dtype=dtype, device=device)
-    weights = [torch.randn(REDUCED, channels, dtype=dtype, device=device) for _ in BINS]
-    norm = [(*torch.rand(4, REDUCED, dtype=dtype, device=device), 1e-5) for _ in BINS]
+    reduced = channels // len(BINS)
+    weights = [torch.randn(reduced, channels, dtype=dtype, device=device) for _ in BINS]
+    norm = [(*torch.rand(4, reduced, dtype=dtype, device=device), 1e-5) for _ in BINS]
 
     def forward() -> Tensor:
         return op(pooled, weights, BINS, norm=norm, relu=True) if direction == "forward" else op(pooled, weights, BINS)
 
     products = 1 if direction == "forward" else 2
-    operations = products * 2 * pooled.numel() * REDUCED
+    operations = products * 2 * pooled.numel() * reduced
     return step_of(forward, direction, [pooled, *weights], products * nbytes(*weights), operations)
 
 
-def _batch_norm(batch: int, dtype: torch.dtype, device: torch.device, ours: bool, compiler: Compiler[Any]) -> Step:
+def _batch_norm(
+    batch: int, channels: int, dtype: torch.dtype, device: torch.device, ours: bool, compiler: Compiler[Any]
+) -> Step:
     """In training: forward and backward."""
     op = compiler((ops if ours else reference).pyramid_batch_norm)
-    reduced = torch.randn(batch, CELLS, REDUCED, dtype=dtype, device=device, requires_grad=True)
-    norm = [(*torch.rand(4, REDUCED, device=device).unbind(), 1e-5) for _ in BINS]
+    reduced = torch.randn(batch, CELLS, channels, dtype=dtype, device=device, requires_grad=True)
+    norm = [(*torch.rand(4, channels, device=device).unbind(), 1e-5) for _ in BINS]
     grad = torch.randn_like(reduced)
 
     def step() -> tuple[Tensor, ...]:
