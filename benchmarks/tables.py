@@ -5,7 +5,7 @@ prediction (kernels.json, by scripts/sass/measure.py).
 python benchmarks/tables.py FILE.json ...  prints all tables of these bench.json
 python benchmarks/tables.py --keep PATH    copies a bench.json, or what a folder has of the three, to the results
 python benchmarks/tables.py --readme       writes what is kept of GPUs into docs/gpu.md and speed.md, of CPUs into
-                                           docs/performance.md
+                                           docs/cpu.md
 """
 
 import argparse
@@ -21,10 +21,12 @@ from pspnet_fast.bench.tables import machine_text, markdown, report, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE, SUMMARY = ROOT / "benchmarks" / "results", ROOT / "docs" / "gpu.md", ROOT / "docs" / "speed.md"
-CPU_PAGE = ROOT / "docs" / "performance.md"
+CPU_PAGE = ROOT / "docs" / "cpu.md"
 PART = re.compile(r"(?<=<!-- of benchmarks/results -->\n).*?(?=<!-- end -->)", re.DOTALL)
 NO_GPU = "No GPU has run the CUDA kernels yet, so there are no GPU figures.\n"
-NO_CPU = "No run of `pspnet-fast bench --json` on a CPU is kept yet.\n"
+
+
+WRITTEN = "`python benchmarks/tables.py --readme` writes this page from `benchmarks/results/`."
 
 
 def network_report(rows: Sequence[dict[str, Any]]) -> str:
@@ -69,10 +71,7 @@ def summary_part(kept: Sequence[dict[str, Any]]) -> str:
 
 def page(kept: Sequence[dict[str, Any]]) -> str:
     """docs/gpu.md."""
-    parts = [
-        "# Measured on GPUs",
-        "`python benchmarks/tables.py --readme` writes this page from `benchmarks/results/`.",
-    ]
+    parts = ["# Measured on GPUs", WRITTEN]
     for records in kept:
         parts += [f"## {records['bench']['machine']['gpu']}", report(records["bench"])]
         if "network" in records:
@@ -83,9 +82,15 @@ def page(kept: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def cpu_part(kept: Sequence[dict[str, Any]]) -> str:
-    """Of docs/performance.md: each kept run on a CPU."""
-    return "\n\n".join(report(records["bench"]) for records in kept) + "\n" if kept else NO_CPU
+def cpu_page(kept: Sequence[dict[str, Any]]) -> str:
+    """docs/cpu.md."""
+    what = "What the columns are: [benchmarks.md](benchmarks.md). What bounds them: [performance.md](performance.md)."
+    parts = ["# Measured on CPUs", WRITTEN, what]
+    for records in kept:
+        machine = records["bench"]["machine"]
+        parts += [f"## {machine['processor']}, {machine['instruction_set']}, {machine['threads']} threads"]
+        parts += [report(records["bench"])]
+    return "\n\n".join(parts) + "\n"
 
 
 def kept_records(gpu: bool = True) -> list[dict[str, Any]]:
@@ -142,7 +147,7 @@ def main() -> None:
     if args.readme:
         PAGE.write_text(page(kept_records()), encoding="utf-8")
         write_part(SUMMARY, summary_part(kept_records()))
-        write_part(CPU_PAGE, cpu_part(kept_records(gpu=False)))
+        CPU_PAGE.write_text(cpu_page(kept_records(gpu=False)), encoding="utf-8")
 
 
 if __name__ == "__main__":
