@@ -72,6 +72,7 @@ def onnx_runner(threads: int) -> Callable[[Path], Callable[[Tensor], Tensor]]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or the last one's threads are in the way
 
     def load(path: Path) -> Callable[[Tensor], Tensor]:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

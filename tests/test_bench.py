@@ -145,6 +145,31 @@ def test_a_failing_provider_and_case_are_recorded(tiny_suite):
     assert not math.isnan(record["cases"][0]["floor"])
 
 
+def test_an_interrupted_run_keeps_what_it_has(tiny_suite, tmp_path, monkeypatch):
+    own, calls = runner.Run.measure, []
+
+    def measure(self, case, tell):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(case)
+        return own(self, case, tell)
+
+    monkeypatch.setattr(runner.Run, "measure", measure)
+    result = bench("--suite", "all", "--no-memory", "--json", tmp_path / "a.json")
+    assert result.exit_code == 0, result.output
+    assert "interrupted: 1 of" in result.output
+    assert len(json.loads((tmp_path / "a.json").read_text())["cases"]) == 1
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_convolutions_in_bfloat16_are_standard_where_a_processor_has_it(supported, monkeypatch):
+    """Elsewhere one of their training steps takes minutes."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    found = [case for case in head.cases(torch.device("cpu")) if case.standard and case.dtype == torch.bfloat16]
+    assert any("FusedPPM" in case.table for case in found)
+    assert any("FusedPSPHead" in case.table for case in found) == supported
+
+
 def test_a_runtime_that_computes_something_else_is_refused():
     pytest.importorskip("onnxscript")
     case = Case(

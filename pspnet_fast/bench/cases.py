@@ -109,6 +109,19 @@ def maps(device: torch.device, *shapes: tuple[int, int, int, int]) -> list[Map]:
     return [Map(shape, dtype, layout) for shape in shapes for dtype in DTYPES.values() for layout in LAYOUTS]
 
 
+def convolves(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether convolutions of a dtype take no longer than in float32.
+
+    A CPU without instructions for bfloat16 takes minutes for the gradients of one that takes 2 s in float32.
+    """
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return True
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):  # no public interface
+        return False
+
+
 def upsampled_size(map: Map) -> tuple[int, int]:
     """Of the map that its logits become: of a crop for training, or 128x128 from small ones."""
     return (128, 128) if map.shape[1:] == SMALL_LOGITS[1:] else (473, 473)

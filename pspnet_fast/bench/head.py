@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import pspnet_fast.head
 from pspnet_fast import FusedPPM, FusedPSPHead, fuse, ops, split_weight
-from pspnet_fast.bench.cases import SMALL, Case, Compiler, Map, Step, maps, nbytes, training_step
+from pspnet_fast.bench.cases import SMALL, Case, Compiler, Map, Step, convolves, maps, nbytes, training_step
 from pspnet_fast.bench.stock import MMPPM, ConvModule, StockPPM
 
 Shape = tuple[int, int, int, int]
@@ -46,7 +46,7 @@ def cases(device: torch.device) -> Iterator[Case]:
             yield Case(
                 "head", "head", f"FusedPSPHead, {pass_}", str(map), map.dtype, partial(_head, map, pass_ == TRAINING),
                 1.0 if map.shape[1:] == SMALL[1:] else HEAD_TARGETS[device.type][map.dtype][pass_],
-                standard=usual and map.usual, compiles=first and pass_ == EVALUATION,
+                standard=usual and map.usual and convolves(map.dtype, device), compiles=first and pass_ == EVALUATION,
                 stock=partial(_stock, map, True) if pass_ == EVALUATION else None,
             )  # fmt: skip
     for map in maps(device, *SHAPES):

@@ -63,7 +63,7 @@ def bench(
     \b
     pspnet-fast bench --quick
     pspnet-fast bench --suite head --case "float32 contiguous" --providers ours,eager,openvino
-    pspnet-fast bench --json before.json --plot pictures
+    pspnet-fast bench --json before.json --plot pictures   # Ctrl-C keeps what is measured
     pspnet-fast bench --compare before.json
     """
     import torch
@@ -134,6 +134,11 @@ def _measured(
     )
     run = Run(device, chosen, missing, providers is not None, options)
     with tqdm(cases, unit="case", leave=False) as bar:
-        for case in bar:
-            run.measure(case, lambda what, case=case: bar.set_postfix_str(f"{case}, {what}"))  # type: ignore[misc]
+        try:
+            for case in bar:
+                run.measure(case, lambda what, case=case: bar.set_postfix_str(f"{case}, {what}"))  # type: ignore[misc]
+        except KeyboardInterrupt:
+            click.echo(f"\ninterrupted: {bar.n} of {len(cases)} cases are measured, and kept", err=True)
+            if not bar.n:
+                raise
     return run.record()
