@@ -97,7 +97,7 @@ class Run:
                     bytes_alone = self._machine.floor(row["floor_bytes"], 0, dtype)
                     result["of_copy"] = bytes_alone / result["median"]
                     if row["operations"]:
-                        result["of_product"] = row["operations"] / result["median"] / self._machine.products[dtype]
+                        result["of_product"] = row["operations"] / result["median"] / self._machine.product_rate(dtype)
         return {
             "machine": machine(self._device),
             "copy_bytes_per_second": self._machine.copies,

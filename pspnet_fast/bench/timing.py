@@ -125,7 +125,11 @@ class Machine:
     def floor(self, floor_bytes: int, operations: int, dtype: torch.dtype) -> float:
         """The seconds that the best copies and products of this run take for so many bytes and operations."""
         bytes_alone = floor_bytes / max(self.copies.values())
-        return max(bytes_alone, operations / self.products[dtype]) if operations else bytes_alone
+        return max(bytes_alone, operations / self.product_rate(dtype)) if operations else bytes_alone
+
+    def product_rate(self, dtype: torch.dtype) -> float:
+        """Operations a second in a dtype, or in float32 where that is faster, as on a CPU without bfloat16."""
+        return max(self.products[dtype], self.products.get(torch.float32, 0.0))
 
 
 def _huge_pages(size: int) -> Tensor:
