@@ -86,6 +86,11 @@ class Map:
         return f"{'x'.join(map(str, self.shape))} {dtype_name(self.dtype)} {LAYOUTS[self.memory_format]}"
 
     @property
+    def small(self) -> bool:
+        """One of the two whose host time counts."""
+        return self.shape in (SMALL, SMALL_LOGITS)
+
+    @property
     def usual(self) -> bool:
         """One of the two that stand for all four: float32 as torch lays maps out, bfloat16 as GPUs prefer them."""
         return (self.dtype == torch.float32) == (self.memory_format == torch.contiguous_format)
@@ -124,7 +129,7 @@ def convolves(dtype: torch.dtype, device: torch.device) -> bool:
 
 def upsampled_size(map: Map) -> tuple[int, int]:
     """Of the map that its logits become: of a crop for training, or 128x128 from small ones."""
-    return (128, 128) if map.shape[1:] == SMALL_LOGITS[1:] else (473, 473)
+    return (128, 128) if map.small else (473, 473)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -36,7 +36,7 @@ def cases(device: torch.device) -> Iterator[Case]:
             usual, first = map.shape == SHAPES[0], map.first and map.shape == SHAPES[0]
             yield Case(
                 "head", "ppm", f"FusedPPM, {pass_}", str(map), map.dtype, partial(_ppm, map, pass_ == TRAINING),
-                1.0 if map.shape[1:] == SMALL[1:] else PPM_TARGETS[device.type][pass_],
+                1.0 if map.small else PPM_TARGETS[device.type][pass_],
                 standard=usual, quick=first and pass_ == EVALUATION, compiles=first and pass_ == EVALUATION,
                 stock=partial(_stock, map, False) if pass_ == EVALUATION else None,
             )  # fmt: skip
@@ -45,7 +45,7 @@ def cases(device: torch.device) -> Iterator[Case]:
             usual, first = map.shape == SHAPES[0], map.first and map.shape == SHAPES[0]
             yield Case(
                 "head", "head", f"FusedPSPHead, {pass_}", str(map), map.dtype, partial(_head, map, pass_ == TRAINING),
-                1.0 if map.shape[1:] == SMALL[1:] else HEAD_TARGETS[device.type][map.dtype][pass_],
+                1.0 if map.small else HEAD_TARGETS[device.type][map.dtype][pass_],
                 standard=usual and map.usual and convolves(map.dtype, device), compiles=first and pass_ == EVALUATION,
                 stock=partial(_stock, map, True) if pass_ == EVALUATION else None,
             )  # fmt: skip

@@ -17,7 +17,7 @@ TARGETS: dict[str, dict[int, float | None]] = {"cpu": {150: 10, 19: 6}, "cuda": 
 def cases(device: torch.device) -> Iterator[Case]:
     """All of this suite on a device."""
     for map in maps(device, (2, 150, 60, 60), (2, 19, 60, 60), SMALL_LOGITS):
-        size, small = upsampled_size(map), map.shape[1:] == SMALL_LOGITS[1:]
+        size, small = upsampled_size(map), map.small
         table = f"upsample_cross_entropy at {size[0]}x{size[1]}"
         for direction in ("forward", "forward + backward"):
             both = direction != "forward"

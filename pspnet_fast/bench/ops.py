@@ -85,7 +85,7 @@ def _of_weights() -> Iterator[Case]:
 def _of_logits(device: torch.device) -> Iterator[Case]:
     chosen = maps(device, (2, 150, 60, 60), (2, 19, 60, 60), SMALL_LOGITS)
     for map in chosen:
-        size, small = upsampled_size(map), map.shape[1:] == SMALL_LOGITS[1:]
+        size, small = upsampled_size(map), map.small
         for confidence in (False, True):
             yield Case(
                 "ops", "upsample_argmax", f"upsample_argmax to {size[0]}x{size[1]}",
@@ -96,7 +96,7 @@ def _of_logits(device: torch.device) -> Iterator[Case]:
                 compiles=map.first and map.shape[1] == 150 and not confidence,
             )  # fmt: skip
     for map in chosen:
-        size, small = upsampled_size(map), map.shape[1:] == SMALL_LOGITS[1:]
+        size, small = upsampled_size(map), map.small
         group, make = "upsample_softmax_accumulate_", partial(_accumulate, map, size)
         quick = map.first and map.shape[1] == 19 and not small
         standard = map.usual and (map.first or map.shape[1] == 150) and not small
