@@ -101,18 +101,18 @@ def export(
         raise ValueError("winograd must be False with dynamic: its matrices are of one size")
     if winograd and format in KERNELS and not portable:
         raise ValueError(f"winograd must be False for format {format!r} unless portable is True")
-    by_onnx = format in ("onnx", "openvino")
+    any_size = dynamic and format in ("onnx", "openvino")
     deployed = Deployed(model, argmax, normalise)
     modes = [(module, module.training) for module in deployed.modules()]
     deployed.eval()
     try:
         with torch.no_grad():
             expected = deployed(example)
-        deployed.any_size = dynamic and by_onnx
+        deployed.any_size = any_size
         several = dynamic and example.size(0) == 1  # torch.export takes a size of 1 for fixed
         traced = example.repeat(2, 1, 1, 1) if several else example
         shapes = ({axis: torch.export.Dim.DYNAMIC for axis in _free(example)},) if dynamic else None
-        kinds = {"portable": portable or format not in KERNELS, "winograd": winograd, "onnx": by_onnx}
+        kinds = {"portable": portable or format not in KERNELS, "winograd": winograd, "any_size": any_size}
         program = graph_of(deployed, (traced,), shapes, **kinds)
     finally:
         for module, training in modes:

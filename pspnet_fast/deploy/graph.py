@@ -27,17 +27,17 @@ def graph_of(
     *,
     portable: bool = True,
     winograd: bool = False,
-    onnx: bool = False,
+    any_size: bool = False,
 ) -> ExportedProgram:
     """A program of a model in evaluation, without operators of ours if `portable`.
 
     What depends on weights and fixed sizes alone is computed: parts of weights, matrices of sizes, folded batch norms.
-    With `portable`, large 3x3 convolutions may become products with matrices (winograd.py), and pyramids on sizes that
-    are not fixed operators that only ONNX has (any_size.py).
+    With `portable`, large 3x3 convolutions may become products with matrices (winograd.py), and pyramids of any size
+    operators that only ONNX has (any_size.py).
     """
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch.export about torch
-        mode = ops.portable.Portable if dynamic_shapes is None or not onnx else AnySize
+        mode = AnySize if any_size else ops.portable.Portable
         with mode() if portable else nullcontext():
             program = torch.export.export(model, args, dynamic_shapes=dynamic_shapes, strict=False)
         if not portable:
