@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <limits>
 #include <mutex>
@@ -20,6 +21,7 @@ namespace {
 
 constexpr int64_t kHugePage = int64_t{2} << 20;
 constexpr int64_t kSmallest = int64_t{8} << 20;  // smaller blocks glibc keeps by itself
+constexpr int64_t kMostKept = int64_t{1} << 20;  // megabytes
 
 struct Block {
   void* data = nullptr;  // nullptr: none
@@ -47,7 +49,7 @@ void unmap(const Block& block) { munmap(block.data, static_cast<size_t>(block.si
 
 class KeptMemory {
  public:
-  KeptMemory() { idle_.reserve(static_cast<size_t>(limit / kSmallest)); }  // giving back must not fail
+  KeptMemory() { idle_.reserve(static_cast<size_t>(limit_ / kSmallest)); }  // giving back must not fail
 
   // A kept block serves sizes down to 4/5 of its own: tensors never hold much more memory than they need.
   Block take(int64_t bytes) {
@@ -62,22 +64,26 @@ class KeptMemory {
 
   // Keeps the block and gives up the ones that were kept longest, as the bound demands.
   void give_back(const Block& block) {
-    if (block.size > limit) return unmap(block);
     const std::lock_guard lock(mutex_);
-    give_up_beyond(limit - block.size);
+    if (block.size > limit_) return unmap(block);
+    give_up_beyond(limit_ - block.size);
     idle_.push_back(block);
     idle_bytes_ += block.size;
   }
 
+  // The bound from now on; gives up what lies beyond it. The bound before.
+  int64_t bound(int64_t bytes) {
+    const std::lock_guard lock(mutex_);
+    idle_.reserve(static_cast<size_t>(bytes / kSmallest));
+    give_up_beyond(bytes);
+    return limit_.exchange(bytes);
+  }
+
+  bool keeps_nothing() const { return limit_ == 0; }
+
   // A fork copies the mutex as it is: held by another thread, it would stay so for ever in the child.
   void lock() { mutex_.lock(); }
   void unlock() { mutex_.unlock(); }
-
-  const int64_t limit = [] {
-    const char* megabytes = std::getenv("PSPNET_FAST_KEEP_MB");
-    return megabytes ? std::max<int64_t>(0, std::min<int64_t>(std::atoll(megabytes), int64_t{1} << 40)) << 20
-                     : int64_t{256} << 20;
-  }();
 
  private:
   Block take_kept(int64_t bytes) {
@@ -103,6 +109,11 @@ class KeptMemory {
     idle_.erase(idle_.begin(), idle_.begin() + static_cast<int64_t>(first));
   }
 
+  std::atomic<int64_t> limit_ = [] {
+    const char* megabytes = std::getenv("PSPNET_FAST_KEEP_MB");
+    return megabytes ? std::max<int64_t>(0, std::min<int64_t>(std::atoll(megabytes), kMostKept)) << 20
+                     : int64_t{256} << 20;
+  }();
   std::mutex mutex_;
   std::vector<Block> idle_;  // in the order in which they came back
   int64_t idle_bytes_ = 0;
@@ -130,7 +141,7 @@ bool torch_fills_fresh_tensors(const torch::stable::Tensor& like) {
 torch::stable::Tensor new_in_kept_memory(const torch::stable::Tensor& like, torch::headeronly::ScalarType dtype,
                                          const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                                          int64_t bytes, bool& short_of_memory) {
-  if (!like.is_cpu() || bytes < kSmallest || kept_memory.limit == 0 || torch_fills_fresh_tensors(like)) return {};
+  if (!like.is_cpu() || bytes < kSmallest || kept_memory.keeps_nothing() || torch_fills_fresh_tensors(like)) return {};
   const Block block = kept_memory.take(bytes);
   if (block.data == nullptr) {
     short_of_memory = true;
@@ -143,6 +154,12 @@ torch::stable::Tensor new_in_kept_memory(const torch::stable::Tensor& like, torc
     unmap(block);
     throw;
   }
+}
+
+int64_t keep_memory(int64_t megabytes) {
+  STD_TORCH_CHECK(0 <= megabytes && megabytes <= kMostKept, "megabytes must be from 0 to ", kMostKept, ", but is ",
+                  megabytes);
+  return kept_memory.bound(megabytes << 20) >> 20;
 }
 
 }  // namespace pspnet_fast

@@ -15,4 +15,7 @@ torch::stable::Tensor new_in_kept_memory(const torch::stable::Tensor& like, torc
                                          const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                                          int64_t bytes, bool& short_of_memory);
 
+// Bounds what is kept, in units of 2^20 bytes, and gives up what lies beyond. The bound before.
+int64_t keep_memory(int64_t megabytes);
+
 }  // namespace pspnet_fast

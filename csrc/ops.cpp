@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/cpu_kernel.h"
+#include "kept_memory.h"
 #include "tensors.h"
 
 STABLE_TORCH_LIBRARY(PSPNET_FAST_NAMESPACE, m) {
@@ -84,6 +85,8 @@ STABLE_TORCH_LIBRARY(PSPNET_FAST_NAMESPACE, m) {
       "upsample_cross_entropy_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor? weight, Tensor lse, "
       "Tensor total_weight, bool align_corners, int ignore_index, float label_smoothing, int reduction) -> Tensor");
 
+  // bounds the memory of freed CPU outputs that is kept for the next ones; the bound before
+  m.def("keep_memory(int megabytes) -> int");
   // what the library was compiled with and for, as JSON
   m.def("build_info() -> str");
   // the instruction set that the CPU kernels run with
@@ -121,6 +124,7 @@ std::string cpu_instruction_set() {
 }  // namespace pspnet_fast
 
 STABLE_TORCH_LIBRARY_IMPL(PSPNET_FAST_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("keep_memory", TORCH_BOX(&pspnet_fast::keep_memory));
   m.impl("build_info", TORCH_BOX(&pspnet_fast::build_info));
   m.impl("cpu_instruction_set", TORCH_BOX(&pspnet_fast::cpu_instruction_set));
 }

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pspnet_fast import ops
+from pspnet_fast.ops.kept_memory import nothing_kept
 
 SHAPE = (1, 64, 256, 256)  # 16 MB in float32
 
@@ -86,6 +87,66 @@ def test_what_is_kept_has_a_bound(megabytes, least, most):
         environment["PSPNET_FAST_KEEP_MB"] = megabytes
     done = subprocess.run([sys.executable, "-c", RESIDENT], env=environment, check=True, capture_output=True, text=True)
     assert least <= float(done.stdout) <= most
+
+
+BOUNDED = """
+import torch
+from pathlib import Path
+from pspnet_fast import ops
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+like = torch.ones(1, 64, 256, 256)
+before, bound = resident(), ops.keep_memory(100)
+for channels in (128, 256):  # 32 and 64 MB
+    ops.new_concat(like, channels).fill_(1)
+print(resident() - before)
+assert ops.keep_memory(40) == 100  # gives up the block of 64 MB that came last, or both
+print(resident() - before)
+held = ops.new_concat(like, 128).fill_(1)
+assert ops.keep_memory(0) == 40
+del held
+print(resident() - before)
+assert ops.keep_memory(bound) == 0
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident set from /proc")
+def test_the_bound_can_be_changed_and_what_lies_beyond_is_given_back():
+    done = subprocess.run([sys.executable, "-c", BOUNDED], check=True, capture_output=True, text=True)
+    kept, less, nothing = map(float, done.stdout.split())
+    assert 90 <= kept <= 110
+    assert less <= 50
+    assert nothing <= 15
+
+
+@pytest.mark.parametrize("megabytes", [-1, 2**20 + 1, 2**63])
+def test_a_bound_outside_its_range(megabytes):
+    with pytest.raises(ValueError, match=f"megabytes must be from 0 to 1048576, but is {megabytes}"):
+        ops.keep_memory(megabytes)
+    if megabytes < 2**63:
+        with pytest.raises(RuntimeError, match="megabytes must be from 0 to 1048576, but is"):
+            torch.ops.pspnet_fast.keep_memory(megabytes)
+
+
+@pytest.mark.parametrize("megabytes", [1.5, True, "1"])
+def test_a_bound_that_is_no_int(megabytes):
+    with pytest.raises(TypeError, match="megabytes must be an int"):
+        ops.keep_memory(megabytes)
+
+
+def test_nothing_is_kept_in_training_unless_the_environment_says_so(monkeypatch):
+    bound = ops.keep_memory(64)
+    try:
+        with nothing_kept():
+            assert ops.keep_memory(0) == 0
+        assert ops.keep_memory(64) == 64
+        monkeypatch.setenv("PSPNET_FAST_KEEP_MB", "64")
+        with nothing_kept():
+            assert ops.keep_memory(64) == 64
+    finally:
+        ops.keep_memory(bound)
 
 
 FORKS = """

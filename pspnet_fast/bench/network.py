@@ -7,6 +7,7 @@ bfloat16), prediction in bfloat16, of batch 1 by replays of a CUDA graph; on a C
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from pspnet_fast import PSPNet, UpsampleCrossEntropyLoss, ops, optimize
 from pspnet_fast.bench.cases import DTYPES, Case, Compiler, Step, dtype_name, nbytes
 from pspnet_fast.bench.stock import StockPPM, upsampled_cross_entropy
+from pspnet_fast.ops.kept_memory import nothing_kept
 
 SIZE, CLASSES = 473, 150
 BATCH = {"cpu": 2, "cuda": 16}
@@ -122,7 +124,7 @@ def _graphed(function: Callable[[], object]) -> Callable[[], object]:
 
 
 def _training(size: int, classes: int, batch: int, device: torch.device, ours: bool, compiler: Compiler[Any]) -> Step:
-    """One step: forward, loss with the auxiliary one, backward, SGD."""
+    """One step: forward, loss with the auxiliary one, backward, SGD; ours as pspnet-fast train runs it."""
     model = make_network(device, classes, ours).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
     loss = UpsampleCrossEntropyLoss() if ours else upsampled_cross_entropy
@@ -137,8 +139,9 @@ def _training(size: int, classes: int, batch: int, device: torch.device, ours: b
     function = compiler(forward)
 
     def step() -> None:
-        function(image, target).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        with nothing_kept() if ours else nullcontext():
+            function(image, target).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     return Step(step, 3 * nbytes(image, *model.parameters()))

@@ -109,7 +109,7 @@ def _export(case: Case, device: torch.device) -> _Graph:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of deprecated parts of torch in the exporter
         torch.onnx.export(module.eval(), (x,), Path(folder.name, GRAPH), dynamo=True, verbose=False)
-        return _Graph(folder, x, module(x))
+        return _Graph(folder, x.contiguous(), module(x))  # these runtimes know no other layout
 
 
 def _onnxruntime(path: Path, x: Tensor) -> Callable[[], Any]:

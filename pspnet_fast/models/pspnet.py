@@ -197,10 +197,10 @@ class PSPNet(Pretrained):
         last_but_one = input
         for name in self._layers[:-1]:
             last_but_one = self._backbone_layer(name, last_but_one)
+        # first, so that its gradients come last: none of them lies in memory while those of the large maps are made
+        aux = None if self.aux is None or not self.training else self.aux(last_but_one)
         logits = {"out": self._classify(self._backbone_layer(self._layers[-1], last_but_one))}
-        if self.aux is not None and self.training:
-            logits["aux"] = self.aux(last_but_one)
-        return logits
+        return logits if aux is None else logits | {"aux": aux}
 
     def _backbone_layer(self, name: str, input: Tensor) -> Tensor:
         layer = getattr(self, name)

@@ -2,6 +2,7 @@
 
 from . import portable as portable  # which registers what other devices run
 from .confusion_matrix import confusion_matrix
+from .kept_memory import keep_memory
 from .pyramid_batch_norm import pyramid_batch_norm
 from .pyramid_context import pyramid_context_
 from .pyramid_pool import new_concat, pyramid_pool
@@ -14,6 +15,7 @@ from .upsample_softmax_accumulate import upsample_softmax_accumulate_
 
 __all__ = [
     "confusion_matrix",
+    "keep_memory",
     "new_concat",
     "pyramid_batch_norm",
     "pyramid_context_",

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from pspnet_fast.data import IGNORE_INDEX
 from pspnet_fast.models import PSPNet
+from pspnet_fast.ops.kept_memory import nothing_kept
 from pspnet_fast.training.callbacks import Callback
 from pspnet_fast.training.config_rules import ConfigError
 from pspnet_fast.training.config_train import TrainConfig
@@ -104,6 +105,7 @@ def fit(
     with (
         locked(out_dir) if world.first else nullcontext(),
         _deterministic(config),
+        nothing_kept(),
         synchronised_norms(model.to(device), world if config.sync_norms else World()),
     ):
         trained = Step(model, config, device, world)
