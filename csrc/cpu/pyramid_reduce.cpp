@@ -1,5 +1,5 @@
 // The 1x1 convolutions of all levels on the CPU: products of tall, thin matrices (P cells of C values against R x C
-// weights), held in register tiles of vectors; lower precisions are widened a tile's rows at a time.
+// weights), held in register tiles of vectors; lower precisions are widened a block of a tile's rows at a time.
 #include "folded_norm.h"
 #include "vectors.h"
 
@@ -10,34 +10,6 @@ namespace {
 constexpr int kRows = 6, kColumns = 4;
 template <int kBytes>
 constexpr int kTileRows = kBytes == 64 ? kRows : kRows / 2;
-
-template <class acc_t, class V>
-PSP_INLINE acc_t horizontal_sum(V v) {
-  acc_t sum = 0;
-  for (size_t k = 0; k < sizeof(V) / sizeof(acc_t); ++k) sum += v[k];
-  return sum;
-}
-
-// `rows` x n values in the accumulation type: widened into `scratch` or, where they are that already, in place.
-template <class T>
-struct Widened {
-  const acc_type<T>* data;
-  int64_t stride;
-
-  PSP_INLINE Widened(const T* from, int64_t rows, int64_t n, int64_t from_stride, Scratch<acc_type<T>>& scratch) {
-    if constexpr (std::is_same_v<T, acc_type<T>>) {
-      data = from, stride = from_stride;
-    } else {
-      scratch.resize(rows * n);
-      for (int64_t i = 0; i < rows; ++i) {
-        acc_type<T>* __restrict__ to = &scratch[i * n];
-        for (int64_t k = 0; k < n; k += 32) __builtin_prefetch(from + (i + 16) * from_stride + k);
-        for (int64_t k = 0; k < n; ++k) to[k] = to_acc(from[i * from_stride + k]);
-      }
-      data = scratch.data(), stride = n;
-    }
-  }
-};
 
 // Calls tile(row, rows_in_tile as a constant) over all of `rows`, in tiles of kTile and one smaller.
 template <int kTile, class Tile>
@@ -56,61 +28,121 @@ struct LevelRows {
   PSP_INLINE int64_t operator()(int64_t m) const { return m / cells * P + first + m % cells; }
 };
 
-// reduced[m, r] = relu(norm(sum over c of pooled[m, c] * weight[r, c])); a unit is kColumns channels r of one level.
+// reduced[m, r] = relu(norm(sum over c of pooled[m, c] * weight[r, c])); a unit is kColumns channels r of all levels.
+// Blocks of columns c keep a tile's rows in the first-level cache; between blocks the sums wait in memory as vectors.
 template <class T>
 struct Reduce {
   using acc_t = acc_type<T>;
+  static constexpr int64_t kBlock = 2048 / sizeof(acc_t);
   const PyramidReduceArgs& a;
-  const acc_t* pooled;  // [N, P, pooled_stride], widened
-  int64_t pooled_stride;
+  const acc_t* pooled;  // [blocks of c][rows: level, n, cell][kBlock], widened, zeros behind C
+  int64_t rows;
 
   template <int kBytes>
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
-    Scratch<acc_t> scratch;
+    constexpr int64_t kL = kLanes<acc_t, kBytes>;
+    Scratch<acc_t> scratch(kColumns * kBlock), sums(rows * kColumns * kL);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int l = static_cast<int>(unit % a.levels.count);  // levels differ in work: every thread gets some of each
-      const int64_t r0 = unit / a.levels.count * kColumns, columns = std::min<int64_t>(kColumns, a.R - r0);
-      const Widened<T> weight(static_cast<const T*>(a.weights[l]) + r0 * a.C, columns, a.C, a.C, scratch);
-      const LevelRows row(a.levels, l);
-      for_tiles<kTileRows<kBytes>>(0, a.N * row.cells, [&](int64_t m, auto rows) __attribute__((always_inline)) {
-        if (columns == kColumns) {
-          tile<kBytes, rows(), kColumns>(l, row, m, r0, weight);
-        } else {
-          for (int64_t q = 0; q < columns; ++q) tile<kBytes, rows(), 1>(l, row, m, r0 + q, {weight, q});
+      const int64_t r0 = unit * kColumns, columns = std::min<int64_t>(kColumns, a.R - r0);
+      int64_t first = 0;  // of the level's rows
+      NextWeights next(a, r0 + kColumns, unit + 1 < end);
+      for (int l = 0; l < a.levels.count; ++l) {
+        const LevelRows row(a.levels, l);
+        const int64_t M = a.N * row.cells;
+        std::fill(sums.begin(), sums.begin() + M * kColumns * kL, acc_t(0));
+        for (int64_t c = 0; c < a.C; c += kBlock) {
+          const int64_t n = std::min(kBlock, a.C - c);
+          const T* const from = static_cast<const T*>(a.weights[l]) + r0 * a.C + c;
+          const Rows weight = weight_rows<kBytes>(from, columns, n, scratch);
+          const acc_t* const x = pooled + c * rows + first * kBlock;
+          for_tiles<kTileRows<kBytes>>(0, M, [&](int64_t m, auto tile_rows) __attribute__((always_inline)) {
+            tile<kBytes, tile_rows()>(x + m * kBlock, weight, n, &sums[m * kColumns * kL], next());
+          });
         }
-      });
+        finish<kL>(l, row, r0, columns, sums.data());
+        first += M;
+      }
     }
   }
+
+  // The next unit's weights, a row's block at a time in the order in which memory has them, for each tile to prefetch:
+  // levels of few cells wait for memory, which is idle while those of many are computed.
+  struct NextWeights {
+    const PyramidReduceArgs& a;
+    int64_t r0, blocks, piece, pieces;
+    NextWeights(const PyramidReduceArgs& args, int64_t r, bool any)
+        : a(args),
+          r0(r),
+          blocks((a.C + kBlock - 1) / kBlock),
+          piece(0),
+          pieces(any ? a.levels.count * kColumns * blocks : 0) {}
+    PSP_INLINE const T* operator()() {
+      if (piece == pieces) return static_cast<const T*>(a.pooled);  // none left: anything that is near
+      const int64_t row = piece / blocks, block = piece++ % blocks;
+      return static_cast<const T*>(a.weights[row / kColumns]) + (r0 + row % kColumns) * a.C + block * kBlock;
+    }
+  };
 
   struct Rows {
     const acc_t* data;
     int64_t stride;
-    PSP_INLINE Rows(const Widened<T>& w, int64_t first = 0) : data(w.data + first * w.stride), stride(w.stride) {}
   };
 
-  template <int kBytes, int kM, int kR>
-  PSP_INLINE void tile(int l, const LevelRows& row, int64_t m, int64_t r, const Rows& weight) const {
+  // kColumns rows of n weights: in place, or widened, whole vectors with zeros behind them.
+  template <int kBytes>
+  PSP_INLINE Rows weight_rows(const T* from, int64_t columns, int64_t n, Scratch<acc_t>& scratch) const {
+    constexpr int64_t kL = kLanes<acc_t, kBytes>;
+    if constexpr (std::is_same_v<T, acc_t>) {
+      if (columns == kColumns && n % kL == 0) return {from, a.C};
+    }
+    for (int64_t q = 0; q < columns; ++q, from += a.C) {
+      acc_t* const to = &scratch[q * kBlock];
+      int64_t k = 0;
+      for (; k + kL <= n; k += kL) store(to + k, load_wide<kBytes>(from + k));
+      if (k < n) store(to + k, load_wide<kBytes>(from + k, n - k));
+    }
+    return {scratch.data(), kBlock};
+  }
+
+  template <int kBytes, int kM>
+  PSP_INLINE void tile(const acc_t* x, const Rows& weight, int64_t n, acc_t* to, const T* next) const {
     using V = Vector<acc_t, kBytes>;
     constexpr int64_t kL = kLanes<acc_t, kBytes>;
-    V sums[kM][kR] = {};
-    const acc_t* inputs[kM];
-    for (int i = 0; i < kM; ++i) inputs[i] = pooled + row(m + i) * pooled_stride;
-    int64_t c = 0;
-    for (; c + kL <= a.C; c += kL) {
-      V w[kR];
-      for (int q = 0; q < kR; ++q) w[q] = load<acc_t, kBytes>(weight.data + q * weight.stride + c);
-      for (int i = 0; i < kM; ++i) {
-        const V x = load<acc_t, kBytes>(inputs[i] + c);
-        for (int q = 0; q < kR; ++q) sums[i][q] += x * w[q];
+    V sums[kM][kColumns];
+    for (int i = 0; i < kM; ++i) {
+      for (int q = 0; q < kColumns; ++q) sums[i][q] = load<acc_t, kBytes>(to + (i * kColumns + q) * kL);
+    }
+    for (int64_t c = 0; c < n; c += kL) {
+      __builtin_prefetch(next + c, 0, 2);
+      V inputs[kM];
+      for (int i = 0; i < kM; ++i) inputs[i] = load<acc_t, kBytes>(x + i * kBlock + c), in_register(inputs[i]);
+      for (int q = 0; q < kColumns; ++q) {
+        V w = load<acc_t, kBytes>(weight.data + q * weight.stride + c);
+        in_register(w);
+        for (int i = 0; i < kM; ++i) sums[i][q] += inputs[i] * w;
       }
     }
     for (int i = 0; i < kM; ++i) {
-      for (int q = 0; q < kR; ++q) {
-        acc_t sum = horizontal_sum<acc_t>(sums[i][q]);
-        for (int64_t k = c; k < a.C; ++k) sum += inputs[i][k] * weight.data[q * weight.stride + k];
-        const FoldedNorm<T> norm(a.norm[l], a.norm_dtype == a.dtype, a.eps[l], r + q);
-        const acc_t value = norm.apply(sum, norm.scale, norm.shift, a.relu);
-        static_cast<T*>(a.reduced)[row(m + i) * a.R + r + q] = from_acc<T>(value);
+      for (int q = 0; q < kColumns; ++q) store(to + (i * kColumns + q) * kL, sums[i][q]);
+    }
+  }
+
+  // Adds up the lanes of a level's sums, [M][kColumns][kL].
+  template <int64_t kL>
+  PSP_INLINE void finish(int l, const LevelRows& row, int64_t r0, int64_t columns, const acc_t* sums) const {
+    acc_t scale[kColumns], shift[kColumns];
+    for (int64_t q = 0; q < columns; ++q) {
+      const FoldedNorm<T> norm(a.norm[l], a.norm_dtype == a.dtype, a.eps[l], r0 + q);
+      scale[q] = norm.scale, shift[q] = norm.shift;
+    }
+    for (int64_t m = 0; m < a.N * row.cells; ++m, sums += kColumns * kL) {
+      acc_t totals[kColumns] = {};
+      for (int64_t k = 0; k < kL; ++k) {
+        for (int q = 0; q < kColumns; ++q) totals[q] += sums[q * kL + k];
+      }
+      T* const out = static_cast<T*>(a.reduced) + row(m) * a.R + r0;
+      for (int64_t q = 0; q < columns; ++q) {
+        out[q] = from_acc<T>(FoldedNorm<T>::apply(totals[q], scale[q], shift[q], a.relu));
       }
     }
   }
@@ -251,14 +283,31 @@ Scratch<acc_type<T>> widen_rows(const void* from, int64_t rows, int64_t C, int64
   return to;
 }
 
+// The same in blocks of kBlock columns, [blocks][rows: level, n, cell][kBlock], zeros behind the last.
+template <class T, int64_t kBlock>
+Scratch<acc_type<T>> widen_blocks(const void* from, int64_t N, int64_t C, const Levels& levels) {
+  const int64_t rows = N * levels.first[levels.count];
+  Scratch<acc_type<T>> to(rows * ((C + kBlock - 1) / kBlock) * kBlock);
+  for (int64_t l = 0, at = 0; l < levels.count; ++l) {
+    const LevelRows row(levels, static_cast<int>(l));
+    for (int64_t m = 0; m < N * row.cells; ++m, ++at) {
+      for (int64_t c = 0; c < C; c += kBlock) {
+        const T* x = static_cast<const T*>(from) + row(m) * C + c;
+        acc_type<T>* __restrict__ y = &to[c * rows + at * kBlock];
+        for (int64_t k = 0; k < std::min(kBlock, C - c); ++k) y[k] = to_acc(x[k]);
+      }
+    }
+  }
+  return to;
+}
+
 }  // namespace
 
 void pyramid_reduce(const PyramidReduceArgs& a) {
   dispatch(a.dtype, [&](auto zero) {
     using T = decltype(zero);
-    constexpr int64_t kPadding = kLanes<acc_type<T>>;
-    const auto pooled = widen_rows<T>(a.pooled, a.N * a.levels.first[a.levels.count], a.C, kPadding);
-    parallel(a.levels.count * ((a.R + kColumns - 1) / kColumns), Reduce<T>{a, pooled.data(), a.C + kPadding});
+    const auto pooled = widen_blocks<T, Reduce<T>::kBlock>(a.pooled, a.N, a.C, a.levels);
+    parallel((a.R + kColumns - 1) / kColumns, Reduce<T>{a, pooled.data(), a.N * a.levels.first[a.levels.count]});
   });
 }
 

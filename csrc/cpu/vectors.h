@@ -38,6 +38,14 @@ PSP_INLINE void store(acc_t* to, V v) {
   __builtin_memcpy(to, &v, sizeof v);
 }
 
+// Keeps a loaded value in a register: the compiler would load it anew in each of the instructions that use it.
+template <class V>
+PSP_INLINE void in_register(V& v) {
+#if PSP_X86_64
+  asm("" : "+v"(v));
+#endif
+}
+
 // The first `lanes` elements to memory.
 template <class T, class V>
 PSP_INLINE void store_narrow(T* to, V v, int64_t lanes = sizeof(V) / sizeof(acc_type<T>)) {
