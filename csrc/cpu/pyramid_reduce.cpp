@@ -107,13 +107,13 @@ struct Reduce {
   template <int kBytes, int kM>
   PSP_INLINE void tile(const acc_t* x, const Rows& weight, int64_t n, acc_t* to, const T* next) const {
     using V = Vector<acc_t, kBytes>;
-    constexpr int64_t kL = kLanes<acc_t, kBytes>;
+    constexpr int64_t kL = kLanes<acc_t, kBytes>, kLine = 64 / sizeof(T);
     V sums[kM][kColumns];
     for (int i = 0; i < kM; ++i) {
       for (int q = 0; q < kColumns; ++q) sums[i][q] = load<acc_t, kBytes>(to + (i * kColumns + q) * kL);
     }
     for (int64_t c = 0; c < n; c += kL) {
-      __builtin_prefetch(next + c, 0, 2);
+      if (kL >= kLine || c % kLine == 0) __builtin_prefetch(next + c, 0, 2);
       V inputs[kM];
       for (int i = 0; i < kM; ++i) inputs[i] = load<acc_t, kBytes>(x + i * kBlock + c), in_register(inputs[i]);
       for (int q = 0; q < kColumns; ++q) {
