@@ -210,12 +210,11 @@ PSP_INLINE void store(T* __restrict__ to, const T* __restrict__ from, int64_t n,
   const int64_t misaligned =
       static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) & 63) / static_cast<int64_t>(sizeof(T));
   if (stream && n > misaligned) {
-    if (next == nullptr) next = from;
     int64_t i = 0;
     for (; i < misaligned; ++i) to[i] = from[i];
     constexpr int64_t kLine = 64 / sizeof(T), kStep = kBytes / sizeof(T);
     for (; i + kLine <= n; i += kLine) {
-      __builtin_prefetch(next + i);
+      if (next != nullptr) __builtin_prefetch(next + i);
       for (int64_t k = 0; k < kLine; k += kStep) stream_bytes<kBytes>(to + i + k, from + i + k);
     }
     for (; i < n; ++i) to[i] = from[i];

@@ -188,6 +188,22 @@ PSP_INLINE void for_vectors(int64_t n, const Function& function) {
   for (; k < n; k += kL) function(k, std::integral_constant<int, 1>{}, std::min(kL, n - k));
 }
 
+// Transposes a square of two-byte elements, by interleaving: each shuffle is one instruction of SSE2.
+PSP_INLINE void transpose(Vector<uint16_t, 16> (&rows)[8]) {
+  typedef int16_t Indices __attribute__((vector_size(16)));
+#pragma GCC unroll 3
+  for (int round = 0; round < 3; ++round) {
+    Vector<uint16_t, 16> next[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + 4], Indices{0, 8, 1, 9, 2, 10, 3, 11});
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + 4], Indices{4, 12, 5, 13, 6, 14, 7, 15});
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) rows[i] = next[i];
+  }
+}
+
 // Transposes a square of as many vectors as one has elements, by halves of ever larger squares.
 template <class acc_t, int kBytes>
 PSP_INLINE void transpose(Vector<acc_t, kBytes> (&rows)[kLanes<acc_t, kBytes>]) {
