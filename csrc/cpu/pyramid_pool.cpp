@@ -142,7 +142,6 @@ struct ChannelsLastPool : PoolBase<T> {
   int64_t chunk;
   double* cells;  // [N, rows, columns, C]
 
-  template <int kBytes>
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
     const int64_t S = this->rows.count(), Q = this->columns.count(), chunks = (a.C + chunk - 1) / chunk;
@@ -162,7 +161,7 @@ struct ChannelsLastPool : PoolBase<T> {
             if (!a.concat.data) continue;
             T* to = mutable_at<T>(a.concat, n, c, h) + w * a.concat.stride_w;
             for (int64_t i = 0; i < pixels; ++i) {
-              store<kBytes>(to + i * a.concat.stride_w, from + i * a.input.stride_w, channels, this->stream);
+              store(to + i * a.concat.stride_w, from + i * a.input.stride_w, channels, this->stream);
             }
           }
           double* __restrict__ sum = sums + t * a.C;
