@@ -273,47 +273,4 @@ PSP_INLINE void add_rows(acc_type<T>* __restrict__ to, const T* __restrict__ fro
   }
 }
 
-// A plane in the accumulation type, dense; in place where it is that already. One loop over the whole plane vectorises
-// better than one over each short row.
-template <class T>
-struct WidePlane {
-  const acc_type<T>* data;
-
-  PSP_INLINE WidePlane(const Image& image, int64_t n, int64_t c, int64_t H, int64_t W, Scratch<acc_type<T>>& scratch) {
-    const T* from = at<T>(image, n, c, 0);
-    if constexpr (std::is_same_v<T, acc_type<T>>) {
-      if (image.stride_h == W) {
-        data = from;
-        return;
-      }
-    }
-    scratch.resize(H * W);
-    if (image.stride_h == W) {
-      widen(scratch.data(), from, H * W);
-    } else {
-      for (int64_t h = 0; h < H; ++h) widen(&scratch[h * W], from + h * image.stride_h, W);
-    }
-    data = scratch.data();
-  }
-
-  static PSP_INLINE void widen(acc_type<T>* __restrict__ to, const T* __restrict__ from, int64_t n) {
-    for (int64_t k = 0; k < n; ++k) to[k] = to_acc(from[k]);
-  }
-};
-
-// Writes a dense plane from the accumulation type.
-template <class T>
-PSP_INLINE void store_wide_plane(const Image& image, int64_t n, int64_t c, int64_t H, int64_t W,
-                                 const Scratch<acc_type<T>>& plane, Scratch<T>& scratch, bool stream) {
-  if constexpr (std::is_same_v<T, acc_type<T>>) {
-    store_plane(image, n, c, H, W, plane.data(), stream);
-  } else {
-    scratch.resize(H * W);
-    const acc_type<T>* __restrict__ from = plane.data();
-    T* __restrict__ to = scratch.data();
-    for (int64_t k = 0; k < H * W; ++k) to[k] = from_acc<T>(from[k]);
-    store_plane(image, n, c, H, W, to, stream);
-  }
-}
-
 }  // namespace pspnet_fast::cpu
