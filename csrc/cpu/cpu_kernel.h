@@ -59,10 +59,13 @@ PSP_INLINE F widen_half(U bits) {
   return std::bit_cast<F>(std::bit_cast<U>(scaled) | special | (bits & 0x8000u) << 16);
 }
 template <class U, class F>
-PSP_INLINE U narrow_bfloat16(F v) {  // round to nearest even
+PSP_INLINE U round_bfloat16(F v) {  // to nearest even, in the upper 16 bits; the lower ones are of no meaning
   const U bits = std::bit_cast<U>(v);
-  const U rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  return (bits & 0x7fffffffu) > 0x7f800000u ? U{} + 0x7fc0u : rounded;
+  return v == v ? bits + 0x7fffu + (bits >> 16 & 1u) : U{} + 0x7fc00000u;
+}
+template <class U, class F>
+PSP_INLINE U narrow_bfloat16(F v) {
+  return round_bfloat16<U>(v) >> 16;
 }
 template <class U, class F>
 PSP_INLINE U narrow_half(F v) {  // round to nearest even
@@ -183,21 +186,36 @@ PSP_INLINE T* mutable_at(const Image& image, int64_t n, int64_t c, int64_t h) {
 // copy's traffic (measured on two Zen 4 cores: 26 GB/s plain, 40 GB/s streaming).
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
-// Copies n elements; with `stream`, whole cache lines by non-temporal stores.
-template <class T>
-PSP_INLINE void store(T* __restrict__ to, const T* __restrict__ from, int64_t n, bool stream) {
+#if PSP_X86_64
+// kBytes past the caches, to an address that is a multiple of them. GCC's header has the wider ones only for functions
+// that ask for the instruction set themselves.
+template <int kBytes>
+PSP_INLINE void stream_bytes(void* to, const void* from) {
+  if constexpr (kBytes == 16) {
+    _mm_stream_si128(static_cast<__m128i*>(to), _mm_loadu_si128(static_cast<const __m128i*>(from)));
+  } else {
+    typedef char Bytes __attribute__((vector_size(kBytes), may_alias));
+    Bytes v;
+    __builtin_memcpy(&v, from, kBytes);
+    asm("vmovntdq %1, %0" : "=m"(*static_cast<Bytes*>(to)) : "v"(v));
+  }
+}
+#endif
+
+// Copies n elements; with `stream`, whole cache lines by non-temporal stores of kBytes, and the n elements at `next`,
+// which are read afterwards, are fetched meanwhile.
+template <int kBytes = 16, class T>
+PSP_INLINE void store(T* __restrict__ to, const T* __restrict__ from, int64_t n, bool stream, const T* next = nullptr) {
 #if PSP_X86_64
   const int64_t misaligned =
       static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) & 63) / static_cast<int64_t>(sizeof(T));
   if (stream && n > misaligned) {
     int64_t i = 0;
     for (; i < misaligned; ++i) to[i] = from[i];
-    constexpr int64_t kStep = 16 / sizeof(T);
-    for (; i + 4 * kStep <= n; i += 4 * kStep) {
-      for (int64_t k = 0; k < 4 * kStep; k += kStep) {
-        _mm_stream_si128(reinterpret_cast<__m128i*>(to + i + k),
-                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i + k)));
-      }
+    constexpr int64_t kLine = 64 / sizeof(T), kStep = kBytes / sizeof(T);
+    for (; i + kLine <= n; i += kLine) {
+      if (next != nullptr) __builtin_prefetch(next + i);
+      for (int64_t k = 0; k < kLine; k += kStep) stream_bytes<kBytes>(to + i + k, from + i + k);
     }
     for (; i < n; ++i) to[i] = from[i];
     return;
@@ -214,12 +232,12 @@ PSP_INLINE void store_fence() {
 }
 
 // Writes a plane of H rows of W elements that lie densely in `from`.
-template <class T>
-PSP_INLINE void store_plane(const Image& image, int64_t n, int64_t c, int64_t H, int64_t W, const T* from,
-                            bool stream) {
+template <int kBytes = 16, class T>
+PSP_INLINE void store_plane(const Image& image, int64_t n, int64_t c, int64_t H, int64_t W, const T* from, bool stream,
+                            const T* next = nullptr) {
   T* to = mutable_at<T>(image, n, c, 0);
-  if (image.stride_h == W) return store(to, from, H * W, stream);
-  for (int64_t h = 0; h < H; ++h) store(to + h * image.stride_h, from + h * W, W, stream);
+  if (image.stride_h == W) return store<kBytes>(to, from, H * W, stream, next);
+  for (int64_t h = 0; h < H; ++h) store<kBytes>(to + h * image.stride_h, from + h * W, W, stream);
 }
 
 // 64 bytes of accumulators: one vector register or several, by instruction set; or as many bytes as are asked for.
@@ -252,49 +270,6 @@ PSP_INLINE void add_rows(acc_type<T>* __restrict__ to, const T* __restrict__ fro
   for (; i < count; ++i) {
     const T* a = from + i * stride;
     for (int64_t k = 0; k < n; ++k) to[k] += to_acc(a[k]);
-  }
-}
-
-// A plane in the accumulation type, dense; in place where it is that already. One loop over the whole plane vectorises
-// better than one over each short row.
-template <class T>
-struct WidePlane {
-  const acc_type<T>* data;
-
-  PSP_INLINE WidePlane(const Image& image, int64_t n, int64_t c, int64_t H, int64_t W, Scratch<acc_type<T>>& scratch) {
-    const T* from = at<T>(image, n, c, 0);
-    if constexpr (std::is_same_v<T, acc_type<T>>) {
-      if (image.stride_h == W) {
-        data = from;
-        return;
-      }
-    }
-    scratch.resize(H * W);
-    if (image.stride_h == W) {
-      widen(scratch.data(), from, H * W);
-    } else {
-      for (int64_t h = 0; h < H; ++h) widen(&scratch[h * W], from + h * image.stride_h, W);
-    }
-    data = scratch.data();
-  }
-
-  static PSP_INLINE void widen(acc_type<T>* __restrict__ to, const T* __restrict__ from, int64_t n) {
-    for (int64_t k = 0; k < n; ++k) to[k] = to_acc(from[k]);
-  }
-};
-
-// Writes a dense plane from the accumulation type.
-template <class T>
-PSP_INLINE void store_wide_plane(const Image& image, int64_t n, int64_t c, int64_t H, int64_t W,
-                                 const Scratch<acc_type<T>>& plane, Scratch<T>& scratch, bool stream) {
-  if constexpr (std::is_same_v<T, acc_type<T>>) {
-    store_plane(image, n, c, H, W, plane.data(), stream);
-  } else {
-    scratch.resize(H * W);
-    const acc_type<T>* __restrict__ from = plane.data();
-    T* __restrict__ to = scratch.data();
-    for (int64_t k = 0; k < H * W; ++k) to[k] = from_acc<T>(from[k]);
-    store_plane(image, n, c, H, W, to, stream);
   }
 }
 

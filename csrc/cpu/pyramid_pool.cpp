@@ -81,7 +81,7 @@ struct PlanarPool : PoolBase<T> {
         for (int64_t s = 0; s < S; ++s) {
           sum_segment_row<kBytes>(plane, s, column_sums.data(), &cells[s * Q * kPlanes + k]);
         }
-        copy_plane(n, c0 + k);
+        copy_plane<kBytes>(n, c0 + k);
       }
       write_bins(n, c0, planes, cells.data());
     }
@@ -106,12 +106,17 @@ struct PlanarPool : PoolBase<T> {
   }
 
   // The plane has just been read and is still in the cache.
+  template <int kBytes>
   PSP_INLINE void copy_plane(int64_t n, int64_t c) const {
     const auto& a = this->a;
     if (!a.concat.data) return;
-    if (a.input.stride_h == a.W) return store_plane(a.concat, n, c, a.H, a.W, at<T>(a.input, n, c, 0), this->stream);
-    for (int64_t h = 0; h < a.H; ++h)
-      store(mutable_at<T>(a.concat, n, c, h), at<T>(a.input, n, c, h), a.W, this->stream);
+    const T* from = at<T>(a.input, n, c, 0);
+    if (a.input.stride_h == a.W) {
+      return store_plane<kBytes>(a.concat, n, c, a.H, a.W, from, this->stream, from + a.input.stride_c);
+    }
+    for (int64_t h = 0; h < a.H; ++h) {
+      store<kBytes>(mutable_at<T>(a.concat, n, c, h), from + h * a.input.stride_h, a.W, this->stream);
+    }
   }
 
   PSP_INLINE void write_bins(int64_t n, int64_t c0, int64_t planes, const double* cells) const {
@@ -195,22 +200,48 @@ struct PoolBackwardBase {
   const Segments &rows, &columns;
   bool stream;
 
-  // grad[k] = sum over the bins that cover the cell (s, t) of grad_pooled / the bin's pixels, channels c .. c + count
-  PSP_INLINE void cell_gradient(int64_t n, int64_t c, int64_t s, int64_t t, acc_t* __restrict__ grad,
-                                int64_t count) const {
-    std::fill_n(grad, count, acc_t(0));
-    const int64_t h = rows.begin(s), w = columns.begin(t), P = a.levels.first[a.levels.count];
+  struct Term {
+    int64_t bin;
+    acc_t share;  // 1 / the bin's pixels
+  };
+  // The bins that cover each cell, [rows][columns].
+  Scratch<Scratch<Term>> terms = [this] {
+    Scratch<Scratch<Term>> result(rows.count() * columns.count());
     for (int l = 0; l < a.levels.count; ++l) {
-      const int64_t bins_h = a.levels.bins_h[l], bins_w = a.levels.bins_w[l];
-      for (int64_t i = first_bin(h, bins_h, a.H); i <= last_bin(h, bins_h, a.H); ++i) {
-        for (int64_t j = first_bin(w, bins_w, a.W); j <= last_bin(w, bins_w, a.W); ++j) {
-          const acc_t share = acc_t(1) / static_cast<acc_t>(rows.pixels(l, i) * columns.pixels(l, j));
-          const T* pooled =
-              static_cast<const T*>(a.grad_pooled) + (n * P + a.levels.first[l] + i * bins_w + j) * a.C + c;
-          for (int64_t k = 0; k < count; ++k) grad[k] += to_acc(pooled[k]) * share;
+      for (int64_t bin = 0; bin < a.levels.first[l + 1] - a.levels.first[l]; ++bin) {
+        const int64_t i = bin / a.levels.bins_w[l], j = bin % a.levels.bins_w[l];
+        const acc_t share = acc_t(1) / static_cast<acc_t>(rows.pixels(l, i) * columns.pixels(l, j));
+        for (int64_t s = rows.first[l][i]; s < rows.last[l][i]; ++s) {
+          for (int64_t t = columns.first[l][j]; t < columns.last[l][j]; ++t) {
+            result[s * columns.count() + t].push_back({a.levels.first[l] + bin, share});
+          }
         }
       }
     }
+    return result;
+  }();
+
+  // grad[k] = sum over the bins that cover the cell of grad_pooled / the bin's pixels, channels c .. c + count
+  PSP_INLINE void cell_gradient(int64_t n, int64_t c, int64_t cell, acc_t* __restrict__ grad, int64_t count) const {
+    std::fill_n(grad, count, acc_t(0));
+    const T* pooled = static_cast<const T*>(a.grad_pooled) + n * a.levels.first[a.levels.count] * a.C + c;
+    for (const Term& term : terms[cell]) {
+      const T* __restrict__ from = pooled + term.bin * a.C;
+      for (int64_t k = 0; k < count; ++k) grad[k] += to_acc(from[k]) * term.share;
+    }
+  }
+
+  // out[k] = grad[k] + the table's values; grad may be null
+  template <int kBytes>
+  PSP_INLINE void add(T* out, const T* grad, const acc_t* table, int64_t n) const {
+    for_pairs<T, kBytes>(n, [&](int64_t at, int64_t k, auto lanes) __attribute__((always_inline)) {
+      auto sum = pair_at<kBytes>(table + at);
+      if (grad) {
+        const auto v = load_pair<kBytes>(grad + k, lanes);
+        sum = {v.first + sum.first, v.second + sum.second};
+      }
+      store_pair(out + k, sum, lanes);
+    });
   }
 };
 
@@ -220,40 +251,32 @@ struct PlanarPoolBackward : PoolBackwardBase<T> {
   using acc_t = acc_type<T>;
   static constexpr int64_t kPlanes = 16;
 
+  template <int kBytes>
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
     const int64_t blocks = (a.C + kPlanes - 1) / kPlanes, S = this->rows.count(), Q = this->columns.count();
-    Scratch<acc_t> cells(S * Q * kPlanes), row(a.W), plane(a.H * a.W), wide;
-    Scratch<T> narrow;
+    Scratch<acc_t> cells(S * Q * kPlanes), row(a.W), table(pairs_size<T, kBytes>(a.W));
+    Scratch<T> plane(a.H * a.W);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / blocks, c0 = unit % blocks * kPlanes, planes = std::min(kPlanes, a.C - c0);
-      for (int64_t cell = 0; cell < S * Q; ++cell) {
-        this->cell_gradient(n, c0, cell / Q, cell % Q, &cells[cell * kPlanes], planes);
-      }
+      for (int64_t cell = 0; cell < S * Q; ++cell) this->cell_gradient(n, c0, cell, &cells[cell * kPlanes], planes);
       for (int64_t k = 0; k < planes; ++k) {
-        const acc_t* grad = nullptr;
-        if (a.grad_concat.data) grad = WidePlane<T>(a.grad_concat, n, c0 + k, a.H, a.W, wide).data;
+        const T* grad = a.grad_concat.data ? at<T>(a.grad_concat, n, c0 + k, 0) : nullptr;
         for (int64_t s = 0; s < S; ++s) {
           for (int64_t t = 0; t < Q; ++t) {
             std::fill(&row[this->columns.begin(t)], &row[0] + this->columns.end(t), cells[(s * Q + t) * kPlanes + k]);
           }
+          to_pairs<T, kBytes>(table.data(), row.data(), a.W);
           for (int64_t h = this->rows.begin(s); h < this->rows.end(s); ++h) {
-            add_row(grad ? grad + h * a.W : nullptr, row.data(), &plane[h * a.W]);
+            this->template add<kBytes>(&plane[h * a.W], grad ? grad + h * a.grad_concat.stride_h : nullptr,
+                                       table.data(), a.W);
           }
         }
-        store_wide_plane(a.grad_input, n, c0 + k, a.H, a.W, plane, narrow, this->stream);
+        store_plane<kBytes>(a.grad_input, n, c0 + k, a.H, a.W, plane.data(), this->stream,
+                            grad ? grad + a.grad_concat.stride_c : nullptr);
       }
     }
     if (this->stream) store_fence();
-  }
-
-  PSP_INLINE void add_row(const acc_t* __restrict__ grad, const acc_t* __restrict__ row,
-                          acc_t* __restrict__ out) const {
-    if (!grad) {
-      std::copy_n(row, this->a.W, out);
-      return;
-    }
-    for (int64_t w = 0; w < this->a.W; ++w) out[w] = grad[w] + row[w];
   }
 };
 
@@ -263,36 +286,32 @@ struct ChannelsLastPoolBackward : PoolBackwardBase<T> {
   using acc_t = acc_type<T>;
   int64_t chunk;
 
+  template <int kBytes>
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
     const int64_t S = this->rows.count(), Q = this->columns.count(), chunks = (a.C + chunk - 1) / chunk;
-    Scratch<acc_t> cells(Q * chunk);
+    const int64_t size = pairs_size<T, kBytes>(chunk);
+    Scratch<acc_t> cell(chunk), cells(Q * size);
     Scratch<T> out(chunk);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / (S * chunks), s = unit / chunks % S, c = unit % chunks * chunk;
       const int64_t channels = std::min(chunk, a.C - c);
-      for (int64_t t = 0; t < Q; ++t) this->cell_gradient(n, c, s, t, &cells[t * chunk], channels);
+      for (int64_t t = 0; t < Q; ++t) {
+        this->cell_gradient(n, c, s * Q + t, cell.data(), channels);
+        to_pairs<T, kBytes>(&cells[t * size], cell.data(), channels);
+      }
       for (int64_t h = this->rows.begin(s); h < this->rows.end(s); ++h) {
         for (int64_t t = 0; t < Q; ++t) {
           for (int64_t w = this->columns.begin(t); w < this->columns.end(t); ++w) {
-            add_pixel(n, c, h, w, &cells[t * chunk], out.data(), channels);
+            const T* grad = a.grad_concat.data ? at<T>(a.grad_concat, n, c, h) + w * a.grad_concat.stride_w : nullptr;
+            this->template add<kBytes>(out.data(), grad, &cells[t * size], channels);
+            store<kBytes>(mutable_at<T>(a.grad_input, n, c, h) + w * a.grad_input.stride_w, out.data(), channels,
+                          this->stream, grad ? grad + a.grad_concat.stride_w : nullptr);
           }
         }
       }
     }
     if (this->stream) store_fence();
-  }
-
-  PSP_INLINE void add_pixel(int64_t n, int64_t c, int64_t h, int64_t w, const acc_t* __restrict__ cell,
-                            T* __restrict__ out, int64_t channels) const {
-    const auto& a = this->a;
-    if (a.grad_concat.data) {
-      const T* grad = at<T>(a.grad_concat, n, c, h) + w * a.grad_concat.stride_w;
-      for (int64_t k = 0; k < channels; ++k) out[k] = from_acc<T>(to_acc(grad[k]) + cell[k]);
-    } else {
-      for (int64_t k = 0; k < channels; ++k) out[k] = from_acc<T>(cell[k]);
-    }
-    store(mutable_at<T>(a.grad_input, n, c, h) + w * a.grad_input.stride_w, out, channels, this->stream);
   }
 };
 

@@ -19,6 +19,50 @@ PSP_INLINE void gather(To* __restrict__ to, const From* __restrict__ from, int64
   for (int64_t k = 0; k < n; ++k) to[k] = converted<To>(from[k * step]);
 }
 
+// to[c, r] = from[r, c]: squares of a vector's size in registers, the rest one by one. What is not converted passes as
+// bits.
+template <int kBytes, class To, class From>
+PSP_INLINE void transposed(To* __restrict__ to, int64_t to_stride, const From* __restrict__ from, int64_t from_stride,
+                           int64_t rows, int64_t columns) {
+  constexpr bool kAsBits = std::is_same_v<To, From> && sizeof(To) == 2;
+  constexpr int kWidth = kAsBits ? 16 : kBytes;
+  using Element = std::conditional_t<kAsBits, uint16_t, acc_type<From>>;
+  constexpr int64_t kSide = kLanes<Element, kWidth>;
+  const auto square = [&](int64_t r, int64_t c) __attribute__((always_inline)) {
+    Vector<Element, kWidth> v[kSide];
+    for (int64_t i = 0; i < kSide; ++i) {
+      const From* const row = from + (r + i) * from_stride + c;
+      if constexpr (kAsBits) {
+        __builtin_memcpy(&v[i], row, kWidth);
+      } else {
+        v[i] = load_wide<kBytes>(row);
+      }
+    }
+    if constexpr (kAsBits) {
+      transpose(v);
+    } else {
+      transpose<Element, kWidth>(v);
+    }
+    for (int64_t i = 0; i < kSide; ++i) {
+      To* const row = to + (c + i) * to_stride + r;
+      if constexpr (kAsBits) {
+        __builtin_memcpy(row, &v[i], kWidth);
+      } else {
+        store_narrow(row, v[i]);
+      }
+    }
+  };
+  int64_t c = 0;
+  for (; c + kSide <= columns; c += kSide) {
+    int64_t r = 0;
+    for (; r + kSide <= rows; r += kSide) square(r, c);
+    for (; r < rows; ++r) {
+      for (int64_t i = c; i < c + kSide; ++i) to[i * to_stride + r] = converted<To>(from[r * from_stride + i]);
+    }
+  }
+  for (; c < columns; ++c) gather(to + c * to_stride, from + c, rows, from_stride);
+}
+
 template <class T, class U>
 struct Split {
   using Written = U;
@@ -46,7 +90,7 @@ struct Split {
         for (int64_t l = 0; l < a.L; ++l) {
           for (int64_t r = 0; r < a.R; r += kChunk) {
             const int64_t n = std::min(kChunk, a.R - r);
-            deinterleave<kBytes>(row.data(), weight + (a.first_level + l * a.R + r) * a.taps, n);
+            transposed<kBytes>(row.data(), kChunk, weight + (a.first_level + l * a.R + r) * a.taps, a.taps, n, a.taps);
             for (int64_t t = 0; t < a.taps; ++t) store(matrix(l, t) + r, &row[t * kChunk], n, stream);
           }
         }
@@ -59,48 +103,6 @@ struct Split {
     }
     if (stream) store_fence();
   }
-
-  // A vector of elements on their way: what is not converted passes as it is, two bytes as the low ones of four.
-  static constexpr bool kAsBits = std::is_same_v<T, U> && sizeof(T) == 2;
-
-  template <int kBytes>
-  static PSP_INLINE Vector<acc_type<T>, kBytes> read(const T* from) {
-    if constexpr (kAsBits) {
-      typename Integers<kBytes>::Narrow narrow;
-      __builtin_memcpy(&narrow, from, sizeof narrow);
-      return std::bit_cast<Vector<float, kBytes>>(__builtin_convertvector(narrow, typename Integers<kBytes>::Wide));
-    } else {
-      return load_wide<kBytes>(from);
-    }
-  }
-  template <class V>
-  static PSP_INLINE void put(U* to, V v) {
-    if constexpr (kAsBits) {
-      const auto bits = std::bit_cast<typename Integers<sizeof(V)>::Wide>(v);
-      const auto narrow = __builtin_convertvector(bits, typename Integers<sizeof(V)>::Narrow);
-      __builtin_memcpy(to, &narrow, sizeof narrow);
-    } else {
-      store_narrow(to, v);
-    }
-  }
-
-  // to[t, r] = from[r, t] for n channels r: squares of a vector's size are transposed in registers.
-  template <int kBytes>
-  PSP_INLINE void deinterleave(U* __restrict__ to, const T* __restrict__ from, int64_t n) const {
-    constexpr int64_t kL = kLanes<acc_type<T>, kBytes>;
-    int64_t t = 0;
-    for (; t + kL <= a.taps; t += kL) {
-      int64_t r = 0;
-      for (; r + kL <= n; r += kL) {
-        Vector<acc_type<T>, kBytes> square[kL];
-        for (int64_t i = 0; i < kL; ++i) square[i] = read<kBytes>(from + (r + i) * a.taps + t);
-        transpose<acc_type<T>, kBytes>(square);
-        for (int64_t i = 0; i < kL; ++i) put(to + (t + i) * kChunk + r, square[i]);
-      }
-      for (int64_t i = t; i < t + kL; ++i) gather(to + i * kChunk + r, from + r * a.taps + i, n - r, a.taps);
-    }
-    for (; t < a.taps; ++t) gather(to + t * kChunk, from + t, n, a.taps);
-  }
 };
 
 template <class T, class U>
@@ -109,23 +111,27 @@ struct Join {
   const PyramidSplitWeightArgs& a;
   bool stream;
 
+  template <int kBytes>
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const int64_t C = a.dense + a.L * a.R, run = C * a.taps;
     Scratch<T> whole(run);  // of an output channel: it is written once, as it lies
     for (int64_t o = begin; o < end; ++o) {
       const U* const dense = static_cast<const U*>(a.dense_weight) + o * a.dense * a.taps;
-      if (!a.channels_last) gather(&whole[a.first_dense * a.taps], dense, a.dense * a.taps, 1);
-      for (int64_t t = 0; t < a.taps; ++t) {
-        if (a.channels_last) gather(&whole[t * C + a.first_dense], dense + t * a.dense, a.dense, 1);
+      const auto matrix = [&](int64_t l, int64_t t) __attribute__((always_inline)) {
+        return static_cast<const U*>(a.matrices) + ((l * a.taps + t) * a.O + o) * a.R;
+      };
+      if (!a.channels_last) {
+        gather(&whole[a.first_dense * a.taps], dense, a.dense * a.taps, 1);
         for (int64_t l = 0; l < a.L; ++l) {
-          const U* const from = static_cast<const U*>(a.matrices) + ((l * a.taps + t) * a.O + o) * a.R;
-          const int64_t first = a.first_level + l * a.R;
-          T* const to = a.channels_last ? &whole[t * C + first] : &whole[first * a.taps + t];
-          const int64_t step = a.channels_last ? 1 : a.taps;
-          for (int64_t r = 0; r < a.R; ++r) to[r * step] = converted<T>(from[r]);
+          transposed<kBytes>(&whole[(a.first_level + l * a.R) * a.taps], a.taps, matrix(l, 0), a.O * a.R, a.taps, a.R);
+        }
+      } else {
+        for (int64_t t = 0; t < a.taps; ++t) {
+          gather(&whole[t * C + a.first_dense], dense + t * a.dense, a.dense, 1);
+          for (int64_t l = 0; l < a.L; ++l) gather(&whole[t * C + a.first_level + l * a.R], matrix(l, t), a.R, 1);
         }
       }
-      store(static_cast<T*>(a.weight) + o * run, whole.data(), run, stream);
+      store<kBytes>(static_cast<T*>(a.weight) + o * run, whole.data(), run, stream);
     }
     if (stream) store_fence();
   }

@@ -43,44 +43,47 @@ Scratch<Interpolation<acc_t>> interpolations(const Levels& levels, const int (&b
   return result;
 }
 
-// to[k] = (1 - lambda) * low[k] + lambda * high[k]
-template <class Out, class In, class acc_t>
-PSP_INLINE void mix(Out* __restrict__ to, const In* __restrict__ low, const In* __restrict__ high, acc_t lambda,
-                    int64_t n) {
-  for (int64_t k = 0; k < n; ++k) {
-    to[k] = from_acc<Out>((acc_t(1) - lambda) * to_acc(low[k]) + lambda * to_acc(high[k]));
-  }
+// to[k] = (1 - lambda) * low[k] + lambda * high[k]: from two tables of pairs.
+template <int kBytes, class T, class acc_t = acc_type<T>>
+PSP_INLINE void mix(T* to, const acc_t* low, const acc_t* high, acc_t lambda, int64_t n) {
+  const acc_t rest = acc_t(1) - lambda;
+  for_pairs<T, kBytes>(n, [&](int64_t at, int64_t k, auto lanes) __attribute__((always_inline)) {
+    const auto a = pair_at<kBytes>(low + at), b = pair_at<kBytes>(high + at);
+    using V = decltype(a.first);
+    store_pair(to + k, Pair<V>{rest * a.first + lambda * b.first, rest * a.second + lambda * b.second}, lanes);
+  });
 }
 
 // The transpose of mix over the rows [begin, end), which lie `stride` apart in `from`: to[low] += (1 - lambda) * row,
-// to[high] += lambda * row, with the rows of `to` n apart. Four rows between the same pair are taken at once, because
-// each pass over `to` waits for the previous one.
-template <class T, class acc_t = acc_type<T>>
+// to[high] += lambda * row, with the rows of `to`, tables of pairs, n_to apart. Four rows between the same two are
+// taken at once, because each pass over `to` waits for the previous one.
+template <int kBytes, class T, class acc_t = acc_type<T>>
 PSP_INLINE void unmix(acc_t* to, int64_t n_to, const Scratch<SourceIndex<acc_t>>& rows, int64_t begin, int64_t end,
                       const T* from, int64_t stride, int64_t n) {
-  for (int64_t i = begin, count; i < end; i += count) {
-    count = 1;
+  const auto add = [&](int64_t i, auto count) __attribute__((always_inline)) {
+    acc_t* const low = to + rows[i].low * n_to;
+    acc_t* const high = to + rows[i].high * n_to;
+    for_pairs<T, kBytes>(n, [&](int64_t at, int64_t k, auto lanes) __attribute__((always_inline)) {
+      Pair<Vector<acc_t, kBytes>> a, b;
+      for (int64_t j = 0; j < count; ++j) {
+        const auto v = load_pair<kBytes>(from + (i + j) * stride + k, lanes);
+        const acc_t lambda = rows[i + j].lambda, rest = acc_t(1) - lambda;
+        a = {a.first + rest * v.first, a.second + rest * v.second};
+        b = {b.first + lambda * v.first, b.second + lambda * v.second};
+      }
+      if (low == high) return add_pair(low + at, a.first + b.first, a.second + b.second);  // the last bin has both
+      add_pair(low + at, a.first, a.second);
+      add_pair(high + at, b.first, b.second);
+    });
+  };
+  for (int64_t i = begin; i < end;) {
+    int64_t count = 1;
     while (count < 4 && i + count < end && rows[i + count].low == rows[i].low) ++count;
-    acc_t* __restrict__ low = to + rows[i].low * n_to;
-    acc_t* __restrict__ high = to + rows[i].high * n_to;
-    const T* __restrict__ a = from + i * stride;
-    if (low == high) {  // the last bin takes both weights
-      add_rows(low, a, stride, count, n);
-    } else if (count == 4) {
-      const T* __restrict__ b = a + stride, * __restrict__ c = b + stride, * __restrict__ d = c + stride;
-      const acc_t ha = rows[i].lambda, hb = rows[i + 1].lambda, hc = rows[i + 2].lambda, hd = rows[i + 3].lambda;
-      const acc_t la = acc_t(1) - ha, lb = acc_t(1) - hb, lc = acc_t(1) - hc, ld = acc_t(1) - hd;
-      for (int64_t k = 0; k < n; ++k) {
-        const acc_t va = to_acc(a[k]), vb = to_acc(b[k]), vc = to_acc(c[k]), vd = to_acc(d[k]);
-        low[k] += (la * va + lb * vb) + (lc * vc + ld * vd);
-        high[k] += (ha * va + hb * vb) + (hc * vc + hd * vd);
-      }
+    if (count == 4) {
+      add(i, std::integral_constant<int64_t, 4>{});
+      i += 4;
     } else {
-      count = 1;
-      for (int64_t k = 0; k < n; ++k) {
-        low[k] += (acc_t(1) - rows[i].lambda) * to_acc(a[k]);
-        high[k] += rows[i].lambda * to_acc(a[k]);
-      }
+      add(i++, std::integral_constant<int64_t, 1>{});
     }
   }
 }
@@ -115,41 +118,30 @@ struct PlanarUpsample : UpsampleBase<T, PyramidUpsampleConcatArgs> {
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
     const T* reduced = static_cast<const T*>(a.reduced);
-    Scratch<acc_t> wide(*std::max_element(a.levels.bins_h, a.levels.bins_h + a.levels.count) * a.W);
+    const int64_t size = pairs_size<T, kBytes>(a.W);
+    Scratch<acc_t> wide(a.W), rows(*std::max_element(a.levels.bins_h, a.levels.bins_h + a.levels.count) * size);
     Scratch<T> plane(a.H * a.W);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / (a.levels.count * a.R), channel = unit % (a.levels.count * a.R), r = channel % a.R;
       const int l = static_cast<int>(channel / a.R), bins_h = a.levels.bins_h[l], bins_w = a.levels.bins_w[l];
-      std::fill_n(wide.begin(), bins_h * a.W, acc_t(0));
       for (int64_t i = 0; i < bins_h; ++i) {
+        std::fill(wide.begin(), wide.end(), acc_t(0));
         for (int64_t j = 0; j < bins_w; ++j) {
           const auto& column = this->horizontal[l].columns[j];
           const acc_t value = to_acc(reduced[this->cell(n, l, i, j, r)]);
           const acc_t* __restrict__ weights = column.weights.data();
-          acc_t* __restrict__ row = &wide[i * a.W + column.begin];
+          acc_t* __restrict__ row = &wide[column.begin];
           for (int64_t w = 0; w < column.end - column.begin; ++w) row[w] += value * weights[w];
         }
+        to_pairs<T, kBytes>(&rows[i * size], wide.data(), a.W);
       }
       for (int64_t h = 0; h < a.H; ++h) {
         const auto& row = this->vertical[l].rows[h];
-        mix_row<kBytes>(&plane[h * a.W], &wide[row.low * a.W], &wide[row.high * a.W], row.lambda);
+        mix<kBytes>(&plane[h * a.W], &rows[row.low * size], &rows[row.high * size], row.lambda, a.W);
       }
-      store_plane(a.context, n, channel, a.H, a.W, plane.data(), this->stream);
+      store_plane<kBytes>(a.context, n, channel, a.H, a.W, plane.data(), this->stream);
     }
     if (this->stream) store_fence();
-  }
-
-  // mix, by vectors; the last one overlaps its neighbour, so there is no scalar rest.
-  template <int kBytes>
-  PSP_INLINE void mix_row(T* to, const acc_t* low, const acc_t* high, acc_t lambda) const {
-    constexpr int64_t kL = kLanes<acc_t, kBytes>;
-    const int64_t W = this->a.W;
-    if (W < kL) return mix(to, low, high, lambda, W);
-    const acc_t first = acc_t(1) - lambda;
-    for (int64_t w = 0; w < W; w += kL) {
-      const int64_t at = std::min(w, W - kL);
-      store_narrow(to + at, first * load<acc_t, kBytes>(low + at) + lambda * load<acc_t, kBytes>(high + at));
-    }
   }
 };
 
@@ -159,29 +151,42 @@ struct ChannelsLastUpsample : UpsampleBase<T, PyramidUpsampleConcatArgs> {
   using acc_t = acc_type<T>;
   using UpsampleBase<T, PyramidUpsampleConcatArgs>::UpsampleBase;
 
+  template <int kBytes>
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
     const T* reduced = static_cast<const T*>(a.reduced);
-    const int64_t step = this->max_bins_w() * a.R;
+    const int64_t size = pairs_size<T, kBytes>(a.R), step = this->max_bins_w() * size;
     Scratch<acc_t> rows(a.levels.count * step);
     Scratch<T> pixel(a.levels.count * a.R);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / a.H, h = unit % a.H;
       for (int l = 0; l < a.levels.count; ++l) {
         const auto& v = this->vertical[l].rows[h];
-        mix(&rows[l * step], reduced + this->cell(n, l, v.low, 0, 0), reduced + this->cell(n, l, v.high, 0, 0),
-            v.lambda, a.levels.bins_w[l] * a.R);
+        for (int64_t j = 0; j < a.levels.bins_w[l]; ++j) {
+          mix_cells<kBytes>(&rows[l * step + j * size], reduced + this->cell(n, l, v.low, j, 0),
+                            reduced + this->cell(n, l, v.high, j, 0), v.lambda);
+        }
       }
       for (int64_t w = 0; w < a.W; ++w) {
         for (int l = 0; l < a.levels.count; ++l) {
           const auto& u = this->horizontal[l].rows[w];
-          mix(&pixel[l * a.R], &rows[l * step + u.low * a.R], &rows[l * step + u.high * a.R], u.lambda, a.R);
+          mix<kBytes>(&pixel[l * a.R], &rows[l * step + u.low * size], &rows[l * step + u.high * size], u.lambda, a.R);
         }
-        store(mutable_at<T>(a.context, n, 0, h) + w * a.context.stride_w, pixel.data(), a.levels.count * a.R,
-              this->stream);
+        store<kBytes>(mutable_at<T>(a.context, n, 0, h) + w * a.context.stride_w, pixel.data(), a.levels.count * a.R,
+                      this->stream);
       }
     }
     if (this->stream) store_fence();
+  }
+
+  // (1 - lambda) * low + lambda * high as a table of pairs
+  template <int kBytes>
+  PSP_INLINE void mix_cells(acc_t* to, const T* low, const T* high, acc_t lambda) const {
+    const acc_t rest = acc_t(1) - lambda;
+    for_pairs<T, kBytes>(this->a.R, [&](int64_t at, int64_t k, auto lanes) __attribute__((always_inline)) {
+      const auto u = load_pair<kBytes>(low + k, lanes), v = load_pair<kBytes>(high + k, lanes);
+      set_pair(to + at, rest * u.first + lambda * v.first, rest * u.second + lambda * v.second);
+    });
   }
 };
 
@@ -192,25 +197,27 @@ struct PlanarUpsampleBackward : UpsampleBase<T, PyramidUpsampleConcatBackwardArg
   using UpsampleBase<T, PyramidUpsampleConcatBackwardArgs>::UpsampleBase;
   static constexpr int64_t kPlanes = 16;
 
+  template <int kBytes>
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
-    const int64_t blocks = (a.R + kPlanes - 1) / kPlanes, L = a.levels.count;
-    Scratch<acc_t> rows(*std::max_element(a.levels.bins_h, a.levels.bins_h + L) * a.W), wide;
+    const int64_t blocks = (a.R + kPlanes - 1) / kPlanes, L = a.levels.count, size = pairs_size<T, kBytes>(a.W);
+    Scratch<acc_t> row(a.W), rows(*std::max_element(a.levels.bins_h, a.levels.bins_h + L) * size);
     Scratch<T> grads(a.levels.first[L] * kPlanes);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / (L * blocks), r0 = unit % blocks * kPlanes, planes = std::min(kPlanes, a.R - r0);
       const int l = static_cast<int>(unit / blocks % L), bins_h = a.levels.bins_h[l], bins_w = a.levels.bins_w[l];
       for (int64_t k = 0; k < planes; ++k) {
-        std::fill_n(rows.begin(), bins_h * a.W, acc_t(0));
-        const WidePlane<T> grad(a.grad_context, n, l * a.R + r0 + k, a.H, a.W, wide);
-        unmix(rows.data(), a.W, this->vertical[l].rows, 0, a.H, grad.data, a.W, a.W);
+        std::fill_n(rows.begin(), bins_h * size, acc_t(0));
+        unmix<kBytes>(rows.data(), size, this->vertical[l].rows, 0, a.H, at<T>(a.grad_context, n, l * a.R + r0 + k, 0),
+                      a.grad_context.stride_h, a.W);
         for (int64_t i = 0; i < bins_h; ++i) {
+          from_pairs<T, kBytes>(row.data(), &rows[i * size], a.W);
           for (int64_t j = 0; j < bins_w; ++j) {
             const auto& column = this->horizontal[l].columns[j];
             acc_t sum = 0;
 #pragma omp simd reduction(+ : sum)
             for (int64_t w = 0; w < column.end - column.begin; ++w) {
-              sum += rows[i * a.W + column.begin + w] * column.weights[w];
+              sum += row[column.begin + w] * column.weights[w];
             }
             grads[(i * bins_w + j) * kPlanes + k] = from_acc<T>(sum);
           }
@@ -228,30 +235,37 @@ template <class T>
 struct ChannelsLastUpsampleBackward : UpsampleBase<T, PyramidUpsampleConcatBackwardArgs> {
   using acc_t = acc_type<T>;
   using UpsampleBase<T, PyramidUpsampleConcatBackwardArgs>::UpsampleBase;
-  static constexpr int64_t kBlocks = 8;
+  static constexpr int64_t kBlocks = 8, kPixels = 12;  // of a row, all levels' channels of which are read at a time
   int64_t chunk = chunk_size(this->a.N * kBlocks, this->a.R);
   int64_t chunks = (this->a.R + chunk - 1) / chunk;
   int64_t P = this->a.levels.first[this->a.levels.count];
   acc_t* partial = nullptr;  // [N, kBlocks, P, R]
 
+  template <int kBytes>
   PSP_INLINE void operator()(int64_t begin, int64_t end) const {
     const auto& a = this->a;
-    Scratch<acc_t> row(this->max_bins_w() * chunk), sums(P * chunk);
+    const int64_t size = pairs_size<T, kBytes>(chunk), step = this->max_bins_w() * size;
+    Scratch<acc_t> row(a.levels.count * step), sums(P * size);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t n = unit / (kBlocks * chunks), block = unit / chunks % kBlocks, r0 = unit % chunks * chunk;
       const int64_t channels = std::min(chunk, a.R - r0);
       std::fill(sums.begin(), sums.end(), acc_t(0));
       for (int64_t h = block * a.H / kBlocks; h < (block + 1) * a.H / kBlocks; ++h) {
+        std::fill(row.begin(), row.end(), acc_t(0));
+        for (int64_t w = 0; w < a.W; w += kPixels) {
+          for (int l = 0; l < a.levels.count; ++l) {
+            unmix<kBytes>(&row[l * step], size, this->horizontal[l].rows, w, std::min(w + kPixels, a.W),
+                          at<T>(a.grad_context, n, l * a.R + r0, h), a.grad_context.stride_w, channels);
+          }
+        }
         for (int l = 0; l < a.levels.count; ++l) {
-          const int64_t line = a.levels.bins_w[l] * chunk;
-          std::fill_n(row.begin(), line, acc_t(0));
-          unmix(row.data(), chunk, this->horizontal[l].rows, 0, a.W, at<T>(a.grad_context, n, l * a.R + r0, h),
-                a.grad_context.stride_w, channels);
-          unmix(&sums[a.levels.first[l] * chunk], line, this->vertical[l].rows, h, h + 1, row.data(), 0, line);
+          const int64_t line = a.levels.bins_w[l] * size;
+          unmix<kBytes>(&sums[a.levels.first[l] * size], line, this->vertical[l].rows, h, h + 1, &row[l * step], 0,
+                        line);
         }
       }
       acc_t* out = partial + (n * kBlocks + block) * P * a.R + r0;
-      for (int64_t p = 0; p < P; ++p) std::copy_n(&sums[p * chunk], channels, out + p * a.R);
+      for (int64_t p = 0; p < P; ++p) from_pairs<T, kBytes>(out + p * a.R, &sums[p * size], channels);
     }
   }
 };
