@@ -14,7 +14,7 @@ PARALLEL = -n $(PROCESSES) --dist worksteal
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 SITE := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
-# .ci/run: of the cases of each test a sample, which by turns of this number
+# .ci/run: a number that chooses a sample of the cases of each test
 SAMPLE ?=
 
 .PHONY: demo test tests test-fast test-peers docs dist lint types compile-cuda check-cuda bench test-abi test-arm format clean
@@ -23,7 +23,7 @@ demo: .venv/installed
 	$(BIN)/python -m pspnet_fast.demo --out runs/demo
 
 # two architectures are enough every day, the oldest and the one whose machine code is read
-test: ARCHITECTURES = 80 90
+test tests: ARCHITECTURES = 80 90
 test: check-cuda types docs lint tests
 
 tests: .venv/installed compile-cuda

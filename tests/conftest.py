@@ -43,6 +43,7 @@ SLOW = [
 LONG = ["cuda_on_cpu", "sass"]
 COUNTS = pytest.StashKey[tuple[int, int]]()  # of --sample: the cases that run, and those that there are
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or deterministic mode refuses cuBLAS
+os.environ.setdefault("TORCHINDUCTOR_DEBUG_COMPILE", "1")  # what inductor writes runs once: -O0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
