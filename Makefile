@@ -14,16 +14,21 @@ PARALLEL = -n $(PROCESSES) --dist worksteal
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 SITE := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
-.PHONY: demo test test-fast test-peers docs dist lint types check-cuda bench test-abi test-arm format clean
+# .ci/run: a number that chooses a sample of the cases of each test
+SAMPLE ?=
+
+.PHONY: demo test tests test-fast test-peers docs dist lint types compile-cuda check-cuda bench test-abi test-arm format clean
 
 demo: .venv/installed
 	$(BIN)/python -m pspnet_fast.demo --out runs/demo
 
 # two architectures are enough every day, the oldest and the one whose machine code is read
-test: ARCHITECTURES = 80 90
-test: check-cuda types docs lint
-	@echo "tests: some 20 minutes on 2 cores"
-	OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 $(BIN)/python -m pytest $(PARALLEL)
+test tests: ARCHITECTURES = 80 90
+test: check-cuda types docs lint tests
+
+tests: .venv/installed compile-cuda
+	@echo "tests: on 2 cores some 26 minutes, of a sample 12"
+	OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 $(BIN)/python -m pytest $(PARALLEL) $(SAMPLE:%=--sample=%)
 
 test-fast: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) --fast
@@ -46,9 +51,13 @@ types: .venv/installed
 	@echo "types: a minute the first time"
 	$(BIN)/mypy
 
+# needs nvcc alone: beside the downloads of .venv there is a core for it
+compile-cuda:
+	@ARCHITECTURES="$(ARCHITECTURES)" scripts/compile_cuda.sh || [ $$? -eq 3 ]
+
 # no GPU is needed, and no CUDA build of torch in the environment; downloads two, a gigabyte, into build/
-check-cuda: .venv/installed
-	@ARCHITECTURES="$(ARCHITECTURES)" PYTHON=$(BIN)/python scripts/check_cuda.sh || { [ $$? -eq 3 ] && echo "check-cuda: skipped"; }
+check-cuda: .venv/installed compile-cuda
+	@SAMPLE=$(SAMPLE) ARCHITECTURES="$(ARCHITECTURES)" PYTHON=$(BIN)/python scripts/check_cuda.sh || { [ $$? -eq 3 ] && echo "check-cuda: skipped"; }
 
 bench: .venv/installed
 	$(BIN)/python -m pytest benchmarks

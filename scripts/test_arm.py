@@ -155,7 +155,12 @@ def main() -> None:
     options = {"env": os.environ | environment, "cwd": tests}
     print(run(*python, "-m", "pspnet_fast", "info", **options), flush=True)
     command = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--device=cpu"]
-    command += ["-k", installed_tests.WITHOUT_COMPILER, *([] if arguments.all else ["--sample=0"]), *arguments.files]
+    command += [
+        "-k",
+        installed_tests.WITHOUT_COMPILER,
+        *([] if arguments.all else ["--sample=0", "--small"]),
+        *arguments.files,
+    ]
     sys.exit(1 if subprocess.run([*map(str, command)], **options).returncode else 0)  # pytest's own 3 is no skip
 
 

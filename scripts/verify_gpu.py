@@ -69,10 +69,10 @@ class Verification:
 
     def test(self) -> Outcome:
         at_once = ["-n", str(PROCESSES)] if importlib.util.find_spec("xdist") else []
-        return self.pytest("test", at_once if GPU else ["--sample=0"])
+        return self.pytest("test", at_once if GPU else ["--sample=0", "--small"])
 
     def twice(self) -> Outcome:
-        return self.pytest("twice", ["--twice", "--sample=1", *only_plain_calls()])
+        return self.pytest("twice", ["--twice", "--sample=1", "--small", *only_plain_calls()])
 
     def sanitize(self) -> Outcome:
         home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
@@ -91,7 +91,7 @@ class Verification:
     def sanitized(self, sanitizer: str, tool: str) -> Outcome:
         """A sample under one tool of compute-sanitizer."""
         command = [sanitizer, f"--tool={tool}", "--error-exitcode=9"]
-        options = [f"--sample={2 + TOOLS.index(tool)}", *only_plain_calls()]
+        options = [f"--sample={2 + TOOLS.index(tool)}", "--small", *only_plain_calls()]
         if tool == "initcheck":  # has to see torch's kernels write; poison would hide what none wrote
             options.append("--no-poison")
         else:

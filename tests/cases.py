@@ -31,6 +31,7 @@ MANY_CELLS = [
     ((9, 20), ((17, 25), (9, 20)), 37, (5, 3), (2, 1)),
     ((21, 16), ((21, 16), 1), 70, 1, 1),
 ]
+SEED: int | None = None  # of pytest --sample
 
 
 def make_smaller() -> None:

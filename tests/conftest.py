@@ -7,6 +7,7 @@ import random
 import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import cases
 import pytest
@@ -40,14 +41,17 @@ SLOW = [
     "verify_gpu",
 ]
 LONG = ["cuda_on_cpu", "sass"]
+COUNTS = pytest.StashKey[tuple[int, int]]()  # of --sample: the cases that run, and those that there are
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or deterministic mode refuses cuBLAS
+os.environ.setdefault("TORCHINDUCTOR_DEBUG_COMPILE", "1")  # what inductor writes runs once: -O0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("operators")
     group.addoption("--device", choices=DEVICES, help="only the tests that run on this one")
-    help = "few cases of each test: each value of each parameter, and each dtype with each layout"
+    help = "few cases of each test: each value of each parameter, and each dtype with each layout; other ones a SEED"
     group.addoption("--sample", type=int, metavar="SEED", help=help)
+    group.addoption("--small", action="store_true", help="smaller maps of the same variety, for sanitizers")
     help = "for daily work: the CPU's kernels on such a sample, without compilers, processes and long trainings"
     group.addoption("--fast", action="store_true", help=help)
     group.addoption("--dtypes", type=lambda names: names.split(","), help="only the tests of these, as float32,float64")
@@ -58,7 +62,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as shells start what runs in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if config.getoption("--sample") is not None:
+    cases.SEED = config.getoption("--sample")
+    if config.getoption("--small"):
         cases.make_smaller()
     on_cpu = config.getoption("--device") in (None, "cuda_on_cpu") and not config.getoption("--fast")
     if on_cpu and config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
@@ -82,7 +87,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dtypes := config.getoption("--dtypes"):
         chosen = [item for item in chosen if of_dtypes(item, dtypes)]
     if (seed := config.getoption("--sample")) is not None:
-        chosen = sample(chosen, seed)
+        every, chosen = chosen, sample(chosen, seed)
+        config.stash[COUNTS] = getattr(config, "workeroutput", {})["cases"] = len(chosen), len(every)
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
     items[:] = chosen
 
@@ -102,20 +108,48 @@ def of_dtypes(item: pytest.Item, dtypes: Sequence[str]) -> bool:
 
 
 def sample(items: list[pytest.Item], seed: int) -> list[pytest.Item]:
-    seen: set[tuple[str, ...]] = set()
+    """Of each test on each device the fewest cases, or nearly, that show what all of its cases show."""
+    tests: dict[tuple[str, object], list[pytest.Item]] = {}
+    for item in items:
+        tests.setdefault((item.nodeid.split("[")[0], parameters(item).get("device")), []).append(item)
     kept: set[pytest.Item] = set()
-    for item in random.Random(seed).sample(items, len(items)):
-        test, values = item.nodeid.split("[")[0], {name: repr(value) for name, value in parameters(item).items()}
-        shown = {(test,), (test, str(values.get("dtype")), str(values.get("layout")))}
-        shown |= {(test, *value) for value in values.items()}
-        if not shown <= seen:
-            seen |= shown
-            kept.add(item)
+    for (name, _), group in tests.items():
+        left = {item: shown_by(item) for item in random.Random(f"{seed} {name}").sample(group, len(group))}
+        while left:
+            best = max(left, key=lambda item: len(left[item]))
+            kept.add(best)
+            left = {item: rest for item, shown in left.items() if (rest := shown - left[best])}
     return [item for item in items if item in kept]
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One line for each reason to skip, not for each place that gives it."""
+def shown_by(item: pytest.Item) -> set[tuple[object, ...]]:
+    """The value of each parameter, and together those that the test lists together."""
+    values = {name: id(value) for name, value in parameters(item).items()}  # the same object for all cases of a test
+    marks = [mark.args[0] for mark in item.iter_markers("parametrize")]
+    lists = [names.replace(" ", "").split(",") if isinstance(names, str) else names for names in marks]
+    lists += [["dtype", "layout"], *([name] for name in values)]
+    shown = {tuple((name, values[name]) for name in names) for names in lists if values.keys() >= {*names}}
+    return shown | {("itself",)}
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    if (seed := config.getoption("--sample")) is None:
+        return []
+    return [f"a sample of the cases of each test: the same again by --sample {seed}, all of them without it"]
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, whose processes choose
+def pytest_testnodedown(node: Any) -> None:
+    if cases := getattr(node, "workeroutput", {}).get("cases"):
+        node.config.stash[COUNTS] = cases
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """What a sample leaves out, and one line for each reason to skip, not for each place that gives it."""
+    if COUNTS in config.stash:
+        chosen, every = config.stash[COUNTS]
+        seed = config.getoption("--sample")
+        terminalreporter.write_line(f"left out by --sample {seed}: {every - chosen} of {every} cases")
     reasons = Counter(
         report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", ())
     )

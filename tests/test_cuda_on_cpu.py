@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import cases
 import pytest
 from cuda_on_cpu import backend
 from patience import run_patiently
@@ -70,7 +71,8 @@ def run_sample(mode: str, files: list[str]) -> subprocess.CompletedProcess[str]:
     sanitizer = MODES[mode][0]
     # float64 has the barriers of float32; under ThreadSanitizer only the tests without a choice of dtypes have it
     dtypes = ("float32", "bfloat16") if sanitizer == "thread" else backend.DTYPES[sanitizer]
-    options = ["--device=cuda_on_cpu", f"--sample={list(MODES).index(mode)}", f"--dtypes={','.join(dtypes)}"]
+    seed = list(MODES).index(mode) + (cases.SEED or 0)
+    options = ["--device=cuda_on_cpu", f"--sample={seed}", "--small", f"--dtypes={','.join(dtypes)}"]
     options += ["-k", "not opcheck and not gradcheck and not compile and not same_bits"]  # no other calls, only more
     return run(
         mode,

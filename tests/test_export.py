@@ -47,23 +47,41 @@ def test_one_size(model, tmp_path: Path):
     image = torch.randn(1, 3, 65, 89)
     report = export(model, image, path=tmp_path / "a.onnx")
     assert report.difference < 1e-5
+    assert_few_nodes(tmp_path / "a.onnx")
     graph = onnx.load(tmp_path / "a.onnx").graph
-    assert all(node.domain == "" for node in graph.node)
-    backbone = 2 * 5  # convolutions with their norms in them, and ReLU
-    assert len(graph.node) - backbone <= 40
     assert not {"AveragePool", "GlobalAveragePool", "BatchNormalization"} & {node.op_type for node in graph.node}
     convolutions = [node.input[1] for node in graph.node if node.op_type == "Conv"]
     channels = {t.name: t.dims[1] for t in graph.initializer if len(t.dims) == 4}
     assert [channels[name] for name in convolutions] == [3, 8, 8, 8, 8, 8, 2]  # 16 with the concatenation
 
 
+def assert_few_nodes(path: Path, normalisation: int = 0):
+    """At most 40 beyond the backbone's, of no domain but ONNX's."""
+    import onnx
+
+    found = onnx.load(path)
+    assert not found.functions
+    assert all(node.domain == "" for node in found.graph.node)
+    backbone = 2 * 5  # convolutions with their norms in them, and ReLU
+    assert len(found.graph.node) <= 40 + backbone + normalisation
+
+
+@needs_runtimes
+def test_any_size_of_uint8(model, tmp_path: Path):
+    path, image = tmp_path / "a.onnx", torch.randint(256, (1, 64, 72, 3), dtype=torch.uint8)
+    export(model, image, path=path, dynamic=True, normalise=(MEAN, STD))
+    assert_few_nodes(path, normalisation=4)
+    assert formats.onnx_runner(path)(F.pad(image, (0, 0, 0, 3, 0, 5))).shape == (1, 5, 69, 75)
+
+
 @needs_runtimes
 def test_any_size(model, tmp_path: Path):
-    """One file for all sizes and batches, those included that no bin divides, in both runtimes."""
+    """One file for all sizes and batches, those included that no bin divides, in both runtimes; of few nodes."""
     path = tmp_path / "a.onnx"
     assert export(model, torch.randn(1, 3, 64, 72), path=path, dynamic=True).difference < 1e-5
+    assert_few_nodes(path)
     by_onnx, by_openvino = formats.onnx_runner(path), formats.openvino_runner(path)
-    for size in ((1, 3, 64, 72), (2, 3, 65, 73), (1, 3, 33, 120), (3, 3, 17, 21)):
+    for size in ((1, 3, 64, 72), (2, 3, 65, 73), (1, 3, 33, 120), (3, 3, 17, 21), (2, 3, 4, 7), (1, 3, 3, 2)):
         image = torch.randn(size)
         expected = logits(model, image)
         assert difference_of(by_onnx(image), expected) < 1e-5
@@ -151,7 +169,7 @@ def test_bad_arguments(model, arguments, message):
 
 
 @pytest.mark.parametrize("ending", ["onnx", "xml", "mlpackage"])
-def test_a_file_is_replaced_whole_or_not_at_all(ending, model, tmp_path: Path, monkeypatch):
+def test_a_file_is_replaced_whole_or_not_at_all(ending, tmp_path: Path, monkeypatch):
     """By one file, by two, and by a folder; where writing fails nothing is left of it."""
     path, beside = tmp_path / f"a.{ending}", tmp_path / "a.bin"
     name = {"onnx": "onnx", "xml": "openvino", "mlpackage": "coreml"}[ending]
@@ -170,7 +188,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(ending, model, tmp_path: Path, m
     for text, fails in ((b"old", False), (b"new", False), (b"half", True)):
         monkeypatch.setitem(formats.WRITERS, name, partial(write, text, fails))
         with pytest.raises(OSError, match="disk full") if fails else nullcontext():
-            export(model, torch.randn(1, 3, 33, 33), path=path, format=name)
+            export(nn.Conv2d(3, 2, 1), torch.randn(1, 3, 5, 5), path=path, format=name)
         expected = {"onnx": ["a.onnx"], "xml": ["a.bin", "a.xml"], "mlpackage": ["weights"]}[ending]
         assert content() == [(file, b"new" if fails else text) for file in expected]
     assert path.exists()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cases
 import pytest
 import torch
 
@@ -44,7 +45,8 @@ def test_operators(name: str) -> None:
     script = "import pspnet_fast, torch; print(torch.ops.pspnet_fast.cpu_instruction_set())"
     assert run(name, "-c", script).stdout.strip() == NAMES[name]
     files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if is_of_an_operator(path)]
-    result = run(name, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--device=cpu", "-k", SELECTION, *files)
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--device=cpu", "-k", SELECTION, *files]
+    result = run(name, *command, *([] if cases.SEED is None else [f"--sample={cases.SEED}"]))
     assert result.returncode == 0, result.stdout[-3000:]
 
 

@@ -24,11 +24,15 @@ def plain_ppm(ppm: FusedPPM, x: Tensor) -> Tensor:
     return torch.cat([x, *levels] if ppm.concat == "input_first" else [*levels, x], 1)
 
 
+def one_group(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(1, channels)
+
+
 def pyramid(draw: Draw) -> FusedPPM:
-    norm = draw.choice([nn.BatchNorm2d, nn.Identity, lambda c: nn.GroupNorm(1, c)])
+    norm = draw.choice([nn.BatchNorm2d, nn.Identity, one_group])
     activation = draw.choice([nn.ReLU, nn.Identity, nn.GELU])
     concat = draw.choice(["input_first", "input_last"])
-    sizes = draw.integer(1, 9), draw.integer(1, 4)
+    sizes = draw.integer(1, 9), draw.integer(2 if norm is one_group else 1, 4)  # torch refuses groups of one number
     ppm = FusedPPM(*sizes, draw.bins(3, 4), draw.flag(), concat, norm_layer=norm, activation=activation)
     for module in ppm.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -112,21 +113,25 @@ def extract_cubin(file: Path, architecture: int) -> Path:
     if cuobjdump is None:
         sys.exit("no cuobjdump on PATH, in CUDA_HOME or in this environment: pip install nvidia-cuda-cuobjdump")
     command = [str(cuobjdump), "-xelf", f".sm_{architecture}.", str(file.resolve())]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=file.parent).stdout
-    extracted = re.findall(r"Extracting ELF file.*: (\S+)", said)
-    if len(extracted) != 1:
-        sys.exit(f"{file} holds no machine code for sm_{architecture}, or more than one: {said}")
-    return file.parent / extracted[0]
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # others may read what lies beside the object
+        said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout
+        extracted = re.findall(r"Extracting ELF file.*: (\S+)", said)
+        if len(extracted) != 1:
+            sys.exit(f"{file} holds no machine code for sm_{architecture}, or more than one: {said}")
+        return Path(folder, extracted[0]).replace(file.parent / extracted[0])
 
 
 def cubin_of(source: Path) -> Path:
-    """Its machine code for sm_90, as scripts/check_cuda.sh made it; compiled if it, or what it includes, is newer."""
+    """Its machine code for sm_90, as scripts/compile_cuda.sh made it; compiled if it, or what it includes, is newer."""
     inputs = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.cuh"), source]
     changed = max(path.stat().st_mtime for path in inputs)
     checked = ROOT / "build" / "check_cuda" / f"{source.stem}.sm_90.cubin"
     for cubin in (checked, FOLDER / f"{source.stem}.90.cubin"):
         if cubin.exists() and cubin.stat().st_mtime > changed:
             return cubin
+    compiled = checked.parent / f"{source.stem}.o"
+    if compiled.exists() and compiled.stat().st_mtime > changed:
+        return extract_cubin(compiled, 90)
     return compile_cubin(source)
 
 
@@ -151,7 +156,9 @@ def disassemble(cubin: Path) -> str:
         sys.exit("no nvdisasm on PATH, in CUDA_HOME or in this environment: pip install nvidia-cuda-nvdisasm")
     command = [str(nvdisasm), "-c", "-g", str(cubin)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    listing.write_text(text)
+    new = listing.with_suffix(f".{os.getpid()}")
+    new.write_text(text)
+    new.replace(listing)
     return text
 
 

@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 SANITIZERS = {
     "none": [],
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize=null,object-size", "-fno-sanitize-recover=undefined"],
     "thread": ["-fsanitize=thread"],
 }
 # Those whose kernels are compiled, and whose tests run: under a sanitizer each takes a minute to build, and float16
