@@ -28,7 +28,7 @@ test: check-cuda types docs lint tests
 
 tests: .venv/installed compile-cuda
 	@echo "tests: on 2 cores some 26 minutes, of a sample 12"
-	OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 $(BIN)/python -m pytest $(PARALLEL) $(SAMPLE:%=--sample=%)
+	OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 $(BIN)/python -m pytest $(PARALLEL) --durations=15 $(SAMPLE:%=--sample=%)
 
 test-fast: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) --fast
@@ -40,7 +40,7 @@ dist: .venv/installed
 	$(BIN)/python scripts/dist.py
 
 test-peers: .venv-peers/installed
-	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) .venv-peers/bin/python -m pytest $(PARALLEL) tests/peers
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) .venv-peers/bin/python -m pytest $(PARALLEL) $(SAMPLE:%=--sample=%) tests/peers
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -5,6 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pspnet_fast import ops
+
+OPERATORS = [name for name in ops.__all__ if name not in ("new_concat", "keep_memory")]  # these are about memory alone
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "channels_last", "slice", "channels_last_slice", "transposed"]
 BINS = [

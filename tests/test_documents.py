@@ -3,12 +3,12 @@
 import re
 from pathlib import Path
 
+import cases
 import click
 import pytest
 from documents import ROOT, commands, python_blocks
 from toy_command import Workspace
 
-from pspnet_fast import ops
 from pspnet_fast.cli import main
 from pspnet_fast.training.config_file import load_config
 
@@ -54,7 +54,7 @@ def test_figures_of_the_readme_are_those_of_the_pages_it_names() -> None:
             assert number[0] in page, figure
 
 
-@pytest.mark.parametrize("operator", [name for name in ops.__all__ if name != "new_concat"])
+@pytest.mark.parametrize("operator", cases.OPERATORS)
 def test_an_operator_has_the_files_that_contributing_names(operator: str) -> None:
     text = (ROOT / "docs" / "CONTRIBUTING.md").read_text(encoding="utf-8")
     files = re.findall(r"`([\w/]+/(?:\w+_)?NAME\.\w+)`", text)
@@ -69,7 +69,7 @@ def test_an_installed_package_is_tried_with_every_operator(monkeypatch: pytest.M
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import installed_tests
 
-    operators = {f"test_{name.removesuffix('_')}.py" for name in ops.__all__ if name != "new_concat"}
+    operators = {f"test_{name.removesuffix('_')}.py" for name in cases.OPERATORS}
     assert operators <= set(installed_tests.files(installed_tests.OPERATORS))
     for pattern in installed_tests.OPERATORS + installed_tests.ABOVE:
         assert installed_tests.files((pattern,)), f"{pattern} names no test"
