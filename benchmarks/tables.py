@@ -4,6 +4,7 @@ prediction (kernels.json, by scripts/sass/measure.py).
 
 python benchmarks/tables.py FILE.json ...  prints all tables of these bench.json
 python benchmarks/tables.py --keep PATH    copies a bench.json, or what a folder has of the three, to the results
+                            --again FILE   with --keep: a later run of some of the cases, which takes their place
 python benchmarks/tables.py --readme       writes what is kept of GPUs into docs/gpu.md and speed.md, of CPUs into
                                            docs/cpu.md
 """
@@ -103,6 +104,33 @@ def kept_records(gpu: bool = True) -> list[dict[str, Any]]:
     return [files for files in records if (files["bench"]["machine"]["gpu"] is not None) == gpu]
 
 
+def with_later(record: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """A run whose cases a later run of the same machine has measured again; each rate is the best of both.
+
+    Raises:
+        ValueError: another machine or other versions, or a case that the first run has not.
+    """
+    ours, others = (
+        {k: v for k, v in r["machine"].items() if k not in ("date", "commit", "note")} for r in (record, later)
+    )
+    if ours != others:
+        raise ValueError(f"not the same machine and versions: {ours}, {others}")
+    again = {(row["table"], row["case"]): row for row in later["cases"]}
+    if new := again.keys() - {(row["table"], row["case"]) for row in record["cases"]}:
+        raise ValueError(f"the first run has no {sorted(new)}")
+    rates = {
+        key: {name: max(rate, later[key].get(name, 0.0)) for name, rate in record[key].items()}
+        for key in ("copy_bytes_per_second", "operations_per_second")
+    }
+    commit, names = (
+        later["machine"]["commit"],
+        sorted({row["table"].split(":")[0].split(" ")[0] for row in again.values()}),
+    )
+    note = f"Measured again later, undisturbed, commit {commit}: {', '.join(names)}."
+    cases = [again.get((row["table"], row["case"]), row) for row in record["cases"]]
+    return record | rates | {"machine": record["machine"] | {"note": note}, "cases": cases}
+
+
 def keep(path: Path) -> Path:
     """Copies a run's file, or the files in its folder, to the results; returns where to."""
     files = (
@@ -136,12 +164,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE.json")
     parser.add_argument("--keep", type=Path, metavar="PATH")
+    parser.add_argument("--again", type=Path, metavar="FILE")
     parser.add_argument("--readme", action="store_true")
     args = parser.parse_args()
     if not (args.files or args.keep or args.readme):
         parser.error("needs files, --keep or --readme")
     if args.keep:
-        print(f"kept in {keep(args.keep)}")
+        target = keep(args.keep)
+        if args.again:
+            kept = target / "bench.json"
+            kept.write_text(json.dumps(with_later(read(kept), read(args.again)), indent=1) + "\n", encoding="utf-8")
+        print(f"kept in {target}")
     for path in args.files:
         print(report(read(path)))
     if args.readme:

@@ -120,6 +120,23 @@ def test_what_is_kept_becomes_a_page_and_a_summary(tmp_path, monkeypatch):
     assert "fused 8.0 2.00" in " ".join(tables.summary_part(kept).replace("|", " ").split())
 
 
+def test_a_later_run_takes_the_place_of_its_cases():
+    tables = load("benchmarks/tables.py")
+    slow, other = RECORD["cases"][0], RECORD["cases"][1]
+    quick = slow | {"providers": {"ours": slow["providers"]["eager"]}}
+    later = RECORD | {"cases": [quick], "machine": RECORD["machine"] | {"commit": "later"}}
+    later["copy_bytes_per_second"] = {name: 2 * rate for name, rate in RECORD["copy_bytes_per_second"].items()}
+    joined = tables.with_later(RECORD, later)
+    assert joined["cases"] == [quick, other, *RECORD["cases"][2:]]
+    assert joined["copy_bytes_per_second"] == later["copy_bytes_per_second"]
+    assert joined["operations_per_second"] == RECORD["operations_per_second"]
+    assert "commit later" in tables.machine_text(joined)
+    with pytest.raises(ValueError, match="not the same machine"):
+        tables.with_later(RECORD, later | {"machine": RECORD["machine"] | {"torch": "3"}})
+    with pytest.raises(ValueError, match="the first run has no"):
+        tables.with_later(RECORD, later | {"cases": [slow | {"case": "unknown"}]})
+
+
 def test_the_pages_show_the_results_that_are_kept():
     """`python benchmarks/tables.py --readme` writes it."""
     tables = load("benchmarks/tables.py")
