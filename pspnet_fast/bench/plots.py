@@ -131,7 +131,9 @@ def _roofline(record: dict[str, Any]) -> Figure | None:
         min(intensities) / 3,
         max(*intensities, *(r / copy for r in record["operations_per_second"].values())) * 3,
     )
-    for dtype, rate in record["operations_per_second"].items():
+    rates = record["operations_per_second"]
+    # where torch has no instructions for a dtype its products are slow, and no roof for kernels that widen it
+    for dtype, rate in ((d, r) for d, r in rates.items() if r >= rates.get("float32", 0.0)):
         dashes = "-" if dtype == "float32" else "--"
         ends = [low, min(max(rate / copy, low), high), high]
         axes.plot(ends, [min(x * copy, rate) for x in ends], "k", linestyle=dashes, linewidth=1.2)
