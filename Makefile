@@ -27,7 +27,7 @@ test tests: ARCHITECTURES = 80 90
 test: check-cuda types docs lint tests
 
 tests: .venv/installed compile-cuda
-	@echo "tests: on 2 cores some 26 minutes, of a sample 12"
+	@echo "tests: on 2 cores some 26 minutes, of a sample 16"
 	OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 $(BIN)/python -m pytest $(PARALLEL) --durations=15 $(SAMPLE:%=--sample=%)
 
 test-fast: .venv/installed
