@@ -122,11 +122,8 @@ def with_later(record: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
         key: {name: max(rate, later[key].get(name, 0.0)) for name, rate in record[key].items()}
         for key in ("copy_bytes_per_second", "operations_per_second")
     }
-    commit, names = (
-        later["machine"]["commit"],
-        sorted({row["table"].split(":")[0].split(" ")[0] for row in again.values()}),
-    )
-    note = f"Measured again later, undisturbed, commit {commit}: {', '.join(names)}."
+    names = sorted({row["table"].split(":")[0].split(" ")[0] for row in again.values()})
+    note = f"Measured again in a later run, commit {later['machine']['commit']}: {', '.join(names)}."
     cases = [again.get((row["table"], row["case"]), row) for row in record["cases"]]
     return record | rates | {"machine": record["machine"] | {"note": note}, "cases": cases}
 

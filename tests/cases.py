@@ -8,6 +8,7 @@ from torch import Tensor
 from pspnet_fast import ops
 
 OPERATORS = [name for name in ops.__all__ if name not in ("new_concat", "keep_memory")]  # these are about memory alone
+WITHOUT_TENSORS = {"build_info", "cpu_instruction_set", "keep_memory"}  # of what the library registers
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "channels_last", "slice", "channels_last_slice", "transposed"]
 BINS = [

@@ -127,13 +127,11 @@ def _roofline(record: dict[str, Any]) -> Figure | None:
     axes, legend = figure.subplots(2, 1, height_ratios=(5, below))
     copy = max(record["copy_bytes_per_second"].values())
     intensities = [row["operations"] / row["floor_bytes"] for row in rows]
-    low, high = (
-        min(intensities) / 3,
-        max(*intensities, *(r / copy for r in record["operations_per_second"].values())) * 3,
-    )
     rates = record["operations_per_second"]
-    # where torch has no instructions for a dtype its products are slow, and no roof for kernels that widen it
-    for dtype, rate in ((d, r) for d, r in rates.items() if r >= rates.get("float32", 0.0)):
+    low, high = min(intensities) / 3, max(*intensities, *(rate / copy for rate in rates.values())) * 3
+    for dtype, rate in rates.items():
+        if rate < rates.get("float32", 0.0):  # of a dtype without instructions, no roof for kernels that widen it
+            continue
         dashes = "-" if dtype == "float32" else "--"
         ends = [low, min(max(rate / copy, low), high), high]
         axes.plot(ends, [min(x * copy, rate) for x in ends], "k", linestyle=dashes, linewidth=1.2)
